@@ -1,0 +1,1 @@
+"""The same techniques executed on a device."""

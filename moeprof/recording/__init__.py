@@ -1,0 +1,1 @@
+"""Instrumentation: discovery of MoE sites, adapters, timing, memory, devices."""

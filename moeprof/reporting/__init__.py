@@ -1,0 +1,1 @@
+"""Results as pages: HTML, Markdown and JSON."""

@@ -1,0 +1,1 @@
+"""The trace format: schema, writer, reader, validator, synthetic traces."""

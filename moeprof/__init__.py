@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from moeprof.errors import MoeprofError
     from moeprof.recording import record, register
     from moeprof.reporting import report
-    from moeprof.trace.reader import open_trace as open  # noqa: A004
+    from moeprof.trace.reader import open_trace as open
     from moeprof.trace.validator import check
 
 __version__ = "0.1.0"

@@ -173,6 +173,7 @@ STEPS = Table(
         _c("num_prefill_tokens", pa.int32(), "tokens whose position lies in the prompt"),
         _c("num_decode_tokens", pa.int32(), "tokens after the prompt"),
         _c("num_padded_tokens", pa.int32(), "padding rows and rows of finished sequences"),
+        _c("probed", pa.bool_(), "executed rows were watched in this step: its times include that"),
         _c("start_s", pa.float64(), "seconds since the trace started, host clock"),
         _ms("wall_ms", "host time of the forward pass"),
         _ms("device_ms", "device time of the forward pass (CUDA events)"),

@@ -1,0 +1,918 @@
+"""The recorder: hooks on a model, captures per step, committed flushes to a trace.
+
+While the model runs, hooks keep references and mark clocks; reading them, attributing tokens and
+writing happen between steps, at the latest `flush_interval_s` after the step. Leaves out loading
+models and prompts (`session`).
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from moeprof.errors import CaptureError, MoeprofError
+from moeprof.recording import sites as site_search
+from moeprof.recording.anatomy import Anatomy, anatomy, static_bytes
+from moeprof.recording.calls import (
+    cache_argument,
+    describe_generation,
+    is_matrix,
+    output_tokens,
+    router_logits,
+    token_argument,
+    token_shape,
+)
+from moeprof.recording.devices import DeviceSampler, open_meter
+from moeprof.recording.execution import RowWitness
+from moeprof.recording.hardware import hardware, versions
+from moeprof.recording.memory import MemoryMeter
+from moeprof.recording.steps import ModelView, Observation, SpanKey, StepCapture, build_unit
+from moeprof.recording.timing import CudaClock, clock_for
+from moeprof.recording.tokens import Episode, Generation, RequestLabel, Tracker
+from moeprof.trace.schema import CaptureCounts, ModelInfo, RankInfo, Site, TraceInfo
+from moeprof.trace.writer import TraceWriter
+
+logger = logging.getLogger(__name__)
+
+DRAIN_BYTES = 32 << 20
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecorderOptions:
+    """What a recording keeps.
+
+    Attributes:
+        task: ``lm`` or ``mt``; None takes it from the model.
+        name: Model name stored in the trace; None takes the model's own.
+        mode: ``generate``, ``score`` or ``forward``.
+        scores: Store the affinity of the selected experts.
+        timing: Time the parts of each layer.
+        probe_every: Every n-th step of a kind (the first included) is probed: executed rows of
+            fused experts and memory per layer are watched, and layer times are left out. 0: never.
+        device_interval_s: Time between samples of the GPU's meters.
+        flush_interval_s: Longest time a finished step stays uncommitted.
+        force: Replace an existing trace.
+        fixes: Names of fixes applied to the model.
+        weight_hash: Hash of the weights, where the caller knows it.
+        revision: Revision, where the caller knows it.
+        random_weights: True where the weights were never trained.
+        command: Command line or call, as stored.
+        notes: Sentences every reader should see.
+    """
+
+    task: str | None = None
+    name: str | None = None
+    mode: str = "generate"
+    scores: bool = False
+    timing: bool = True
+    probe_every: int = 8
+    device_interval_s: float = 0.1
+    flush_interval_s: float = 5.0
+    force: bool = False
+    fixes: tuple[str, ...] = ()
+    weight_hash: str | None = None
+    revision: str | None = None
+    random_weights: bool = False
+    command: str = ""
+    notes: tuple[str, ...] = ()
+
+
+@dataclass
+class _Ended:
+    """A finished call of `generate`, in the queue behind its steps."""
+
+    generation: Generation
+    sequences: torch.Tensor | None
+    end_s: float
+
+
+@dataclass
+class _Running:
+    """Requests that have started and not ended."""
+
+    episode: Episode
+    arrival_s: float
+    rows: dict[int, dict[str, Any]] = field(default_factory=dict)
+
+
+class Recorder:
+    """Records one model into one trace; use it as a context manager.
+
+    Args:
+        model: Any Hugging Face MoE model, or a plain torch module whose experts class was given
+            to `moeprof.register`. Eager mode.
+        path: Where the trace goes (``NAME.moeprof``).
+        options: What to keep.
+
+    Raises:
+        CaptureError: The model has no MoE layer; on leaving the context: nothing was captured,
+            or less than expected.
+        MoeprofError: The path exists, or could not be written.
+    """
+
+    def __init__(
+        self, model: nn.Module, path: str | Path, options: RecorderOptions | None = None
+    ) -> None:
+        self.model = model
+        self.options = options or RecorderOptions()
+        self.found = site_search.find_sites(model)
+        self.anatomy: Anatomy = anatomy(model, self.found)
+        self.device = _device_of(model)
+        self._clock = clock_for(self.device)
+        self._memory = MemoryMeter(self.device)
+        self._tracker = Tracker(encoder_decoder=len(self.anatomy.stacks) > 1)
+        self._path = Path(path)
+        self._handles: list[Any] = []
+        self._queue: deque[StepCapture | _Ended] = deque()
+        self._queued_bytes = 0
+        self._queue_lock = threading.Lock()
+        self._drain_lock = threading.RLock()
+        self._wake = threading.Event()
+        self._thread: threading.Thread | None = None
+        self._error: BaseException | None = None
+        self._open: dict[str, StepCapture] = {}
+        self._current: StepCapture | None = None
+        self._top_depth = 0
+        self._step = 0
+        self._kind_counts: dict[tuple[str, bool], int] = {}
+        self._kernels: dict[str, set[str]] = {}
+        self._beam_index: torch.Tensor | None = None
+        self._observed = Observation()
+        self._running: dict[int, _Running] = {}
+        self._sites: list[Site] | None = None
+        self._writer: TraceWriter | None = None
+        self._sampler: DeviceSampler | None = None
+        self._last_drain = 0.0
+        self._t0 = 0.0
+        self._created = ""
+        self._closed = False
+        self._restore: list[Callable[[], None]] = []
+        self._unfinished_steps = 0
+
+    # -- life ---------------------------------------------------------------------------------
+
+    def __enter__(self) -> Recorder:
+        self.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if kind is None:
+            self.stop()
+        else:
+            self.abort()
+
+    @property
+    def path(self) -> Path:
+        """Where the trace is."""
+        return self._writer.path if self._writer is not None else self._path
+
+    @property
+    def num_requests(self) -> int:
+        """Requests started so far."""
+        return self._tracker.num_requests
+
+    @property
+    def observed(self) -> Observation:
+        """Counts so far."""
+        return self._observed
+
+    def start(self) -> None:
+        """Attaches the hooks.
+
+        Raises:
+            MoeprofError: The output exists.
+        """
+        if self._path.exists() and not self.options.force:
+            # Known now, not after the model ran for an hour.
+            raise MoeprofError(
+                f"{self._path} exists", hint="choose another name (-o), or replace it with --force"
+            )
+        self._t0 = time.perf_counter()
+        self._created = datetime.now(UTC).isoformat(timespec="seconds")
+        self._last_drain = self._t0
+        self._attach()
+        self._sampler = DeviceSampler(
+            open_meter(), interval_s=self.options.device_interval_s, t0=self._t0, rank=_rank()
+        )
+        self._sampler.start()
+        self._thread = threading.Thread(target=self._watch, name="moeprof-flush", daemon=True)
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Detaches the hooks, writes what is left and closes the trace as complete.
+
+        Raises:
+            CaptureError: Nothing was captured, or less than expected; what there is stays.
+            MoeprofError: Writing failed.
+        """
+        if self._closed:
+            return
+        self._detach()
+        try:
+            self._drain(closing=True)
+        except BaseException:
+            self._finish(complete=False)
+            raise
+        problem = self._capture_problem()
+        self._finish(complete=problem is None)
+        if problem is not None:
+            raise problem
+
+    def abort(self) -> None:
+        """Detaches the hooks and keeps what was captured, marked incomplete. Never raises
+        over the exception that is under way.
+        """
+        if self._closed:
+            return
+        self._detach()
+        with suppress(Exception):
+            self._drain(closing=True)
+        with suppress(Exception):
+            self._finish(complete=False)
+
+    def announce(self, labels: Sequence[RequestLabel]) -> None:
+        """Labels the next requests to start, in order."""
+        self._tracker.announce(labels)
+
+    def _finish(self, *, complete: bool) -> None:
+        self._closed = True
+        self._wake.set()
+        if self._thread is not None and self._thread is not threading.current_thread():
+            self._thread.join()
+        if self._sampler is not None:
+            self._sampler.stop()
+            self._write_devices()
+            self._sampler.meter.close()
+        if self._writer is not None:
+            self._writer.update_info(**self._final_facts())
+            self._writer.close(complete=complete)
+
+    def _capture_problem(self) -> CaptureError | None:
+        observed = self._observed
+        where = f"; the incomplete trace is {self.path}" if self._writer is not None else ""
+        if observed.num_calls_seen == 0:
+            ran = self._step + self._unfinished_steps
+            if ran == 0:
+                return CaptureError(
+                    "nothing was captured: the model did not run while it was recorded",
+                    hint="call the model inside the with block",
+                )
+            return CaptureError(
+                f"nothing was captured in {ran} forward passes{where}",
+                hint="hooks do not fire in compiled code, CUDA graphs or replaced kernels: record "
+                "in eager mode (no torch.compile, use_kernels=False, dequantized experts)",
+            )
+        if observed.num_calls_seen < observed.num_calls_expected or observed.num_tokens_dropped:
+            silent = ", ".join(f"{name} ({n} steps)" for name, n in observed.missing.items())
+            detail = (
+                f"silent: {silent}" if silent else "some rows could not be attributed to tokens"
+            )
+            return CaptureError(
+                f"partial capture: {observed.num_calls_seen} of {observed.num_calls_expected} "
+                f"MoE calls were seen ({detail}){where}",
+                hint="record in eager mode; if the model skips layers by design, register its "
+                "experts with moeprof.register",
+            )
+        return None
+
+    # -- hooks --------------------------------------------------------------------------------
+
+    def _attach(self) -> None:
+        for stack, module in self.anatomy.stacks.items():
+            self._pre(module, functools.partial(self._stack_begins, stack))
+            self._post(module, functools.partial(self._stack_ends, stack))
+        if self.anatomy.top not in self.anatomy.stacks.values():
+            self._pre(self.anatomy.top, self._top_begins)
+            self._post(self.anatomy.top, self._top_ends)
+        for site, found in enumerate(self.found):
+            self._attach_site(site, found)
+        self._attach_parts()
+        self._wrap_generate()
+        self._wrap_reorder()
+
+    def _pre(self, module: nn.Module, hook: Callable[..., None]) -> None:
+        self._handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
+
+    def _post(self, module: nn.Module, hook: Callable[..., None]) -> None:
+        self._handles.append(module.register_forward_hook(hook, with_kwargs=True, always_call=True))
+
+    def _detach(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        for undo in self._restore:
+            undo()
+        self._restore.clear()
+
+    def _attach_site(self, site: int, found: site_search.FoundSite) -> None:
+        adapter = found.adapter
+
+        def capture(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+            step = self._current
+            if step is None:
+                return
+            kept = adapter.capture(module, args, kwargs, output)
+            step.routing.setdefault(site, []).append(kept)
+            capacity = getattr(module, "expert_capacity", None)
+            if found.adapter.name == "nllb_top2_router" and isinstance(capacity, int):
+                step.capacity[site] = capacity
+
+        if adapter.source == "experts":
+            self._pre(found.watched, lambda m, a, k: capture(m, a, k, None))
+        else:
+            self._post(found.watched, capture)
+        if found.expert_modules:
+            for expert, module in enumerate(found.expert_modules):
+                self._pre(module, functools.partial(self._expert_ran, site, expert))
+        elif found.modules.experts is not None and self.options.probe_every:
+            self._watch_fused(site, found)
+        if found.modules.router is not None:
+            self._post(found.modules.router, functools.partial(self._router_ran, site))
+
+    def _expert_ran(
+        self, site: int, expert: int, module: nn.Module, args: Any, kwargs: Any
+    ) -> None:
+        step = self._current
+        tensor = next((a for a in (*args, *kwargs.values()) if isinstance(a, torch.Tensor)), None)
+        if step is None or tensor is None:
+            return
+        rows = step.module_rows.get(site)
+        if rows is None:
+            rows = step.module_rows[site] = np.zeros(self.found[site].num_experts, dtype=np.int64)
+        rows[expert] += tensor.numel() // max(1, tensor.shape[-1])
+
+    def _watch_fused(self, site: int, found: site_search.FoundSite) -> None:
+        experts = found.modules.experts
+        assert experts is not None
+
+        def begin(module: nn.Module, args: Any, kwargs: Any) -> None:
+            step = self._current
+            if step is not None and step.probed:
+                witness = RowWitness(module, found.num_experts)
+                step.witnesses.setdefault(site, []).append(witness)
+                witness.__enter__()
+
+        def end(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+            step = self._current
+            if step is not None and step.probed and step.witnesses.get(site):
+                step.witnesses[site][-1].__exit__(None, None, None)
+
+        self._pre(experts, begin)
+        self._post(experts, end)
+
+    def _router_ran(
+        self, site: int, module: nn.Module, args: Any, kwargs: Any, output: Any
+    ) -> None:
+        """Keeps router logits: always where scores are stored, else to learn the rule once."""
+        step = self._current
+        if step is None or not (self.options.scores or step.probed):
+            return
+        if not self.options.scores and self._observed.scoring.get(site) is not None:
+            return
+        logits = router_logits(output, self.found[site].num_experts)
+        if logits is not None:
+            step.logits.setdefault(site, []).append(logits)
+
+    def _attach_parts(self) -> None:
+        for position, layer in enumerate(self.anatomy.layers):
+            self._attach_layer_memory(position, layer.module)
+            self._time(("layer", position), layer.module)
+            for module in layer.attention:
+                self._time(("attention", position), module)
+            for module in layer.dense_ffn:
+                self._time(("dense_ffn", position), module)
+        layers = {id(layer.module) for layer in self.anatomy.layers}
+        for site, found in enumerate(self.found):
+            modules = found.modules
+            if id(modules.block) not in layers and modules.block is not modules.experts:
+                self._time(("moe", site), modules.block)
+            for key, module in (
+                ("gate", modules.router),
+                (
+                    "experts",
+                    modules.experts if modules.experts is not found.modules.block else None,
+                ),
+                ("dispatch", getattr(modules.block, "dispatch", None)),
+                ("combine", getattr(modules.block, "combine", None)),
+            ):
+                if isinstance(module, nn.Module):
+                    self._time((key, site), module)
+            for module in found.shared:
+                self._time(("shared_experts", site), module)
+        for module in self.anatomy.embeddings:
+            self._time(("embedding", 0), module)
+        if self.anatomy.head is not None:
+            self._time(("head", 0), self.anatomy.head)
+
+    def _time(self, key: SpanKey, module: nn.Module) -> None:
+        if not self.options.timing:
+            return
+        begun: list[Any] = []
+
+        def begin(module: nn.Module, args: Any, kwargs: Any) -> None:
+            step = self._current
+            if step is not None and not step.probed:
+                begun.append((step, self._clock.mark()))
+
+        def end(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+            if not begun:
+                return
+            step, mark = begun.pop()
+            if step is self._current:
+                step.spans.append((key, mark, self._clock.mark()))
+            else:
+                begun.clear()
+
+        self._pre(module, begin)
+        self._post(module, end)
+
+    def _attach_layer_memory(self, position: int, module: nn.Module) -> None:
+        if not self._memory.sees_device or not self.options.probe_every:
+            return
+        base: list[int] = [0]
+
+        def begin(module: nn.Module, args: Any, kwargs: Any) -> None:
+            step = self._current
+            if step is not None and step.probed:
+                step.peak_bytes = max(step.peak_bytes, self._memory.peak_bytes())
+                self._memory.reset_peak()
+                base[0] = self._memory.allocated_bytes()
+
+        def end(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+            step = self._current
+            if step is not None and step.probed:
+                peak = self._memory.peak_bytes()
+                step.peak_bytes = max(step.peak_bytes, peak)
+                step.layer_peaks[position] = peak - base[0]
+
+        self._pre(module, begin)
+        self._post(module, end)
+
+    # -- steps --------------------------------------------------------------------------------
+
+    def _top_begins(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        self._top_depth += 1
+
+    def _top_ends(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        self._top_depth = max(0, self._top_depth - 1)
+        if self._top_depth == 0 and self._current is not None:
+            if output is None:
+                self._discard_open_step()
+            else:
+                self._close_step()
+
+    def _stack_begins(self, stack: str, module: nn.Module, args: Any, kwargs: Any) -> None:
+        self._raise_pending()
+        if self._current is not None:
+            if stack in self._open:
+                self._discard_open_step()
+            else:
+                self._close_step()
+        tokens = token_argument(args, kwargs)
+        if tokens is None:
+            return
+        shape = token_shape(tokens)
+        past, past_length = cache_argument(kwargs, generating=self._tracker.generation is not None)
+        if stack == "encoder":
+            past, past_length = None, 0
+        episode, new = self._tracker.enter(stack, shape, past, past_length)
+        kind = (stack, shape[1] > 1)
+        order = self._kind_counts.get(kind, 0)
+        self._kind_counts[kind] = order + 1
+        probe_every = self.options.probe_every
+        beam_index, self._beam_index = self._beam_index, None
+        mask = kwargs.get("attention_mask")
+        self._note_kernels(stack, shape)
+        capture = StepCapture(
+            step=self._step,
+            stack=stack,
+            episode=episode,
+            new_episode=new,
+            shape=shape,
+            past_length=past_length,
+            mask=mask.detach() if is_matrix(mask) else None,
+            token_ids=tokens.detach() if is_matrix(tokens) else None,
+            beam_index=beam_index if stack == "decoder" else None,
+            start_s=time.perf_counter() - self._t0,
+            probed=bool(probe_every) and order % probe_every == 0,
+            score=self.options.mode == "score",
+        )
+        self._open[stack] = capture
+        self._current = capture
+        if self._memory.sees_device:
+            self._memory.reset_peak()
+        if isinstance(self._clock, CudaClock):
+            capture.device_start = self._clock.mark()
+        capture.host_start = time.perf_counter_ns()
+
+    def _stack_ends(
+        self, stack: str, module: nn.Module, args: Any, kwargs: Any, output: Any
+    ) -> None:
+        capture = self._open.get(stack)
+        if capture is None or capture is not self._current:
+            return
+        if output is None:
+            self._discard_open_step()
+            return
+        self._tracker.remember(getattr(output, "past_key_values", None), capture.episode)
+        # The head still belongs to the pass when the outermost module is running.
+        if self._top_depth == 0 or stack == "encoder":
+            self._close_step()
+
+    def _discard_open_step(self) -> None:
+        """Forgets a pass that raised: it never became a step."""
+        self._current = None
+        self._open.clear()
+        self._unfinished_steps += 1
+
+    def _close_step(self) -> None:
+        capture = self._current
+        assert capture is not None
+        capture.host_end = time.perf_counter_ns()
+        if isinstance(self._clock, CudaClock):
+            capture.device_end = self._clock.mark()
+        capture.memory = self._memory.read()
+        self._current = None
+        self._open.pop(capture.stack, None)
+        self._step += 1
+        with self._queue_lock:
+            self._queue.append(capture)
+            self._queued_bytes += capture.size_bytes
+            waiting = self._queued_bytes
+        now = time.perf_counter()
+        if waiting > DRAIN_BYTES or now - self._last_drain > self.options.flush_interval_s / 2:
+            self._drain()
+
+    def _note_kernels(self, stack: str, shape: tuple[int, int]) -> None:
+        config = getattr(self.model, "config", None)
+        name = getattr(config, "_experts_implementation", None)
+        if isinstance(name, str):
+            phase = "encode" if stack == "encoder" else ("prefill" if shape[1] > 1 else "decode")
+            self._kernels.setdefault(phase, set()).add(name)
+
+    # -- generate -----------------------------------------------------------------------------
+
+    def _wrap_generate(self) -> None:
+        original = getattr(self.model, "generate", None)
+        if not callable(original):
+            return
+
+        @functools.wraps(original)
+        def generate(*args: Any, **kwargs: Any) -> Any:
+            if self._tracker.generation is not None:
+                return original(*args, **kwargs)
+            self._tracker.begin_generation(describe_generation(self.model, args, kwargs))
+            result = None
+            try:
+                result = original(*args, **kwargs)
+                return result
+            finally:
+                ended = self._tracker.end_generation()
+                if ended is not None:
+                    sequences = getattr(result, "sequences", result)
+                    with self._queue_lock:
+                        self._queue.append(
+                            _Ended(
+                                generation=ended,
+                                sequences=sequences
+                                if isinstance(sequences, torch.Tensor)
+                                else None,
+                                end_s=time.perf_counter() - self._t0,
+                            )
+                        )
+
+        had_own = "generate" in self.model.__dict__
+        self.model.__dict__["generate"] = generate
+
+        def undo() -> None:
+            if had_own:
+                self.model.__dict__["generate"] = original
+            else:
+                self.model.__dict__.pop("generate", None)
+
+        self._restore.append(undo)
+
+    def _wrap_reorder(self) -> None:
+        """Notes which beam each row continues, where the cache is reordered."""
+        cache_utils = sys.modules.get("transformers.cache_utils")
+        if cache_utils is None:
+            return
+        for name in ("Cache", "EncoderDecoderCache"):
+            owner = getattr(cache_utils, name, None)
+            original = owner.__dict__.get("reorder_cache") if owner is not None else None
+            if original is None:
+                continue
+            self._wrap_method(owner, original)
+
+    def _wrap_method(self, owner: Any, original: Any) -> None:
+        recorder = self
+
+        @functools.wraps(original)
+        def reorder_cache(cache: Any, beam_idx: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+            if recorder._tracker.generation is not None:
+                recorder._beam_index = beam_idx.detach().reshape(-1)
+            return original(cache, beam_idx, *args, **kwargs)
+
+        owner.reorder_cache = reorder_cache
+        self._restore.append(lambda: setattr(owner, "reorder_cache", original))
+
+    # -- writing ------------------------------------------------------------------------------
+
+    def _raise_pending(self) -> None:
+        if self._error is not None:
+            error, self._error = self._error, None
+            raise error
+
+    def _watch(self) -> None:
+        """Commits what waits when the model pauses or one pass takes long."""
+        interval = self.options.flush_interval_s
+        while not self._wake.wait(interval / 5):
+            if time.perf_counter() - self._last_drain < interval * 0.8:
+                continue
+            try:
+                self._drain()
+            except BaseException as error:
+                self._error = error
+                return
+
+    def _drain(self, *, closing: bool = False) -> None:
+        """Writes every queued step and commits."""
+        with self._drain_lock:
+            if self._error is not None:
+                self._raise_pending()
+            self._last_drain = time.perf_counter()
+            while True:
+                with self._queue_lock:
+                    if not self._queue:
+                        break
+                    if self._writer is None and not self._ready(closing):
+                        return
+                    item = self._queue.popleft()
+                    if isinstance(item, StepCapture):
+                        self._queued_bytes -= item.size_bytes
+                if isinstance(item, StepCapture):
+                    self._write_step(item)
+                else:
+                    self._write_end(item)
+            if self._writer is not None:
+                self._write_devices()
+                self._writer.commit()
+
+    def _ready(self, closing: bool) -> bool:
+        """Says whether the geometry of every site is known, so that the trace can be opened."""
+        if closing:
+            return True
+        seen = {site for item in self._queue if isinstance(item, StepCapture)
+                for site in item.routing}  # fmt: skip
+        for site, found in enumerate(self.found):
+            if site in seen:
+                continue
+            try:
+                site_search.declared_top_k(self.model, found)
+            except CaptureError:
+                return False
+        return True
+
+    def _open_writer(self, first: StepCapture) -> TraceWriter:
+        top_k: dict[int, int] = {}
+        with self._queue_lock:
+            captures = [first, *(c for c in self._queue if isinstance(c, StepCapture))]
+        for capture in captures:
+            for site, raws in capture.routing.items():
+                if site not in top_k:
+                    host = tuple(t.to("cpu") for t in raws[0])
+                    found = self.found[site]
+                    top_k[site] = found.adapter.decode(host, found.modules).experts.shape[1]
+        self._sites = site_search.geometry(self.model, self.found, top_k)
+        return TraceWriter.create(
+            self._path,
+            self._info(self._sites),
+            rank=_rank(),
+            force=self.options.force,
+            flush_interval_s=self.options.flush_interval_s,
+        )
+
+    def _info(self, sites: Sequence[Site]) -> TraceInfo:
+        options = self.options
+        config = getattr(self.model, "config", None)
+        task = options.task or ("mt" if getattr(config, "is_encoder_decoder", False) else "lm")
+        name = options.name or getattr(config, "_name_or_path", "") or type(self.model).__name__
+        dtype = next((str(p.dtype).removeprefix("torch.") for p in self.model.parameters()), "")
+        random_weights = options.random_weights or bool(
+            getattr(self.model, "random_weights", False)
+        )
+        return TraceInfo(
+            created=self._created,
+            model=ModelInfo(
+                name=name,
+                architecture=type(self.model).__name__,
+                task=task,
+                revision=options.revision,
+                weight_hash=options.weight_hash,
+                dtype=dtype,
+                num_layers=dict(self.anatomy.num_layers),
+                static_bytes=static_bytes(self.anatomy, self.found),
+                random_weights=random_weights,
+                fixes=options.fixes,
+            ),
+            sites=tuple(sites),
+            mode=options.mode,
+            command=options.command or "moeprof.record(model, path)",
+            ranks=_rank_infos(),
+            hardware=hardware(self.device),
+            versions=versions(),
+            notes=options.notes,
+            settings={
+                "probe_every": options.probe_every,
+                "scores": options.scores,
+                "timing": options.timing,
+                "device_interval_s": options.device_interval_s,
+                "flush_interval_s": options.flush_interval_s,
+                "device_meter": self._sampler.meter.reason if self._sampler else "",
+            },
+        )
+
+    def _final_facts(self) -> Mapping[str, Any]:
+        """Returns the fields of `TraceInfo` that are known only at the end."""
+        observed = self._observed
+        sites = []
+        for site in self._sites or []:
+            rule = observed.scoring.get(site.site)
+            order = "none"
+            if observed.by_weight.get(site.site, site.top_k == 1):
+                order = "by_weight"
+            elif observed.by_score.get(site.site, False):
+                order = "by_score"
+            changes: dict[str, Any] = {"slot_order": order}
+            if rule is not None:
+                changes |= {
+                    "scoring": rule.scoring,
+                    "renormalized": rule.renormalized,
+                    "scaling_factor": rule.scaling_factor,
+                }
+            sites.append(replace(site, **changes))
+        notes = list(self.options.notes)
+        if observed.execution_note is not None:
+            notes.append(
+                f"Executed rows disagree with routed rows in {observed.num_executed_disagreeing} "
+                f"of {observed.num_executed_checked} dispatches that were checked: "
+                f"{observed.execution_note}."
+            )
+        return {
+            "sites": tuple(sites),
+            "notes": tuple(notes),
+            "kernels": {phase: "+".join(sorted(names)) for phase, names in self._kernels.items()},
+            "capture": CaptureCounts(
+                num_sites=len(self.found),
+                num_calls_expected=observed.num_calls_expected,
+                num_calls_seen=observed.num_calls_seen,
+                num_tokens_seen=observed.num_tokens_seen,
+                num_tokens_recorded=observed.num_tokens_recorded,
+                num_tokens_dropped=observed.num_tokens_dropped,
+                num_padded_tokens=observed.num_padded_tokens,
+                num_executed_checked=observed.num_executed_checked,
+                num_executed_disagreeing=observed.num_executed_disagreeing,
+                execution_note=observed.execution_note,
+            ),
+        }
+
+    def _write_step(self, capture: StepCapture) -> None:
+        if self._writer is None:
+            self._writer = self._open_writer(capture)
+        assert self._sites is not None
+        view = ModelView(
+            found=self.found,
+            sites=self._sites,
+            layers=self.anatomy.layers,
+            clock=self._clock,
+            with_scores=self.options.scores,
+        )
+        unit, _ = build_unit(capture, view, self._observed)
+        starts_request = capture.new_episode and (
+            capture.stack == "encoder" or len(self.anatomy.stacks) == 1
+        )
+        if starts_request:
+            unit["requests"] = self._start_requests(capture)
+        self._writer.append(unit)
+
+    def _start_requests(self, capture: StepCapture) -> dict[str, Any]:
+        episode = capture.episode
+        prompt = episode.prompt_tokens()
+        task = self._writer.info.model.task if self._writer is not None else "lm"
+        running = _Running(episode=episode, arrival_s=capture.start_s)
+        for offset in range(episode.num_requests):
+            request = episode.first_request + offset
+            label = self._tracker.labels.pop(request, RequestLabel())
+            running.rows[request] = {
+                "request": request,
+                "task": task,
+                "domain": label.domain,
+                "language": label.language,
+                "source_language": label.source_language,
+                "prompt_id": label.prompt_id,
+                "num_prompt_tokens": int(prompt[offset]) if offset < len(prompt) else None,
+                "num_output_tokens": None,
+                "num_sequences": episode.sequences_per_request,
+                "arrival_s": capture.start_s,
+                "end_s": None,
+                "slo_ms": label.slo_ms,
+            }
+        self._running[episode.first_request] = running
+        return _columns(running.rows.values())
+
+    def _write_end(self, ended: _Ended) -> None:
+        episodes = ended.generation.episodes
+        decoder = episodes.get("decoder") or next(iter(episodes.values()), None)
+        if decoder is None or self._writer is None:
+            return
+        running = self._running.pop(decoder.first_request, None)
+        if running is None:
+            return
+        counts = output_tokens(ended.sequences, decoder)
+        for offset, row in enumerate(running.rows.values()):
+            row["num_output_tokens"] = int(counts[offset]) if offset < len(counts) else None
+            row["end_s"] = ended.end_s
+            row["num_sequences"] = decoder.sequences_per_request
+        self._writer.append({"requests": _columns(running.rows.values())})
+
+    def _write_devices(self) -> None:
+        if self._sampler is None or self._writer is None:
+            return
+        rows = self._sampler.drain()
+        if rows:
+            self._writer.append({"devices": _columns(rows)})
+
+
+def record(model: nn.Module, path: str | Path, **options: Any) -> Recorder:
+    """Returns a context manager that records ``model`` into a trace while it is entered.
+
+    Example::
+
+        with moeprof.record(model, "run.moeprof"):
+            model.generate(**inputs)
+
+    Args:
+        model: Any Hugging Face MoE model; or a plain torch module, see `moeprof.register`.
+        path: Where the trace goes.
+        **options: Fields of `RecorderOptions`.
+
+    Raises:
+        CaptureError: The model has no MoE layer that can be seen.
+        MoeprofError: An option is unknown.
+    """
+    try:
+        settings = RecorderOptions(**options)
+    except TypeError as error:
+        raise MoeprofError(
+            f"record: {str(error).split('__init__() ')[-1]}",
+            hint=f"options are: {', '.join(RecorderOptions.__dataclass_fields__)}",
+        ) from error
+    return Recorder(model, path, settings)
+
+
+def _columns(rows: Any) -> dict[str, Any]:
+    rows = list(rows)
+    return {name: np.array([row[name] for row in rows], dtype=object) for name in rows[0]}
+
+
+def _device_of(model: nn.Module) -> torch.device:
+    devices = {p.device for p in model.parameters() if p.device.type != "meta"}
+    cuda = sorted((d for d in devices if d.type == "cuda"), key=str)
+    if cuda:
+        return cuda[0]
+    return next(iter(devices), torch.device("cpu"))
+
+
+def _rank() -> int:
+    distributed = torch.distributed
+    if distributed.is_available() and distributed.is_initialized():
+        return int(distributed.get_rank())
+    return 0
+
+
+def _rank_infos() -> tuple[RankInfo, ...]:
+    distributed = torch.distributed
+    if distributed.is_available() and distributed.is_initialized():
+        size = int(distributed.get_world_size())
+        return tuple(RankInfo(rank=rank, world_size=size) for rank in range(size))
+    return (RankInfo(),)

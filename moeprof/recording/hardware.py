@@ -16,6 +16,7 @@ from moeprof.recording.devices import open_meter
 from moeprof.trace.schema import Hardware
 
 _PACKAGES = ("torch", "transformers", "numpy", "pyarrow")
+_RECORDING_PACKAGES = ("torch", "transformers", "accelerate", "safetensors", "tokenizers")
 
 
 def hardware(device: Any = "cpu") -> Hardware:
@@ -61,6 +62,39 @@ def versions() -> dict[str, str]:
     if torch is not None and torch.version.cuda is not None:
         found["cuda"] = torch.version.cuda
     return found
+
+
+def capabilities() -> dict[str, Any]:
+    """Returns what can be recorded on this machine."""
+    missing = [name for name in _RECORDING_PACKAGES if package_version(name) is None]
+    cuda_devices: list[str] = []
+    if "torch" not in missing:
+        import torch
+
+        cuda_devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    meter = open_meter()
+    samples = meter.sample()
+    meter.close()
+
+    def metered(name: str) -> bool:
+        return any(getattr(sample, name) is not None for sample in samples)
+
+    return {
+        **versions(),
+        "cpu": cpu_name(),
+        "cpus": num_cpus(),
+        "memory_bytes": host_memory_bytes(),
+        "can_record": not missing,
+        "missing": [f"{name}: pip install 'moeprof[record]'" for name in missing],
+        "cuda_devices": cuda_devices,
+        "gpu_meter": meter.reason or f"NVIDIA driver {meter.driver}",
+        "utilization": metered("utilization_pct"),
+        "device_memory": metered("memory_used_bytes"),
+        "power": metered("power_w"),
+        "energy_counter": metered("energy_j"),
+        "pcie_counters": metered("pcie_rx_bytes"),
+        "process_memory": package_version("psutil") is not None,
+    }
 
 
 def package_version(name: str) -> str | None:

@@ -1,0 +1,570 @@
+"""The command line: parse, call, print, exit.
+
+Commands import what they need when they run, so that `--help` stays quick. Machine output goes to
+stdout, talk and progress to stderr. Leaves out every computation: the verbs call the functions of
+the same name.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import logging
+import sys
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path, PurePath
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+from moeprof.errors import (
+    EXIT_BAD_TRACE,
+    EXIT_ERROR,
+    EXIT_USAGE,
+    MissingExtraError,
+    MoeprofError,
+    TraceError,
+)
+
+if TYPE_CHECKING:
+    from moeprof.trace.validator import CheckResult
+
+EXIT_INTERRUPTED = 130
+TRACE_SUFFIX = ".moeprof"
+FORMATS = ("html", "md", "json")
+DEFAULT_FORMATS = ("html", "json")
+FIXES = ("nllb-dispatch", "none")
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+_SCRIPT_KEY = "moeprof.script"
+_SCRIPT_OPTIONS = ("fixes", "scores")
+_EXTRA_PACKAGES = ("accelerate", "psutil", "safetensors", "tokenizers", "torch", "transformers")
+_NUM_FINDINGS = 3
+_LABEL_WIDTH = 28
+_MIB = 1 << 20
+_GIB = 1 << 30
+
+AnyCommand = TypeVar("AnyCommand", bound=Callable[..., Any])
+
+
+@dataclass
+class Talk:
+    """How much is said on stderr.
+
+    Attributes:
+        quiet: Results and errors only.
+        verbose: Tracebacks and log messages too.
+    """
+
+    quiet: bool = False
+    verbose: bool = False
+
+    def say(self, text: str = "") -> None:
+        """Prints talk."""
+        if not self.quiet:
+            click.echo(text, err=True)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command line and returns its exit code.
+
+    Args:
+        arguments: What follows the program's name; those of this process when None.
+    """
+    talk = Talk()
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    try:
+        code = cli.main(args=arguments, prog_name="moeprof", standalone_mode=False, obj=talk)
+    except click.UsageError as error:
+        where = error.ctx.command_path if error.ctx is not None else "moeprof"
+        return _fail(talk, error.format_message(), f"{where} --help", EXIT_USAGE)
+    except click.ClickException as error:
+        return _fail(talk, error.format_message(), "", EXIT_ERROR)
+    except click.Abort:
+        return _fail(talk, "interrupted", "", EXIT_INTERRUPTED)
+    except MoeprofError as error:
+        return _fail(talk, error.message, error.hint, error.exit_code)
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        if error.strerror is None:
+            return _unexpected(talk, error)
+        name = f": {error.filename}" if error.filename else ""
+        return _fail(talk, f"{error.strerror.lower()}{name}", "", EXIT_ERROR)
+    # The last resort before the terminal: whatever it was, one line and a way to see more.
+    except Exception as error:
+        return _unexpected(talk, error)
+    return code if isinstance(code, int) else 0
+
+
+def _fail(talk: Talk, message: str, hint: str, code: int) -> int:
+    if talk.verbose:
+        click.echo(traceback.format_exc().rstrip(), err=True)
+    click.echo(f"error: {_one_line(message)}", err=True)
+    if hint:
+        click.echo(f"hint: {_one_line(hint)}", err=True)
+    return code
+
+
+def _unexpected(talk: Talk, error: Exception) -> int:
+    text = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+    hint = "" if talk.verbose else "run it again with -v to see where this happened"
+    return _fail(talk, text, hint, EXIT_ERROR)
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())
+
+
+def _talkative(command: AnyCommand) -> AnyCommand:
+    """Adds -q and -v, which every command and the program itself take."""
+
+    def setter(name: str) -> Callable[[click.Context, click.Parameter, bool], None]:
+        def set_flag(context: click.Context, _: click.Parameter, value: bool) -> None:
+            if value:
+                setattr(context.ensure_object(Talk), name, True)
+                if name == "verbose":
+                    logging.basicConfig(level=logging.INFO, stream=sys.stderr)
+
+        return set_flag
+
+    for flags, name, text in (
+        (("-v", "--verbose"), "verbose", "Show log messages and tracebacks."),
+        (("-q", "--quiet"), "quiet", "Print results and errors only."),
+    ):
+        command = click.option(
+            *flags,
+            is_flag=True,
+            is_eager=True,
+            expose_value=False,
+            callback=setter(name),
+            help=text,
+        )(command)
+    return command
+
+
+class _RecordCommand(click.Command):
+    """`record`, whose `--` starts a program: click would swallow it."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Keeps what follows `--` apart and parses the rest."""
+        if "--" in args:
+            at = args.index("--")
+            ctx.meta[_SCRIPT_KEY] = args[at + 1 :]
+            args = args[:at]
+        return super().parse_args(ctx, args)
+
+
+class _VerbGroup(click.Group):
+    """A group that answers an unknown verb with the verbs there are."""
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """Returns the command that ``args`` name."""
+        name = args[0]
+        if name not in self.commands and not name.startswith("-"):
+            raise click.UsageError(
+                f"there is no command '{name}'; the commands are {', '.join(self.commands)}", ctx
+            )
+        return super().resolve_command(ctx, args)
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """Returns the verbs in the order people meet them."""
+        return list(self.commands)
+
+
+def _print_version(context: click.Context, _: click.Parameter, value: bool) -> None:
+    if value:
+        from moeprof import __version__
+
+        click.echo(f"moeprof {__version__}")
+        context.exit()
+
+
+@click.group(cls=_VerbGroup, context_settings={"help_option_names": ["-h", "--help"]})
+@click.option(
+    "--version",
+    is_flag=True,
+    is_eager=True,
+    expose_value=False,
+    callback=_print_version,
+    help="Print the version.",
+)
+@_talkative
+def cli() -> None:
+    r"""Characterize Mixture-of-Experts inference.
+
+    Record what the experts of a language or translation model do, check the trace, report on it:
+
+    \b
+      moeprof record zoo:lm
+      moeprof report zoo-lm.moeprof
+    """
+
+
+@cli.command(cls=_RecordCommand)
+@click.argument("model", required=False)
+@click.option("--task", type=click.Choice(("lm", "mt")), help="What the model does; guessed.")
+@click.option(
+    "--prompts",
+    type=click.Path(exists=True, dir_okay=False),
+    help="Prompts: text, one a line, or JSON lines with text, domain and language.",
+)
+@click.option("--batch-size", type=click.IntRange(min=1), help="Prompts per batch.")
+@click.option("--max-new-tokens", type=click.IntRange(min=1), help="Most tokens to generate.")
+@click.option("--num-beams", type=click.IntRange(min=1), help="Beams of beam search.")
+@click.option("--score", is_flag=True, help="Teacher-forced scoring instead of generation.")
+@click.option("--limit", type=click.IntRange(min=1), help="Most prompts to run.")
+@click.option("-o", "--output", type=click.Path(), help="The trace; named after the model.")
+@click.option("--force", is_flag=True, help="Replace an existing trace.")
+@click.option(
+    "--device", type=click.Choice(("auto", "cpu", "cuda")), default="auto", show_default=True
+)
+@click.option("--dtype", type=click.Choice(DTYPES), default="auto", show_default=True)
+@click.option(
+    "--fix",
+    "fixes",
+    multiple=True,
+    type=click.Choice(FIXES),
+    help="Correct a known fault of the model's code; may be repeated.",
+)
+@click.option("--no-profile", is_flag=True, help="Skip the short pass that times kernels.")
+@click.option("--scores", is_flag=True, help="Also store the scores of all experts.")
+@click.option("--dry-run", is_flag=True, help="Say what would be recorded, and stop.")
+@click.option("--report", "with_report", is_flag=True, help="Write the report too.")
+@_talkative
+@click.pass_context
+def record(
+    context: click.Context,
+    /,
+    model: str | None,
+    *,
+    output: str | None,
+    force: bool,
+    with_report: bool,
+    dry_run: bool,
+    **options: Any,
+) -> int:
+    r"""Record a model into a trace.
+
+    MODEL is zoo:lm, zoo:mt, a local folder or a hub id. A program that builds a model itself is
+    recorded with:
+
+    \b
+      moeprof record [-o TRACE] -- python my_script.py ARGUMENTS
+
+    A trace is as sensitive as the text it was made from, although it stores no text: expert
+    choices give tokens away.
+    """
+    talk = context.ensure_object(Talk)
+    script: list[str] | None = context.meta.get(_SCRIPT_KEY)
+    if script is not None:
+        path = _script_output(context, script, model=model, output=output)
+    elif model is None:
+        raise click.UsageError("name a MODEL, or a program after --", context)
+    else:
+        path = Path(output or default_output(model))
+    if not dry_run:
+        _refuse_existing(path, force=force)
+    options["fixes"] = tuple(options["fixes"])
+    options["profile"] = not options.pop("no_profile")
+    given = {name: value for name, value in options.items() if value is not None}
+    with _extra("record", "recording a model"):
+        if script is not None:
+            code = _record_script(script, path, force=force, given=given)
+            if code:
+                return code
+        else:
+            _record_model(talk, path, model=model, force=force, dry_run=dry_run, **given)
+    if not dry_run:
+        _finish_recording(talk, path, with_report=with_report, force=force)
+    return 0
+
+
+def _record_model(talk: Talk, path: Path, *, dry_run: bool, **options: Any) -> None:
+    from moeprof.recording.session import RecordOptions, record_model
+
+    with _progress(talk) as progress:
+        summary = record_model(
+            RecordOptions(output=str(path), dry_run=dry_run, progress=progress, **options)
+        )
+    for line in summary.lines():
+        if dry_run:
+            click.echo(line)
+        else:
+            talk.say(line)
+
+
+def _record_script(script: Sequence[str], path: Path, *, force: bool, given: dict[str, Any]) -> int:
+    from moeprof.recording.script import record_script
+
+    kept = {name: given[name] for name in _SCRIPT_OPTIONS if name in given}
+    return record_script(list(script), str(path), force=force, **kept)
+
+
+def _script_output(
+    context: click.Context, script: Sequence[str], *, model: str | None, output: str | None
+) -> Path:
+    """Returns where the trace of a program goes, once the arguments make sense."""
+    if model is not None:
+        raise click.UsageError(f"name a MODEL or a program after --, not both: '{model}'", context)
+    if not script:
+        raise click.UsageError("no program follows --", context)
+    for parameter in context.command.params:
+        name = parameter.name or ""
+        source = context.get_parameter_source(name)
+        typed = source is not None and source.name == "COMMANDLINE"
+        if typed and name not in (*_SCRIPT_OPTIONS, "output", "force", "with_report", "model"):
+            raise click.UsageError(
+                f"{parameter.opts[-1]} is for a MODEL; a program decides that itself", context
+            )
+    return Path(output or default_script_output(script))
+
+
+def default_output(model: str) -> str:
+    """Returns the name of the trace of ``model``: a folder, a hub id or ``zoo:NAME``."""
+    name = model if ":" in model else PurePath(model).name or Path(model).resolve().name
+    return name.replace(":", "-").replace("/", "-") + TRACE_SUFFIX
+
+
+def default_script_output(script: Sequence[str]) -> str:
+    """Returns the name of the trace of a program: the script's or the module's."""
+    module = [after for flag, after in itertools.pairwise(script) if flag == "-m"]
+    files = [PurePath(word).stem for word in script if word.endswith(".py")]
+    name = (module or files or [PurePath(script[0]).name])[0]
+    return name.replace(".", "-") + TRACE_SUFFIX
+
+
+def _refuse_existing(path: Path, *, force: bool) -> None:
+    """Refuses an output that exists, before anything takes time."""
+    if path.exists() and not force:
+        raise MoeprofError(
+            f"{path} exists", hint="choose another name (-o), or replace it with --force"
+        )
+
+
+def _finish_recording(talk: Talk, path: Path, *, with_report: bool, force: bool) -> None:
+    """Says what stands out in a new trace and what to do next."""
+    from moeprof.reporting import report as characterize
+
+    page = characterize([path])
+    findings = page.findings[:_NUM_FINDINGS]
+    for finding in findings:
+        talk.say(f"  - {finding.text}")
+    talk.say(f"Wrote {path}")
+    if with_report:
+        _save(talk, page, path.with_suffix(""), DEFAULT_FORMATS, force=force)
+    else:
+        talk.say(f"Next: moeprof report {path}")
+
+
+@cli.command()
+@click.argument("traces", nargs=-1, required=True, metavar="TRACE...")
+@click.option("-o", "--output", type=click.Path(), help="The page; named after the trace.")
+@click.option(
+    "-f",
+    "--format",
+    "formats",
+    multiple=True,
+    type=click.Choice(FORMATS),
+    help="May be repeated; by default what OUTPUT ends in, else html and json.",
+)
+@click.option("--force", is_flag=True, help="Replace existing files.")
+@_talkative
+@click.pass_context
+def report(
+    context: click.Context,
+    traces: tuple[str, ...],
+    *,
+    output: str | None,
+    formats: tuple[str, ...],
+    force: bool,
+) -> int:
+    """Characterize traces on one page.
+
+    TRACE is a trace, or sample:lm or sample:mt. The page needs no network; the same numbers are
+    in the JSON file.
+    """
+    talk = context.ensure_object(Talk)
+    base, formats = report_files(traces, output=output, formats=formats)
+    for each in formats:
+        _refuse_existing(_with_format(base, each), force=force)
+    from moeprof.reporting import report as characterize
+
+    page = characterize(list(traces))
+    _save(talk, page, base, formats, force=force)
+    return 0
+
+
+def report_files(
+    traces: Sequence[str], *, output: str | None, formats: Sequence[str]
+) -> tuple[Path, tuple[str, ...]]:
+    """Returns where a report goes: the path less its suffix, and the formats.
+
+    Args:
+        traces: What is reported on.
+        output: What the caller asked for: a file, with or without suffix, or a folder.
+        formats: The formats the caller asked for.
+    """
+    local = [trace for trace in traces if ":" not in trace]
+    folder = Path(local[0]).parent if local else Path()
+    stem = PurePath(traces[0]).name.removesuffix(TRACE_SUFFIX).replace(":", "-")
+    base = folder / (stem if len(traces) == 1 else "report")
+    if output is not None and Path(output).is_dir():
+        base = Path(output) / base.name
+    elif output is not None:
+        base = Path(output)
+        suffix = base.suffix.removeprefix(".")
+        if suffix in FORMATS:
+            base = base.with_suffix("")
+            formats = formats or (suffix,)
+    return base, tuple(dict.fromkeys(formats or DEFAULT_FORMATS))
+
+
+def _with_format(base: Path, name: str) -> Path:
+    return base.with_name(f"{base.name}.{name}")
+
+
+def _save(talk: Talk, page: Any, base: Path, formats: Sequence[str], *, force: bool) -> None:
+    """Writes a report, its data first."""
+    for name in sorted(formats, key=lambda each: each != "json"):
+        path = _with_format(base, name)
+        _refuse_existing(path, force=force)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        page.save(path)
+        talk.say(f"Wrote {path}")
+
+
+@cli.command()
+@click.argument("traces", nargs=-1, required=True, metavar="TRACE...")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@_talkative
+@click.pass_context
+def check(context: click.Context, traces: tuple[str, ...], *, as_json: bool) -> int:
+    """Check that traces are whole and make sense.
+
+    Exits with 3 when one of them has an error; warnings and notes do not count.
+    """
+    from moeprof.trace.validator import check as check_trace
+
+    talk = context.ensure_object(Talk)
+    checked: list[dict[str, Any]] = []
+    for trace in traces:
+        try:
+            checked.append({"trace": trace, **_check_facts(check_trace(trace))})
+        except TraceError as error:
+            problem = {"code": "unreadable", "severity": "error", "message": error.message}
+            checked.append({"trace": trace, "ok": False, "problems": [problem]})
+    if as_json:
+        click.echo(json.dumps(checked, indent=2))
+    else:
+        for entry in checked:
+            for line in _check_lines(entry, talk):
+                click.echo(line)
+    return 0 if all(entry["ok"] for entry in checked) else EXIT_BAD_TRACE
+
+
+def _check_facts(result: CheckResult) -> dict[str, Any]:
+    from dataclasses import asdict
+
+    return {"ok": result.ok, "problems": [asdict(problem) for problem in result.problems]}
+
+
+def _check_lines(entry: dict[str, Any], talk: Talk) -> Iterator[str]:
+    counts: dict[str, int] = {}
+    for problem in entry["problems"]:
+        counts[problem["severity"]] = counts.get(problem["severity"], 0) + 1
+    said = ", ".join(f"{n} {name}{'s' * (n != 1)}" for name, n in counts.items())
+    verdict = "ok" if entry["ok"] else "not ok"
+    yield f"{entry['trace']}: {verdict}" + (f" ({said})" if said else "")
+    for problem in entry["problems"]:
+        if talk.quiet and problem["severity"] != "error":
+            continue
+        where = f" [{problem['where']}]" if problem.get("where") else ""
+        yield f"  {problem['severity']:<8}{problem['code']}: {problem['message']}{where}"
+
+
+@cli.command()
+@click.argument("trace", required=False)
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@_talkative
+def info(trace: str | None, *, as_json: bool) -> int:
+    """Say what a trace holds, or what this machine can record.
+
+    Without TRACE: which parts of a recording are possible here, and what is missing for the rest.
+    """
+    if trace is None:
+        from moeprof.recording.hardware import capabilities
+
+        facts = capabilities()
+    else:
+        from moeprof.trace.facts import trace_facts
+        from moeprof.trace.reader import open_trace
+
+        facts = trace_facts(open_trace(trace))
+    if as_json:
+        click.echo(json.dumps(facts, indent=2))
+    else:
+        for name, value in facts.items():
+            for i, line in enumerate(_lines_of(value, is_bytes=name.endswith("_bytes"))):
+                label = "" if i else name.replace("_", " ")
+                click.echo(f"{label:<{_LABEL_WIDTH}}{line}")
+    return 0
+
+
+def _lines_of(value: Any, *, is_bytes: bool = False) -> list[str]:
+    """Returns a fact in words, one line each."""
+    if isinstance(value, bool):
+        return ["yes" if value else "no"]
+    if value is None:
+        return ["unknown"]
+    if is_bytes:
+        return [f"{value / _MIB:,.3g} MiB" if value < _GIB else f"{value / _GIB:,.1f} GiB"]
+    if isinstance(value, float):
+        return [f"{value:.3g}"]
+    if isinstance(value, dict):
+        return [f"{key}: {_lines_of(each)[0]}" for key, each in value.items()] or ["none"]
+    if isinstance(value, (list, tuple)):
+        return [str(each) for each in value] or ["none"]
+    return [f"{value:,}" if isinstance(value, int) else str(value)]
+
+
+@contextmanager
+def _extra(extra: str, purpose: str) -> Iterator[None]:
+    """Turns a missing optional package into an error that says how to get it."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        package = (error.name or "").partition(".")[0]
+        if package not in _EXTRA_PACKAGES:
+            raise
+        raise MissingExtraError(package, extra=extra, purpose=purpose) from error
+
+
+@contextmanager
+def _progress(talk: Talk) -> Iterator[Callable[[str, int, int], None]]:
+    """Yields ``show(label, done, total)``, a progress bar on a terminal's stderr."""
+    bars: dict[str, Any] = {}
+    hidden = talk.quiet or not sys.stderr.isatty()
+
+    def finish() -> None:
+        for bar in bars.values():
+            bar.render_finish()
+        bars.clear()
+
+    def show(label: str, done: int, total: int) -> None:
+        if hidden:
+            return
+        if label not in bars:
+            finish()
+            bars[label] = click.progressbar(length=total, label=label, file=sys.stderr)
+            bars[label].render_progress()
+        bars[label].update(done - bars[label].pos)
+
+    try:
+        yield show
+    finally:
+        finish()

@@ -28,8 +28,8 @@ def _build(model_class: str, config_class: str, **settings: Any) -> torch.nn.Mod
     model = getattr(transformers, model_class)(config)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
-        # Fresh models route near-uniformly with near-zero outputs; wider weights make routing
-        # decisive and interventions visible. Zero-initialised routers would make every choice a tie.
+        # Fresh models route near-uniformly with near-zero outputs; wider weights make
+        # routing decisive and interventions visible; zero-initialised routers would only tie.
         for name, parameter in model.named_parameters():
             if parameter.dim() > 1:
                 parameter.normal_(0.0, 0.3, generator=generator)

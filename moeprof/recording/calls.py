@@ -20,10 +20,12 @@ TOKEN_ARGUMENTS = ("input_ids", "inputs_embeds", "decoder_input_ids", "hidden_st
 
 
 def is_matrix(value: Any) -> bool:
+    """Says whether a value is a tensor of two dimensions."""
     return isinstance(value, torch.Tensor) and value.dim() == MATRIX_DIM
 
 
 def token_argument(args: Any, kwargs: Mapping[str, Any]) -> torch.Tensor | None:
+    """Returns token ids or embeddings a stack was called with; None where it got no tensor."""
     for name in TOKEN_ARGUMENTS:
         value = kwargs.get(name)
         if isinstance(value, torch.Tensor):
@@ -57,7 +59,7 @@ def cache_argument(kwargs: Mapping[str, Any], *, generating: bool) -> tuple[Any,
 
 
 def router_logits(output: Any, num_experts: int) -> torch.Tensor | None:
-    """Returns the router's scores over all experts, [T, E]: the first float output of that width."""
+    """Returns the router's scores over all experts, [T, E]; None where it shows none."""
     outputs = output if isinstance(output, (tuple, list)) else (output,)
     candidates = [
         o
@@ -75,6 +77,7 @@ def router_logits(output: Any, num_experts: int) -> torch.Tensor | None:
 
 
 def describe_generation(model: Any, args: Any, kwargs: Mapping[str, Any]) -> Generation:
+    """Returns what a call of `generate` says of its inputs and of the tokens that end it."""
     names = ("inputs", "input_ids", "inputs_embeds", "input_features")
     given = [args[0] if args else None, *(kwargs.get(name) for name in names)]
     inputs = next((value for value in given if isinstance(value, torch.Tensor)), None)

@@ -133,4 +133,4 @@ class RowWitness(TorchFunctionMode):
                 rows(name)[:] += int(values[0])
         if not per_weight:
             return None
-        return np.maximum.reduce(list(per_weight.values()))
+        return np.asarray(np.maximum.reduce(list(per_weight.values())))

@@ -7,13 +7,11 @@ models and prompts (`session`).
 
 from __future__ import annotations
 
-import functools
 import logging
-import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
@@ -28,22 +26,14 @@ from torch import nn
 from moeprof.errors import CaptureError, MoeprofError
 from moeprof.recording import sites as site_search
 from moeprof.recording.anatomy import Anatomy, anatomy, static_bytes
-from moeprof.recording.calls import (
-    cache_argument,
-    describe_generation,
-    is_matrix,
-    output_tokens,
-    router_logits,
-    token_argument,
-    token_shape,
-)
+from moeprof.recording.calls import output_tokens
 from moeprof.recording.devices import DeviceSampler, open_meter
-from moeprof.recording.execution import RowWitness
 from moeprof.recording.hardware import hardware, versions
+from moeprof.recording.hooks import GenerationEnd, Instrument, InstrumentSettings
 from moeprof.recording.memory import MemoryMeter
-from moeprof.recording.steps import ModelView, Observation, SpanKey, StepCapture, build_unit
-from moeprof.recording.timing import CudaClock, clock_for
-from moeprof.recording.tokens import Episode, Generation, RequestLabel, Tracker
+from moeprof.recording.steps import ModelView, Observation, StepCapture, build_unit
+from moeprof.recording.timing import clock_for
+from moeprof.recording.tokens import Episode, RequestLabel
 from moeprof.trace.schema import CaptureCounts, ModelInfo, RankInfo, Site, TraceInfo
 from moeprof.trace.writer import TraceWriter
 
@@ -93,15 +83,6 @@ class RecorderOptions:
 
 
 @dataclass
-class _Ended:
-    """A finished call of `generate`, in the queue behind its steps."""
-
-    generation: Generation
-    sequences: torch.Tensor | None
-    end_s: float
-
-
-@dataclass
 class _Running:
     """Requests that have started and not ended."""
 
@@ -134,35 +115,38 @@ class Recorder:
         self.anatomy: Anatomy = anatomy(model, self.found)
         self.device = _device_of(model)
         self._clock = clock_for(self.device)
-        self._memory = MemoryMeter(self.device)
-        self._tracker = Tracker(encoder_decoder=len(self.anatomy.stacks) > 1)
         self._path = Path(path)
-        self._handles: list[Any] = []
-        self._queue: deque[StepCapture | _Ended] = deque()
+        self._queue: deque[StepCapture | GenerationEnd] = deque()
         self._queued_bytes = 0
         self._queue_lock = threading.Lock()
         self._drain_lock = threading.RLock()
         self._wake = threading.Event()
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
-        self._open: dict[str, StepCapture] = {}
-        self._current: StepCapture | None = None
-        self._top_depth = 0
-        self._step = 0
-        self._kind_counts: dict[tuple[str, bool], int] = {}
-        self._kernels: dict[str, set[str]] = {}
-        self._beam_index: torch.Tensor | None = None
         self._observed = Observation()
         self._running: dict[int, _Running] = {}
         self._sites: list[Site] | None = None
         self._writer: TraceWriter | None = None
         self._sampler: DeviceSampler | None = None
-        self._last_drain = 0.0
-        self._t0 = 0.0
+        self._t0 = time.perf_counter()
+        self._last_drain = self._t0
         self._created = ""
         self._closed = False
-        self._restore: list[Callable[[], None]] = []
-        self._unfinished_steps = 0
+        self._instrument = Instrument(
+            model,
+            self.found,
+            self.anatomy,
+            clock=self._clock,
+            memory=MemoryMeter(self.device),
+            settings=InstrumentSettings(
+                timing=self.options.timing,
+                probe_every=self.options.probe_every,
+                scores=self.options.scores,
+                score=self.options.mode == "score",
+            ),
+            sink=self,
+            t0=self._t0,
+        )
 
     # -- life ---------------------------------------------------------------------------------
 
@@ -189,7 +173,7 @@ class Recorder:
     @property
     def num_requests(self) -> int:
         """Requests started so far."""
-        return self._tracker.num_requests
+        return self._instrument.tracker.num_requests
 
     @property
     def observed(self) -> Observation:
@@ -207,10 +191,9 @@ class Recorder:
             raise MoeprofError(
                 f"{self._path} exists", hint="choose another name (-o), or replace it with --force"
             )
-        self._t0 = time.perf_counter()
         self._created = datetime.now(UTC).isoformat(timespec="seconds")
-        self._last_drain = self._t0
-        self._attach()
+        self._last_drain = time.perf_counter()
+        self._instrument.attach()
         self._sampler = DeviceSampler(
             open_meter(), interval_s=self.options.device_interval_s, t0=self._t0, rank=_rank()
         )
@@ -227,7 +210,7 @@ class Recorder:
         """
         if self._closed:
             return
-        self._detach()
+        self._instrument.detach()
         try:
             self._drain(closing=True)
         except BaseException:
@@ -239,12 +222,13 @@ class Recorder:
             raise problem
 
     def abort(self) -> None:
-        """Detaches the hooks and keeps what was captured, marked incomplete. Never raises
-        over the exception that is under way.
+        """Detaches the hooks and keeps what was captured, marked incomplete.
+
+        Never raises over the exception that is under way.
         """
         if self._closed:
             return
-        self._detach()
+        self._instrument.detach()
         with suppress(Exception):
             self._drain(closing=True)
         with suppress(Exception):
@@ -252,7 +236,7 @@ class Recorder:
 
     def announce(self, labels: Sequence[RequestLabel]) -> None:
         """Labels the next requests to start, in order."""
-        self._tracker.announce(labels)
+        self._instrument.tracker.announce(labels)
 
     def _finish(self, *, complete: bool) -> None:
         self._closed = True
@@ -271,7 +255,7 @@ class Recorder:
         observed = self._observed
         where = f"; the incomplete trace is {self.path}" if self._writer is not None else ""
         if observed.num_calls_seen == 0:
-            ran = self._step + self._unfinished_steps
+            ran = self._instrument.num_steps + self._instrument.num_unfinished
             if ran == 0:
                 return CaptureError(
                     "nothing was captured: the model did not run while it was recorded",
@@ -295,348 +279,30 @@ class Recorder:
             )
         return None
 
-    # -- hooks --------------------------------------------------------------------------------
+    # -- writing ------------------------------------------------------------------------------
 
-    def _attach(self) -> None:
-        for stack, module in self.anatomy.stacks.items():
-            self._pre(module, functools.partial(self._stack_begins, stack))
-            self._post(module, functools.partial(self._stack_ends, stack))
-        if self.anatomy.top not in self.anatomy.stacks.values():
-            self._pre(self.anatomy.top, self._top_begins)
-            self._post(self.anatomy.top, self._top_ends)
-        for site, found in enumerate(self.found):
-            self._attach_site(site, found)
-        self._attach_parts()
-        self._wrap_generate()
-        self._wrap_reorder()
+    def knows_scoring(self, site: int) -> bool:
+        """Says whether the scoring rule of a site is established."""
+        return self._observed.scoring.get(site) is not None
 
-    def _pre(self, module: nn.Module, hook: Callable[..., None]) -> None:
-        self._handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
-
-    def _post(self, module: nn.Module, hook: Callable[..., None]) -> None:
-        self._handles.append(module.register_forward_hook(hook, with_kwargs=True, always_call=True))
-
-    def _detach(self) -> None:
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
-        for undo in self._restore:
-            undo()
-        self._restore.clear()
-
-    def _attach_site(self, site: int, found: site_search.FoundSite) -> None:
-        adapter = found.adapter
-
-        def capture(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-            step = self._current
-            if step is None:
-                return
-            kept = adapter.capture(module, args, kwargs, output)
-            step.routing.setdefault(site, []).append(kept)
-            capacity = getattr(module, "expert_capacity", None)
-            if found.adapter.name == "nllb_top2_router" and isinstance(capacity, int):
-                step.capacity[site] = capacity
-
-        if adapter.source == "experts":
-            self._pre(found.watched, lambda m, a, k: capture(m, a, k, None))
-        else:
-            self._post(found.watched, capture)
-        if found.expert_modules:
-            for expert, module in enumerate(found.expert_modules):
-                self._pre(module, functools.partial(self._expert_ran, site, expert))
-        elif found.modules.experts is not None and self.options.probe_every:
-            self._watch_fused(site, found)
-        if found.modules.router is not None:
-            self._post(found.modules.router, functools.partial(self._router_ran, site))
-
-    def _expert_ran(
-        self, site: int, expert: int, module: nn.Module, args: Any, kwargs: Any
-    ) -> None:
-        step = self._current
-        tensor = next((a for a in (*args, *kwargs.values()) if isinstance(a, torch.Tensor)), None)
-        if step is None or tensor is None:
-            return
-        rows = step.module_rows.get(site)
-        if rows is None:
-            rows = step.module_rows[site] = np.zeros(self.found[site].num_experts, dtype=np.int64)
-        rows[expert] += tensor.numel() // max(1, tensor.shape[-1])
-
-    def _watch_fused(self, site: int, found: site_search.FoundSite) -> None:
-        experts = found.modules.experts
-        assert experts is not None
-
-        def begin(module: nn.Module, args: Any, kwargs: Any) -> None:
-            step = self._current
-            if step is not None and step.probed:
-                witness = RowWitness(module, found.num_experts)
-                step.witnesses.setdefault(site, []).append(witness)
-                witness.__enter__()
-
-        def end(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-            step = self._current
-            if step is not None and step.probed and step.witnesses.get(site):
-                step.witnesses[site][-1].__exit__(None, None, None)
-
-        self._pre(experts, begin)
-        self._post(experts, end)
-
-    def _router_ran(
-        self, site: int, module: nn.Module, args: Any, kwargs: Any, output: Any
-    ) -> None:
-        """Keeps router logits: always where scores are stored, else to learn the rule once."""
-        step = self._current
-        if step is None or not (self.options.scores or step.probed):
-            return
-        if not self.options.scores and self._observed.scoring.get(site) is not None:
-            return
-        logits = router_logits(output, self.found[site].num_experts)
-        if logits is not None:
-            step.logits.setdefault(site, []).append(logits)
-
-    def _attach_parts(self) -> None:
-        for position, layer in enumerate(self.anatomy.layers):
-            self._attach_layer_memory(position, layer.module)
-            self._time(("layer", position), layer.module)
-            for module in layer.attention:
-                self._time(("attention", position), module)
-            for module in layer.dense_ffn:
-                self._time(("dense_ffn", position), module)
-        layers = {id(layer.module) for layer in self.anatomy.layers}
-        for site, found in enumerate(self.found):
-            modules = found.modules
-            if id(modules.block) not in layers and modules.block is not modules.experts:
-                self._time(("moe", site), modules.block)
-            for key, module in (
-                ("gate", modules.router),
-                (
-                    "experts",
-                    modules.experts if modules.experts is not found.modules.block else None,
-                ),
-                ("dispatch", getattr(modules.block, "dispatch", None)),
-                ("combine", getattr(modules.block, "combine", None)),
-            ):
-                if isinstance(module, nn.Module):
-                    self._time((key, site), module)
-            for module in found.shared:
-                self._time(("shared_experts", site), module)
-        for module in self.anatomy.embeddings:
-            self._time(("embedding", 0), module)
-        if self.anatomy.head is not None:
-            self._time(("head", 0), self.anatomy.head)
-
-    def _time(self, key: SpanKey, module: nn.Module) -> None:
-        if not self.options.timing:
-            return
-        begun: list[Any] = []
-
-        def begin(module: nn.Module, args: Any, kwargs: Any) -> None:
-            step = self._current
-            if step is not None and not step.probed:
-                begun.append((step, self._clock.mark()))
-
-        def end(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-            if not begun:
-                return
-            step, mark = begun.pop()
-            if step is self._current:
-                step.spans.append((key, mark, self._clock.mark()))
-            else:
-                begun.clear()
-
-        self._pre(module, begin)
-        self._post(module, end)
-
-    def _attach_layer_memory(self, position: int, module: nn.Module) -> None:
-        if not self._memory.sees_device or not self.options.probe_every:
-            return
-        base: list[int] = [0]
-
-        def begin(module: nn.Module, args: Any, kwargs: Any) -> None:
-            step = self._current
-            if step is not None and step.probed:
-                step.peak_bytes = max(step.peak_bytes, self._memory.peak_bytes())
-                self._memory.reset_peak()
-                base[0] = self._memory.allocated_bytes()
-
-        def end(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-            step = self._current
-            if step is not None and step.probed:
-                peak = self._memory.peak_bytes()
-                step.peak_bytes = max(step.peak_bytes, peak)
-                step.layer_peaks[position] = peak - base[0]
-
-        self._pre(module, begin)
-        self._post(module, end)
-
-    # -- steps --------------------------------------------------------------------------------
-
-    def _top_begins(self, module: nn.Module, args: Any, kwargs: Any) -> None:
-        self._top_depth += 1
-
-    def _top_ends(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        self._top_depth = max(0, self._top_depth - 1)
-        if self._top_depth == 0 and self._current is not None:
-            if output is None:
-                self._discard_open_step()
-            else:
-                self._close_step()
-
-    def _stack_begins(self, stack: str, module: nn.Module, args: Any, kwargs: Any) -> None:
-        self._raise_pending()
-        if self._current is not None:
-            if stack in self._open:
-                self._discard_open_step()
-            else:
-                self._close_step()
-        tokens = token_argument(args, kwargs)
-        if tokens is None:
-            return
-        shape = token_shape(tokens)
-        past, past_length = cache_argument(kwargs, generating=self._tracker.generation is not None)
-        if stack == "encoder":
-            past, past_length = None, 0
-        episode, new = self._tracker.enter(stack, shape, past, past_length)
-        kind = (stack, shape[1] > 1)
-        order = self._kind_counts.get(kind, 0)
-        self._kind_counts[kind] = order + 1
-        probe_every = self.options.probe_every
-        beam_index, self._beam_index = self._beam_index, None
-        mask = kwargs.get("attention_mask")
-        self._note_kernels(stack, shape)
-        capture = StepCapture(
-            step=self._step,
-            stack=stack,
-            episode=episode,
-            new_episode=new,
-            shape=shape,
-            past_length=past_length,
-            mask=mask.detach() if is_matrix(mask) else None,
-            token_ids=tokens.detach() if is_matrix(tokens) else None,
-            beam_index=beam_index if stack == "decoder" else None,
-            start_s=time.perf_counter() - self._t0,
-            probed=bool(probe_every) and order % probe_every == 0,
-            score=self.options.mode == "score",
-        )
-        self._open[stack] = capture
-        self._current = capture
-        if self._memory.sees_device:
-            self._memory.reset_peak()
-        if isinstance(self._clock, CudaClock):
-            capture.device_start = self._clock.mark()
-        capture.host_start = time.perf_counter_ns()
-
-    def _stack_ends(
-        self, stack: str, module: nn.Module, args: Any, kwargs: Any, output: Any
-    ) -> None:
-        capture = self._open.get(stack)
-        if capture is None or capture is not self._current:
-            return
-        if output is None:
-            self._discard_open_step()
-            return
-        self._tracker.remember(getattr(output, "past_key_values", None), capture.episode)
-        # The head still belongs to the pass when the outermost module is running.
-        if self._top_depth == 0 or stack == "encoder":
-            self._close_step()
-
-    def _discard_open_step(self) -> None:
-        """Forgets a pass that raised: it never became a step."""
-        self._current = None
-        self._open.clear()
-        self._unfinished_steps += 1
-
-    def _close_step(self) -> None:
-        capture = self._current
-        assert capture is not None
-        capture.host_end = time.perf_counter_ns()
-        if isinstance(self._clock, CudaClock):
-            capture.device_end = self._clock.mark()
-        capture.memory = self._memory.read()
-        self._current = None
-        self._open.pop(capture.stack, None)
-        self._step += 1
+    def on_step(self, capture: StepCapture) -> None:
+        """Queues a finished pass, and writes between passes when enough waits."""
         with self._queue_lock:
             self._queue.append(capture)
             self._queued_bytes += capture.size_bytes
             waiting = self._queued_bytes
-        now = time.perf_counter()
-        if waiting > DRAIN_BYTES or now - self._last_drain > self.options.flush_interval_s / 2:
+        since_s = time.perf_counter() - self._last_drain
+        if waiting > DRAIN_BYTES or since_s > self.options.flush_interval_s / 2:
             self._drain()
 
-    def _note_kernels(self, stack: str, shape: tuple[int, int]) -> None:
-        config = getattr(self.model, "config", None)
-        name = getattr(config, "_experts_implementation", None)
-        if isinstance(name, str):
-            phase = "encode" if stack == "encoder" else ("prefill" if shape[1] > 1 else "decode")
-            self._kernels.setdefault(phase, set()).add(name)
+    def on_generated(self, ended: GenerationEnd) -> None:
+        """Queues the end of a call of `generate` behind its passes."""
+        with self._queue_lock:
+            self._queue.append(ended)
 
-    # -- generate -----------------------------------------------------------------------------
-
-    def _wrap_generate(self) -> None:
-        original = getattr(self.model, "generate", None)
-        if not callable(original):
-            return
-
-        @functools.wraps(original)
-        def generate(*args: Any, **kwargs: Any) -> Any:
-            if self._tracker.generation is not None:
-                return original(*args, **kwargs)
-            self._tracker.begin_generation(describe_generation(self.model, args, kwargs))
-            result = None
-            try:
-                result = original(*args, **kwargs)
-                return result
-            finally:
-                ended = self._tracker.end_generation()
-                if ended is not None:
-                    sequences = getattr(result, "sequences", result)
-                    with self._queue_lock:
-                        self._queue.append(
-                            _Ended(
-                                generation=ended,
-                                sequences=sequences
-                                if isinstance(sequences, torch.Tensor)
-                                else None,
-                                end_s=time.perf_counter() - self._t0,
-                            )
-                        )
-
-        had_own = "generate" in self.model.__dict__
-        self.model.__dict__["generate"] = generate
-
-        def undo() -> None:
-            if had_own:
-                self.model.__dict__["generate"] = original
-            else:
-                self.model.__dict__.pop("generate", None)
-
-        self._restore.append(undo)
-
-    def _wrap_reorder(self) -> None:
-        """Notes which beam each row continues, where the cache is reordered."""
-        cache_utils = sys.modules.get("transformers.cache_utils")
-        if cache_utils is None:
-            return
-        for name in ("Cache", "EncoderDecoderCache"):
-            owner = getattr(cache_utils, name, None)
-            original = owner.__dict__.get("reorder_cache") if owner is not None else None
-            if original is None:
-                continue
-            self._wrap_method(owner, original)
-
-    def _wrap_method(self, owner: Any, original: Any) -> None:
-        recorder = self
-
-        @functools.wraps(original)
-        def reorder_cache(cache: Any, beam_idx: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-            if recorder._tracker.generation is not None:
-                recorder._beam_index = beam_idx.detach().reshape(-1)
-            return original(cache, beam_idx, *args, **kwargs)
-
-        owner.reorder_cache = reorder_cache
-        self._restore.append(lambda: setattr(owner, "reorder_cache", original))
-
-    # -- writing ------------------------------------------------------------------------------
+    def before_step(self) -> None:
+        """Raises what went wrong in the background."""
+        self._raise_pending()
 
     def _raise_pending(self) -> None:
         if self._error is not None:
@@ -781,7 +447,9 @@ class Recorder:
         return {
             "sites": tuple(sites),
             "notes": tuple(notes),
-            "kernels": {phase: "+".join(sorted(names)) for phase, names in self._kernels.items()},
+            "kernels": {
+                phase: "+".join(sorted(names)) for phase, names in self._instrument.kernels.items()
+            },
             "capture": CaptureCounts(
                 num_sites=len(self.found),
                 num_calls_expected=observed.num_calls_expected,
@@ -822,7 +490,7 @@ class Recorder:
         running = _Running(episode=episode, arrival_s=capture.start_s)
         for offset in range(episode.num_requests):
             request = episode.first_request + offset
-            label = self._tracker.labels.pop(request, RequestLabel())
+            label = self._instrument.tracker.labels.pop(request, RequestLabel())
             running.rows[request] = {
                 "request": request,
                 "task": task,
@@ -840,7 +508,7 @@ class Recorder:
         self._running[episode.first_request] = running
         return _columns(running.rows.values())
 
-    def _write_end(self, ended: _Ended) -> None:
+    def _write_end(self, ended: GenerationEnd) -> None:
         episodes = ended.generation.episodes
         decoder = episodes.get("decoder") or next(iter(episodes.values()), None)
         if decoder is None or self._writer is None:

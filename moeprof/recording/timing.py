@@ -37,14 +37,14 @@ class CudaClock:
 
     def mark(self) -> torch.cuda.Event:
         """Returns a recorded event."""
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()  # type: ignore[no-untyped-call]
+        event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+        event.record()
         return event
 
     def elapsed_ms(self, start: torch.cuda.Event, end: torch.cuda.Event) -> float:
         """Returns milliseconds between two events, once the second has happened."""
-        end.synchronize()  # type: ignore[no-untyped-call]
-        return float(start.elapsed_time(end))  # type: ignore[no-untyped-call]
+        end.synchronize()
+        return float(start.elapsed_time(end))
 
 
 def clock_for(device: torch.device) -> Clock:

@@ -196,11 +196,11 @@ class Episode:
 
     def prompt_tokens(self) -> np.ndarray:
         """Returns [requests] prompt tokens seen so far, of each request's first sequence."""
-        return self._prompt[:: self.sequences_per_request]
+        return np.asarray(self._prompt[:: self.sequences_per_request])
 
     def decoded_tokens(self) -> np.ndarray:
         """Returns [requests] tokens after the prompt seen so far, of the first sequence."""
-        return (self._seen - self._prompt)[:: self.sequences_per_request]
+        return np.asarray((self._seen - self._prompt)[:: self.sequences_per_request])
 
 
 @dataclass

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from moeprof.errors import UsageError
-from moeprof.live.paper_lm import PaperLm, PaperLmConfig, PaperMoe
+from moeprof.live.paper_lm import PaperExperts, PaperLm, PaperLmConfig, PaperMoe
 
 GIB = 2**30
 TINY = PaperLmConfig(
@@ -185,6 +185,40 @@ def test_more_tokens_than_positions_are_refused():
     model(token_ids(1, 4), past)
     with pytest.raises(UsageError, match="room"):
         model(token_ids(1, 1), past)
+
+
+def test_a_recording_holds_the_gates_choices_and_times_every_part(tmp_path):
+    import moeprof
+
+    model = tiny()
+    moeprof.register(PaperExperts, ids="top_k_index", weights="top_k_weights")
+    chosen = []
+    model.layers[1].moe.gate.register_forward_hook(lambda _, args, out: chosen.append(out))
+    with moeprof.record(model, tmp_path / "paper.moeprof"):
+        model.generate(token_ids(3, 6), max_new_tokens=6)
+    trace = moeprof.open(tmp_path / "paper.moeprof")
+    assert trace.complete
+    assert trace.model.random_weights
+    site = trace.sites[0]
+    assert (site.num_experts, site.matrices_per_expert, site.d_model, site.d_ff) == (8, 2, 16, 24)
+    assert site.expert_bytes == TINY.num_expert_params * 8
+    routing = trace.routing(layers=1)
+    ids = torch.cat([index for index, _ in chosen]).reshape(-1)
+    weights = torch.cat([weights for _, weights in chosen]).reshape(-1)
+    assert routing["expert"].tolist() == ids.tolist()
+    torch.testing.assert_close(
+        torch.tensor(routing["weight"]), weights.float(), rtol=1e-3, atol=1e-4
+    )
+    assert trace.steps["phase"].tolist() == ["prefill"] + ["decode"] * 5
+    timed = trace.layers[trace.layers["layer_ms"].notna()]
+    routed = timed[timed["site"].notna()]
+    assert len(routed) > 0
+    for part in ("attention", "gate", "dispatch", "experts", "combine", "moe"):
+        assert (routed[f"{part}_ms"] > 0).all(), part
+    assert (timed[timed["site"].isna()]["dense_ffn_ms"] > 0).all()
+    executed = trace.executed.dropna(subset="num_executed_rows")
+    assert len(executed) > 0
+    assert (executed["num_executed_rows"] == executed["num_routed_rows"]).all()
 
 
 @pytest.mark.gpu

@@ -488,7 +488,7 @@ class PaperLm(nn.Module):
         tokens = [input_ids]
         past = self.new_cache(input_ids.shape[0], input_ids.shape[1] + max_new_tokens)
         for _ in range(max_new_tokens):
-            logits = self(tokens[-1], past, last_only=True)
+            logits = self(tokens[-1], past=past, last_only=True)
             tokens.append(logits[:, -1].argmax(dim=-1, keepdim=True))
         return torch.cat(tokens, dim=1)
 

@@ -5,6 +5,7 @@ A block never splits a step. Leaves out pandas views (`reader`).
 
 from __future__ import annotations
 
+import dataclasses
 import heapq
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -14,13 +15,15 @@ import numpy as np
 import pyarrow as pa
 
 from moeprof.errors import TraceError
-from moeprof.trace import commits, encoding, parts
+from moeprof.trace import commits, parts
 from moeprof.trace import schema as spec
 from moeprof.trace.commits import Part
 from moeprof.trace.schema import SlotStatus
 from moeprof.trace.storage import Store
 
 Array = np.ndarray[Any, Any]
+Rows = dict[str, Array]
+SortKey = tuple[int, int, int]
 
 BLOCK_SLOTS = 1 << 20
 """Slots after which a block ends, at the next step's end."""
@@ -115,11 +118,39 @@ def stream_blocks(
     Raises:
         TraceError: A part is missing, damaged or out of order, or holds no weights.
     """
+    for rows in stream_rows(store, committed, num_slots=num_slots, weights=weights, phase=phase):
+        yield RoutingBlock(stack=stack, rank=np.full(len(rows["step"]), rank, np.int16), **rows)
+
+
+def stream_rows(
+    store: Store,
+    committed: Sequence[Part],
+    *,
+    num_slots: int,
+    weights: bool = False,
+    phase: str | None = None,
+    extra: Sequence[str] = (),
+) -> Iterator[Rows]:
+    """Yields the columns of whole steps of one stack and rank, in order of execution.
+
+    Args:
+        store: Where the trace lies.
+        committed: Routing parts of that stack and rank.
+        num_slots: Routing slots of the stack.
+        weights: Read the weights too.
+        phase: Only tokens of this phase.
+        extra: Columns wanted beside those of `RoutingBlock`: ``row``, ``parent_sequence``,
+            ``accepted``.
+
+    Raises:
+        TraceError: A part is missing, damaged or out of order, or holds no weights.
+    """
+    wanted = _Wanted(num_slots, weights, phase, tuple(extra))
     limit = max(1, BLOCK_SLOTS // max(num_slots, 1))
     ready: list[Rows] = []
     open_step: list[Rows] = []
     num_ready = 0
-    for rows in _chunks(store, committed, num_slots=num_slots, weights=weights, phase=phase):
+    for rows in _chunks(store, committed, wanted):
         step = rows["step"]
         cut = int(np.searchsorted(step, step[-1]))
         if cut or (open_step and open_step[-1]["step"][-1] != step[0]):
@@ -131,15 +162,15 @@ def stream_blocks(
             num_ready += cut
         open_step.append({name: values[cut:] for name, values in rows.items()})
         if num_ready >= limit:
-            yield _block(ready, rank, stack)
+            yield _joined(ready)
             ready, num_ready = [], 0
     if ready or open_step:
-        yield _block(ready + open_step, rank, stack)
+        yield _joined(ready + open_step)
 
 
 def block_dispatches(
     block: RoutingBlock, sites: Sequence[spec.Site]
-) -> Iterator[tuple[tuple[int, int, int], Dispatch]]:
+) -> Iterator[tuple[SortKey, Dispatch]]:
     """Yields the dispatches of a block in order of execution, each with its sort key.
 
     Tokens that a site did not see are left out, and so are dispatches without tokens.
@@ -183,7 +214,7 @@ def block_dispatches(
             )
 
 
-def merged(streams: Sequence[Iterator[tuple[tuple[int, int, int], Dispatch]]]) -> Iterator[Dispatch]:
+def merged(streams: Sequence[Iterator[tuple[SortKey, Dispatch]]]) -> Iterator[Dispatch]:
     """Yields the dispatches of several streams by step, then site, then rank."""
     if len(streams) == 1:
         return (dispatch for _, dispatch in streams[0])
@@ -222,71 +253,85 @@ def phase_codes(column: pa.ChunkedArray) -> Array:
     return np.concatenate([np.zeros(0, np.uint8), *codes])
 
 
-Rows = dict[str, Array]
+@dataclass(frozen=True)
+class _Wanted:
+    """What is read of each row."""
+
+    num_slots: int
+    weights: bool
+    phase: str | None
+    extra: tuple[str, ...]
 
 
-def _chunks(
-    store: Store, committed: Sequence[Part], *, num_slots: int, weights: bool, phase: str | None
-) -> Iterator[Rows]:
+def _chunks(store: Store, committed: Sequence[Part], wanted: _Wanted) -> Iterator[Rows]:
     """Yields the tokens of one row group at a time, in order of execution."""
     for cluster in commits.clusters(committed):
         if len(cluster) == 1:
-            for rows in _part_chunks(store, cluster[0], num_slots, weights, phase):
+            for rows in _part_chunks(store, cluster[0], wanted):
                 if (np.diff(rows["step"]) < 0).any():
                     raise TraceError(
                         f"{store.path}: {cluster[0].path} is not in order of execution",
                         hint="sort its rows by step and row",
                     )
                 yield rows
-            continue
-        pieces = [
-            rows
-            for part in cluster
-            for rows in _part_chunks(store, part, num_slots, weights, phase, with_row=True)
-        ]
-        if pieces:
-            joined = _joined(pieces)
-            order = np.lexsort((joined.pop("row"), joined["step"]))
-            yield {name: values[order] for name, values in joined.items()}
+        else:
+            yield from _sorted_cluster(store, cluster, wanted)
 
 
-def _part_chunks(
-    store: Store,
-    part: Part,
-    num_slots: int,
-    weights: bool,
-    phase: str | None,
-    with_row: bool = False,
-) -> Iterator[Rows]:
+def _sorted_cluster(store: Store, cluster: Sequence[Part], wanted: _Wanted) -> Iterator[Rows]:
+    """Yields the tokens of parts whose steps overlap, sorted together."""
+    extra = (*wanted.extra, *(() if "row" in wanted.extra else ("row",)))
+    with_row = dataclasses.replace(wanted, extra=extra)
+    pieces = [rows for part in cluster for rows in _part_chunks(store, part, with_row)]
+    if pieces:
+        joined = _joined(pieces)
+        order = np.lexsort((joined["row"], joined["step"]))
+        if "row" not in wanted.extra:
+            del joined["row"]
+        yield {name: values[order] for name, values in joined.items()}
+
+
+def _part_chunks(store: Store, part: Part, wanted: _Wanted) -> Iterator[Rows]:
     with parts.OpenPart(store, part) as opened:
-        if weights and "weight" not in opened.names:
+        if wanted.weights and "weight" not in opened.names:
             raise TraceError(
                 f"{store.path}: {part.table} holds no weights", hint="record it with weights"
             )
-        keys = [*_KEYS, *(["row"] if with_row else [])]
         for group in range(opened.num_groups):
-            if phase is not None and not _may_hold(opened.bounds(group, "phase"), phase):
-                continue
-            routed_only = opened.bounds(group, "status") == (0, 0)
-            columns = [*keys, "phase", "expert"]
-            columns += [] if routed_only else ["status"]
-            columns += ["weight"] if weights else []
-            table = opened.read(group, columns)
-            rows = {name: _numbers(table.column(name)) for name in keys}
-            rows["phase"] = phase_codes(table.column("phase"))
-            rows["expert"] = fixed_lists(table.column("expert"), num_slots)
-            if routed_only:
-                rows["status"] = np.zeros((table.num_rows, num_slots), np.uint8)
-            else:
-                rows["status"] = fixed_lists(table.column("status"), num_slots)
-            if weights:
-                rows["weight"] = fixed_lists(table.column("weight"), num_slots)
-            if phase is not None:
-                keep = rows["phase"] == spec.TOKEN_PHASES.index(phase)
-                if not keep.all():
-                    rows = {name: values[keep] for name, values in rows.items()}
-            if len(rows["step"]):
-                yield rows
+            if wanted.phase is None or _may_hold(opened.bounds(group, "phase"), wanted.phase):
+                rows = _group_rows(opened, group, wanted)
+                if len(rows["step"]):
+                    yield rows
+
+
+def _group_rows(opened: parts.OpenPart, group: int, wanted: _Wanted) -> Rows:
+    """Returns the wanted tokens of one row group."""
+    routed_only = opened.bounds(group, "status") == (0, 0)
+    lists = ["expert", *([] if routed_only else ["status"])]
+    lists += ["weight"] if wanted.weights else []
+    keys = (*_KEYS, *wanted.extra)
+    table = opened.read(group, [*keys, "phase", *lists])
+    rows = {name: _key(table.column(name)) for name in keys}
+    rows["phase"] = phase_codes(table.column("phase"))
+    for name in lists:
+        rows[name] = fixed_lists(table.column(name), wanted.num_slots)
+    if routed_only:
+        rows["status"] = np.zeros((table.num_rows, wanted.num_slots), np.uint8)
+    if wanted.weights:
+        rows["weight"] = rows["weight"].astype(np.float32, copy=False)
+    if wanted.phase is not None:
+        keep = rows["phase"] == spec.TOKEN_PHASES.index(wanted.phase)
+        if not keep.all():
+            rows = {name: values[keep] for name, values in rows.items()}
+    return rows
+
+
+def _key(column: pa.ChunkedArray) -> Array:
+    """Returns a column of numbers; null flags count as true."""
+    if pa.types.is_boolean(column.type):
+        column = column.fill_null(True)
+    values: Array = column.to_numpy()
+    return values
 
 
 def _may_hold(bounds: tuple[Any, Any], value: str) -> bool:
@@ -294,24 +339,8 @@ def _may_hold(bounds: tuple[Any, Any], value: str) -> bool:
     return smallest is None or bool(smallest <= value <= largest)
 
 
-def _numbers(column: pa.ChunkedArray) -> Array:
-    values: Array = column.to_numpy()
-    return values
-
-
 def _joined(pieces: Sequence[Rows]) -> Rows:
     return {name: np.concatenate([rows[name] for rows in pieces]) for name in pieces[0]}
-
-
-def _block(pieces: Sequence[Rows], rank: int, stack: str) -> RoutingBlock:
-    rows = _joined(pieces)
-    weight = rows.pop("weight", None)
-    return RoutingBlock(
-        stack=stack,
-        rank=np.full(len(rows["step"]), rank, np.int16),
-        weight=None if weight is None else weight.astype(np.float32, copy=False),
-        **rows,
-    )
 
 
 @dataclass(frozen=True)
@@ -342,6 +371,4 @@ def _site_view(block: RoutingBlock, site: spec.Site, starts: Array, ends: Array)
             expert, request, phase = expert[seen], request[seen], phase[seen]
             position = position[seen]
             weight = None if weight is None else weight[seen]
-    return _SiteView(
-        starts.tolist(), ends.tolist(), expert, request, phase, position, weight
-    )
+    return _SiteView(starts.tolist(), ends.tolist(), expert, request, phase, position, weight)

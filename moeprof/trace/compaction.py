@@ -34,8 +34,7 @@ def merge(root: Path, parts: Sequence[Part], *, rank: int, number: int) -> tuple
     for part in parts:
         tables.setdefault(part.table, []).append(part)
     return tuple(
-        _merge_table(root, name, group, rank=rank, number=number)
-        for name, group in tables.items()
+        _merge_table(root, name, group, rank=rank, number=number) for name, group in tables.items()
     )
 
 

@@ -19,7 +19,7 @@ ROUTING_GROUP_SLOTS = 1 << 20
 ROUTING_GROUP_ROWS = (8192, 65536)
 TABLE_GROUP_ROWS = 65536
 
-_DELTA_COLUMNS = frozenset({"row", "position"})
+_DELTA_COLUMNS = frozenset({"step", "row", "request", "position"})
 
 
 def table_of(name: str) -> spec.Table:

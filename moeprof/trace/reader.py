@@ -19,9 +19,9 @@ import pandas as pd
 import pyarrow as pa
 
 from moeprof.errors import TraceError
-from moeprof.trace import blocks, commits, encoding, parts, storage
+from moeprof.trace import blocks, commits, parts, storage
 from moeprof.trace import schema as spec
-from moeprof.trace.blocks import Dispatch, RoutingBlock
+from moeprof.trace.blocks import Dispatch, RoutingBlock, SortKey
 from moeprof.trace.commits import Part, RankLog
 from moeprof.trace.parts import StepFilter
 from moeprof.trace.storage import Store
@@ -29,9 +29,20 @@ from moeprof.trace.storage import Store
 Array = np.ndarray[Any, Any]
 
 ROUTING_COLUMNS = (
-    "rank", "step", "stack", "layer", "site", "request", "sequence", "position", "phase",
-    "slot", "expert", "weight", "status",
-)  # fmt: skip
+    "rank",
+    "step",
+    "stack",
+    "layer",
+    "site",
+    "request",
+    "sequence",
+    "position",
+    "phase",
+    "slot",
+    "expert",
+    "weight",
+    "status",
+)
 """Columns of `Trace.routing` unless others are asked for."""
 
 _LOG_NAME = re.compile(rf"{spec.COMMIT_LOG_PREFIX}-r(\d+)\.jsonl")
@@ -272,9 +283,7 @@ class Trace:
         for each in stacks:
             wanted = [s for s in self.info.sites_of(each) if sites is None or s.site in sites]
             if wanted:
-                streams += [
-                    self._rank_dispatches(log, each, wanted, weights) for log in self._logs
-                ]
+                streams += [self._rank_dispatches(log, each, wanted, weights) for log in self._logs]
         return blocks.merged(streams)
 
     def _rank_blocks(
@@ -293,7 +302,7 @@ class Trace:
 
     def _rank_dispatches(
         self, log: RankLog, stack: str, sites: Sequence[spec.Site], weights: bool
-    ) -> Iterator[tuple[tuple[int, int, int], Dispatch]]:
+    ) -> Iterator[tuple[SortKey, Dispatch]]:
         for block in self._rank_blocks(log, stack, weights=weights, phase=None):
             yield from blocks.block_dispatches(block, sites)
 
@@ -344,11 +353,7 @@ class Trace:
         stored = list(dict.fromkeys([*columns, *(["phase"] if phases else []), "rank"]))
         for part in self.parts(f"routing/{stack}") if sites else ():
             for table in parts.read_part(self._store, part, columns=stored, steps=steps):
-                if phases is not None:
-                    codes = blocks.phase_codes(table.column("phase"))
-                    names = [i for i, name in enumerate(spec.TOKEN_PHASES) if name in phases]
-                    table = table.filter(pa.array(np.isin(codes, names)))  # noqa: PLW2901
-                pieces.append(reader.long(table))
+                pieces.append(reader.long(table if phases is None else _of_phase(table, phases)))
         return reader.frame(pieces)
 
 
@@ -375,7 +380,9 @@ class _LongReader:
             joined = np.concatenate([self._empty(name), *(piece[name] for piece in pieces)])
             categories = {"stack": list(self.info.stacks), "phase": list(spec.TOKEN_PHASES)}
             if name in categories:
-                series[name] = pd.Categorical.from_codes(joined, categories=categories[name])
+                series[name] = pd.Categorical.from_codes(
+                    joined.astype(np.int64), categories=pd.Index(categories[name])
+                )
             else:
                 series[name] = joined
         return pd.DataFrame(series, columns=list(self.wanted))
@@ -435,6 +442,11 @@ def _series(column: spec.Column, pieces: Sequence[pa.Table]) -> pd.Series[Any]:
             chunks.append(pa.nulls(piece.num_rows, arrow_type))
     series: pd.Series[Any] = pa.chunked_array(chunks, arrow_type).to_pandas()
     return series
+
+
+def _of_phase(table: pa.Table, phases: frozenset[Any]) -> pa.Table:
+    wanted = [index for index, name in enumerate(spec.TOKEN_PHASES) if name in phases]
+    return table.filter(pa.array(np.isin(blocks.phase_codes(table.column("phase")), wanted)))
 
 
 def _as_set(value: Any) -> frozenset[Any] | None:

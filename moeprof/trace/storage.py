@@ -107,7 +107,7 @@ def _sample_files() -> Sequence[Path]:
 
 def _remote(url: str) -> Store:
     try:
-        import fsspec  # noqa: PLC0415  (only URLs need it)
+        import fsspec
     except ImportError:
         raise MissingExtraError("fsspec", extra="all", purpose=f"reading {url}") from None
     try:

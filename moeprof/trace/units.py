@@ -86,8 +86,7 @@ def arrow_table(tables: Sequence[UnitTable], *, info: spec.TraceInfo) -> pa.Tabl
     first = tables[0]
     schema = encoding.arrow_schema(first.name, info, list(first.chunks))
     arrays = [
-        _arrow_array(field.type, [table.chunks[field.name] for table in tables])
-        for field in schema
+        _arrow_array(field.type, [table.chunks[field.name] for table in tables]) for field in schema
     ]
     return encoding.in_execution_order(pa.Table.from_arrays(arrays, schema=schema))
 

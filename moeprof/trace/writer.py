@@ -16,7 +16,7 @@ import shutil
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -286,9 +286,7 @@ class TraceWriter:
                 raise
             self._state = _State(log_bytes=log_bytes, parts=state.parts + parts)
 
-    def _write_parts(
-        self, pending: Sequence[Sequence[UnitTable]], number: int
-    ) -> tuple[Part, ...]:
+    def _write_parts(self, pending: Sequence[Sequence[UnitTable]], number: int) -> tuple[Part, ...]:
         grouped: dict[str, list[UnitTable]] = {}
         for unit in pending:
             for table in unit:
@@ -343,9 +341,7 @@ class TraceWriter:
         """Merges the parts; returns the problem where the disk does not allow it."""
         number = next(self._numbers)
         try:
-            parts = compaction.merge(
-                self._path, self._state.parts, rank=self._rank, number=number
-            )
+            parts = compaction.merge(self._path, self._state.parts, rank=self._rank, number=number)
             text = commits.open_line(_coordinates(self._info, self._rank))
             if parts:
                 text += commits.commit_line(parts, time=_now(), compacted=True)
@@ -384,7 +380,7 @@ class TraceWriter:
 
 
 def _now() -> str:
-    return datetime.now(timezone.utc).isoformat(timespec="milliseconds")
+    return datetime.now(UTC).isoformat(timespec="milliseconds")
 
 
 def _coordinates(info: spec.TraceInfo, rank: int) -> spec.RankInfo:
@@ -430,9 +426,7 @@ def _start(root: Path, info: spec.TraceInfo, *, force: bool) -> None:
     try:
         staging.mkdir(mode=files.DIRECTORY_MODE)
         _write_info(staging, info)
-        files.write_text(
-            staging / commits.log_name(0), commits.open_line(_coordinates(info, 0))
-        )
+        files.write_text(staging / commits.log_name(0), commits.open_line(_coordinates(info, 0)))
         if exists:
             root.rename(discarded)
         staging.rename(root)

@@ -1,1 +1,21 @@
 """Pure functions from a trace to a Result; no torch, no terminal, no plots."""
+
+from __future__ import annotations
+
+from moeprof.replay.breakdown import latency
+from moeprof.replay.footprint import memory
+from moeprof.replay.result import Finding, Metric, Result
+from moeprof.replay.reuse import locality
+from moeprof.replay.usage import activation
+from moeprof.replay.working_set import batching
+
+__all__ = [
+    "Finding",
+    "Metric",
+    "Result",
+    "activation",
+    "batching",
+    "latency",
+    "locality",
+    "memory",
+]

@@ -11,7 +11,7 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
@@ -237,6 +237,38 @@ class Recorder:
     def announce(self, labels: Sequence[RequestLabel]) -> None:
         """Labels the next requests to start, in order."""
         self._instrument.tracker.announce(labels)
+
+    def profile(self, run: Callable[[], object]) -> None:
+        """Runs ``run`` under the profiler and stores what the experts call hides.
+
+        Apart from the recording: hooks are off meanwhile, and its passes are no steps.
+
+        Args:
+            run: Runs the model for about ten forward passes.
+
+        Raises:
+            MoeprofError: Nothing was recorded before, so the sites' shapes are not known.
+        """
+        from moeprof.recording.kernels import profile_kernels
+
+        self._drain(closing=True)
+        if self._writer is None or self._sites is None:
+            raise MoeprofError(
+                "profile: nothing was recorded yet", hint="run the model once before profiling it"
+            )
+        self._instrument.detach()
+        try:
+            columns = profile_kernels(
+                self.found,
+                self.anatomy,
+                run,
+                top_k={site.site: site.top_k for site in self._sites},
+                cuda=self.device.type == "cuda",
+            )
+        finally:
+            self._instrument.attach()
+        if columns["site"].size:
+            self._writer.append({"kernels": columns})
 
     def _finish(self, *, complete: bool) -> None:
         self._closed = True

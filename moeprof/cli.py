@@ -43,8 +43,7 @@ _SCRIPT_OPTIONS = ("fixes", "scores")
 _EXTRA_PACKAGES = ("accelerate", "psutil", "safetensors", "tokenizers", "torch", "transformers")
 _NUM_FINDINGS = 3
 _LABEL_WIDTH = 28
-_MIB = 1 << 20
-_GIB = 1 << 30
+_BYTE_UNITS = ((1 << 30, "GiB"), (1 << 20, "MiB"), (1 << 10, "KiB"), (1, "bytes"))
 
 AnyCommand = TypeVar("AnyCommand", bound=Callable[..., Any])
 
@@ -510,7 +509,7 @@ def info(trace: str | None, *, as_json: bool) -> int:
     else:
         for name, value in facts.items():
             for i, line in enumerate(_lines_of(value, is_bytes=name.endswith("_bytes"))):
-                label = "" if i else name.replace("_", " ")
+                label = "" if i else name.removesuffix("_bytes").replace("_", " ")
                 click.echo(f"{label:<{_LABEL_WIDTH}}{line}")
     return 0
 
@@ -522,7 +521,8 @@ def _lines_of(value: Any, *, is_bytes: bool = False) -> list[str]:
     if value is None:
         return ["unknown"]
     if is_bytes:
-        return [f"{value / _MIB:,.3g} MiB" if value < _GIB else f"{value / _GIB:,.1f} GiB"]
+        unit, name = next((unit, name) for unit, name in _BYTE_UNITS if value >= unit or unit == 1)
+        return [f"{value / unit:,.1f} {name}" if unit > 1 else f"{value} {name}"]
     if isinstance(value, float):
         return [f"{value:.3g}"]
     if isinstance(value, dict):

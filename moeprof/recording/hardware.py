@@ -85,7 +85,7 @@ def capabilities() -> dict[str, Any]:
         "cpus": num_cpus(),
         "memory_bytes": host_memory_bytes(),
         "can_record": not missing,
-        "missing": [f"{name}: pip install 'moeprof[record]'" for name in missing],
+        "missing": [f"{', '.join(missing)}: pip install 'moeprof[record]'"] if missing else [],
         "cuda_devices": cuda_devices,
         "gpu_meter": meter.reason or f"NVIDIA driver {meter.driver}",
         "utilization": metered("utilization_pct"),

@@ -107,6 +107,13 @@ class RowWitness(TorchFunctionMode):
                 self._many.append((name, "dense", torch.tensor(other.shape[1])))
             return
 
+    def _single_experts(self) -> list[int]:
+        """Returns the expert of each single product, with one wait for the device in all."""
+        indices = [index for _, index, _ in self._single]
+        tensors = [i.reshape(()) for i in indices if isinstance(i, torch.Tensor)]
+        values = iter(torch.stack(tensors).tolist() if tensors else [])
+        return [int(next(values) if isinstance(i, torch.Tensor) else i) for i in indices]
+
     def counts(self) -> np.ndarray | None:
         """Returns [experts] rows executed, or None when no expert weight was seen in use.
 
@@ -118,8 +125,7 @@ class RowWitness(TorchFunctionMode):
         def rows(name: str) -> np.ndarray:
             return per_weight.setdefault(name, np.zeros(self._num_experts, dtype=np.int64))
 
-        for name, index, count in self._single:
-            expert = int(index)
+        for (name, _, count), expert in zip(self._single, self._single_experts(), strict=True):
             if 0 <= expert < self._num_experts:
                 rows(name)[expert] += count
         for name, meaning, tensor in self._many:

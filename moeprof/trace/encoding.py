@@ -41,12 +41,30 @@ def arrow_schema(name: str, info: spec.TraceInfo, columns: Sequence[str]) -> pa.
         columns: Columns that the parts hold.
     """
     table = table_of(name)
-    stack = stack_of(name)
-    full = table.arrow_schema(
-        num_slots=info.num_slots(stack) if stack else 0,
-        wide_ids=info.wide_ids(stack) if stack else False,
-    )
-    return pa.schema([field for field in full if field.name in set(columns)])
+    num_slots = info.num_slots(stack_of(name)) if table.per_stack else 0
+    fields = []
+    for column in table.columns:
+        if column.name not in columns:
+            continue
+        arrow_type = column.type
+        if column.per_slot:
+            element = slot_type(column, stack_of(name), info)
+            arrow_type = pa.list_(pa.field("element", element, nullable=False), num_slots)
+        fields.append(pa.field(column.name, arrow_type, nullable=column.nullable))
+    return pa.schema(fields)
+
+
+def slot_type(column: spec.Column, stack: str, info: spec.TraceInfo) -> pa.DataType:
+    """Returns the type of one slot of a per-slot column.
+
+    Ids are int32 where a site has more than 32,768 experts; weights are float32 where the
+    setting `weight_dtype` asks for it.
+    """
+    if column.name == "expert" and info.wide_ids(stack):
+        return pa.int32()
+    if column.name == "weight" and info.settings.get("weight_dtype") == "float32":
+        return pa.float32()
+    return column.type
 
 
 def group_rows(schema: pa.Schema) -> int:

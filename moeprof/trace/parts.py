@@ -92,15 +92,19 @@ class OpenPart:
     def __init__(self, store: Store, part: Part) -> None:
         self._store = store
         self._part = part
+        source = None
         try:
-            self._file = pq.ParquetFile(store.open_part(part.path))
+            source = store.open_part(part.path)
+            self._file = pq.ParquetFile(source)
             self.names: tuple[str, ...] = tuple(self._file.schema_arrow.names)
         except FileNotFoundError as error:
             raise TraceError(
                 f"{store.path}: the committed part {part.path} is missing",
                 hint="open it again if it is being recorded just now; else copy it again, whole",
             ) from error
-        except (OSError, pa.ArrowInvalid) as error:
+        except (OSError, pa.ArrowException) as error:
+            if source is not None:
+                source.close()
             raise self._damaged() from error
         leaves = self._file.schema
         self._leaves = {leaves.column(index).path: index for index in range(len(leaves))}

@@ -132,9 +132,7 @@ def _slots(
 ) -> Chunk:
     stack = encoding.stack_of(table)
     num_slots = info.num_slots(stack)
-    element = column.type
-    if column.name == "expert" and info.wide_ids(stack):
-        element = pa.int32()
+    element = encoding.slot_type(column, stack, info)
     values = np.asarray(data)
     if values.ndim == 0:
         values = np.broadcast_to(values, (num_rows, num_slots))

@@ -6,6 +6,7 @@ out temperatures, clocks and per-process figures, and everything that torch itse
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 import threading
@@ -17,7 +18,16 @@ from typing import Any, Protocol
 logger = logging.getLogger(__name__)
 logger.addHandler(logging.NullHandler())
 
+POLL_INTERVAL_S = 0.02
+"""Time between readings of counters that wrap."""
+
 _MILLI = 1e-3
+_PCIE_FIELDS = {
+    "pcie_tx_bytes": "NVML_FI_DEV_PCIE_COUNT_TX_BYTES",
+    "pcie_rx_bytes": "NVML_FI_DEV_PCIE_COUNT_RX_BYTES",
+}
+_LANE_BYTES_PER_S = {1: 0.25e9, 2: 0.5e9, 3: 0.985e9, 4: 1.97e9, 5: 3.94e9, 6: 7.57e9}
+_FASTEST_LINK = 16 * 3.94e9
 _UNSUPPORTED = (
     "NVML_ERROR_NOT_SUPPORTED",
     "NVML_ERROR_NO_PERMISSION",
@@ -75,8 +85,8 @@ class DeviceSample:
         memory_used_bytes: Memory in use, all processes.
         power_w: Board power.
         energy_j: Energy counter since the driver was loaded.
-        pcie_tx_bytes: Bytes the device sent since the meter was opened.
-        pcie_rx_bytes: Bytes the device received since the meter was opened.
+        pcie_tx_bytes: Bytes the device sent since the first reading, protocol overhead included.
+        pcie_rx_bytes: Bytes the device received since the first reading, likewise.
     """
 
     device: int
@@ -116,6 +126,9 @@ class DeviceMeter(Protocol):
     def last_error(self) -> str:
         """Why the last of them failed."""
 
+    def poll(self) -> None:
+        """Reads the counters that wrap, so that no wrap is missed."""
+
     def sample(self) -> list[DeviceSample]:
         """Returns one reading per device that answered."""
 
@@ -136,6 +149,9 @@ class NullMeter:
         self.driver: str | None = None
         self.num_errors = 0
         self.last_error = ""
+
+    def poll(self) -> None:
+        """Does nothing: there is no counter."""
 
     def sample(self) -> list[DeviceSample]:
         """Returns nothing: there is no device."""
@@ -176,6 +192,16 @@ class NvmlMeter:
         except MeterError:
             self.close()
             raise
+
+    def poll(self) -> None:
+        """Reads the counters that wrap, so that no wrap is missed.
+
+        The PCIe counters of current GPUs have 32 bits: at full speed they wrap every 70 ms. Bytes
+        are null from the moment that two readings were further apart than a wrap can be.
+        """
+        if self._open:
+            for index, handle in enumerate(self._handles):
+                self._pcie(index, handle)
 
     def sample(self) -> list[DeviceSample]:
         """Returns one reading per device that answered."""
@@ -269,51 +295,75 @@ class NvmlMeter:
             memory_used_bytes=None if used is None else int(used),
             power_w=None if power_mw is None else power_mw * _MILLI,
             energy_j=None if energy_mj is None else energy_mj * _MILLI,
-            pcie_tx_bytes=self._pcie(index, handle, "NVML_FI_DEV_PCIE_COUNT_TX_BYTES"),
-            pcie_rx_bytes=self._pcie(index, handle, "NVML_FI_DEV_PCIE_COUNT_RX_BYTES"),
+            **self._pcie(index, handle),
         )
 
-    def _pcie(self, index: int, handle: Any, field: str) -> int | None:
-        """Returns the bytes counted since the first reading of ``field``."""
-        reading = self._read(index, field, lambda: self._field(handle, field))
-        if reading is None:
-            return None
-        value, modulus = reading
-        counter = self._counters.setdefault((index, field), _Counter(value))
-        return counter.advance(value, modulus)
+    def _pcie(self, index: int, handle: Any) -> dict[str, int | None]:
+        """Returns the bytes counted since the first reading, by direction."""
+        answers = self._read(index, "pcie", lambda: self._pcie_answers(handle))
+        if answers is None:
+            return {}
+        now_s = time.perf_counter()
+        totals: dict[str, int | None] = {}
+        for name, answer in zip(_PCIE_FIELDS, answers, strict=True):
+            reading = self._read(index, name, functools.partial(self._counter_value, answer))
+            if reading is not None:
+                value, bits = reading
+                key = (index, name)
+                if key not in self._counters:
+                    rate = self._read(index, "link", lambda: self._link_bytes_per_s(handle))
+                    self._counters[key] = _Counter(value, bits, now_s, rate or _FASTEST_LINK)
+                totals[name] = self._counters[key].advance(value, now_s)
+        return totals
 
-    def _field(self, handle: Any, field: str) -> tuple[int, int]:
-        """Returns a counter's value and the number at which it wraps."""
+    def _pcie_answers(self, handle: Any) -> list[Any]:
+        ids = [getattr(self._nvml, field, None) for field in _PCIE_FIELDS.values()]
+        if None in ids:
+            raise MeterError("this nvidia-ml-py has no PCIe counters", unsupported=True)
+        return list(self._ask(self._nvml.nvmlDeviceGetFieldValues, handle, ids))
+
+    def _counter_value(self, answer: Any) -> tuple[int, int]:
+        """Returns a counter's value and its number of bits."""
         nvml = self._nvml
-        field_id = getattr(nvml, field, None)
-        if field_id is None:
-            raise MeterError(f"this nvidia-ml-py has no {field}", unsupported=True)
-        (answer,) = self._ask(nvml.nvmlDeviceGetFieldValues, handle, [field_id])
         if answer.nvmlReturn != nvml.NVML_SUCCESS:
-            raise self._error(answer.nvmlReturn, f"error {answer.nvmlReturn} for {field}")
+            raise self._error(answer.nvmlReturn, f"error {answer.nvmlReturn} for a PCIe counter")
         members = {
             nvml.NVML_VALUE_TYPE_UNSIGNED_INT: ("uiVal", 32),
             nvml.NVML_VALUE_TYPE_UNSIGNED_LONG: ("ulVal", 64),
             nvml.NVML_VALUE_TYPE_UNSIGNED_LONG_LONG: ("ullVal", 64),
-            nvml.NVML_VALUE_TYPE_SIGNED_LONG_LONG: ("sllVal", 63),
         }
         if answer.valueType not in members:
-            raise MeterError(f"{field} has an unknown type", unsupported=True)
+            raise MeterError("a PCIe counter has an unknown type", unsupported=True)
         member, bits = members[answer.valueType]
-        return int(getattr(answer.value, member)), 1 << bits
+        return int(getattr(answer.value, member)), bits
+
+    def _link_bytes_per_s(self, handle: Any) -> float:
+        """Returns the most bytes the PCIe link can carry per second in one direction."""
+        generation = self._ask(self._nvml.nvmlDeviceGetMaxPcieLinkGeneration, handle)
+        lanes = self._ask(self._nvml.nvmlDeviceGetMaxPcieLinkWidth, handle)
+        rate = _LANE_BYTES_PER_S.get(generation)
+        if rate is None or not lanes:
+            raise MeterError("unknown PCIe generation", unsupported=True)
+        return rate * int(lanes)
 
 
 class _Counter:
-    """A hardware counter turned into a count since its first reading."""
+    """A hardware counter of few bits turned into a count since its first reading."""
 
-    def __init__(self, value: int) -> None:
+    def __init__(self, value: int, bits: int, now_s: float, rate_per_s: float) -> None:
         self._last = value
-        self._total = 0
+        self._last_s = now_s
+        self._modulus = 1 << bits
+        self._max_gap_s = self._modulus / rate_per_s
+        self._total: int | None = 0
 
-    def advance(self, value: int, modulus: int) -> int:
-        """Returns the count up to ``value``; the counter wraps at ``modulus``."""
-        self._total += (value - self._last) % modulus
-        self._last = value
+    def advance(self, value: int, now_s: float) -> int | None:
+        """Returns the count up to ``value``; None once a wrap may have been missed."""
+        if now_s - self._last_s >= self._max_gap_s:
+            self._total = None
+        if self._total is not None:
+            self._total += (value - self._last) % self._modulus
+        self._last, self._last_s = value, now_s
         return self._total
 
 
@@ -367,7 +417,8 @@ def open_meter(*, uuids: Sequence[str] | None = None) -> DeviceMeter:
 class DeviceSampler:
     """Samples a meter from a thread of its own into rows of the table `devices`.
 
-    The host program never sees an error from it: readings that failed are counted by the meter.
+    Between samples it polls the counters that wrap. The host program never sees an error from it:
+    readings that failed are counted by the meter.
 
     Args:
         meter: What to read.
@@ -434,8 +485,13 @@ class DeviceSampler:
             self._rows.extend(rows)
 
     def _run(self) -> None:
-        while not self._stop.wait(self._interval_s):
+        due_s = time.perf_counter() + self._interval_s
+        while not self._stop.wait(min(POLL_INTERVAL_S, self._interval_s)):
+            if time.perf_counter() < due_s:
+                self._meter.poll()
+                continue
             self.sample()
+            due_s = time.perf_counter() + self._interval_s
 
 
 def _text(value: str | bytes) -> str:

@@ -111,7 +111,9 @@ def _num_rows(name: str, columns: Mapping[str, Any]) -> int:
 
 
 def _has_rows(value: Any) -> bool:
-    return not isinstance(value, (str, bytes)) and hasattr(value, "__len__") and np.ndim(value) > 0
+    if isinstance(value, (str, bytes)) or not hasattr(value, "__len__"):
+        return False
+    return int(getattr(value, "ndim", 1)) > 0
 
 
 def _chunk(

@@ -195,10 +195,10 @@ class TraceWriter:
             MoeprofError: Something could not be written; nothing committed before is lost, and
                 calling again tries again.
         """
+        self._stop_flusher()
         with self._lock:
             if self._closed:
                 return
-            self._stop_flusher()
             self._failure = None
             self._commit()
             problem = self._compact(complete=complete) if compact else None
@@ -253,9 +253,12 @@ class TraceWriter:
             self._flusher.start()
 
     def _stop_flusher(self) -> None:
-        flusher, self._flusher = self._flusher, None
-        if flusher is not None:
+        """Ends the thread that commits old units; call without holding the lock."""
+        with self._lock:
+            flusher, self._flusher = self._flusher, None
             self._changed.notify_all()
+        if flusher is not None:
+            flusher.join()
 
     def _flush_when_due(self) -> None:
         me = threading.current_thread()

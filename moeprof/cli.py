@@ -30,12 +30,13 @@ from moeprof.errors import (
 )
 
 if TYPE_CHECKING:
+    from moeprof.reporting import Report
     from moeprof.trace.validator import CheckResult
 
 EXIT_INTERRUPTED = 130
 TRACE_SUFFIX = ".moeprof"
 FORMATS = ("html", "md", "json")
-DEFAULT_FORMATS = ("html", "json")
+DEFAULT_FORMATS = ("json", "html")
 FIXES = ("nllb-dispatch", "none")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 _SCRIPT_KEY = "moeprof.script"
@@ -369,7 +370,7 @@ def _finish_recording(talk: Talk, path: Path, *, with_report: bool, force: bool)
     "formats",
     multiple=True,
     type=click.Choice(FORMATS),
-    help="May be repeated; by default what OUTPUT ends in, else html and json.",
+    help="May be repeated; by default what OUTPUT ends in, else html. JSON always.",
 )
 @click.option("--force", is_flag=True, help="Replace existing files.")
 @_talkative
@@ -406,7 +407,7 @@ def report_files(
     Args:
         traces: What is reported on.
         output: What the caller asked for: a file, with or without suffix, or a folder.
-        formats: The formats the caller asked for.
+        formats: The formats the caller asked for; the data (``json``) is written with each.
     """
     local = [trace for trace in traces if ":" not in trace]
     folder = Path(local[0]).parent if local else Path()
@@ -420,20 +421,21 @@ def report_files(
         if suffix in FORMATS:
             base = base.with_suffix("")
             formats = formats or (suffix,)
-    return base, tuple(dict.fromkeys(formats or DEFAULT_FORMATS))
+    return base, tuple(dict.fromkeys(("json", *(formats or DEFAULT_FORMATS))))
 
 
 def _with_format(base: Path, name: str) -> Path:
     return base.with_name(f"{base.name}.{name}")
 
 
-def _save(talk: Talk, page: Any, base: Path, formats: Sequence[str], *, force: bool) -> None:
-    """Writes a report, its data first."""
-    for name in sorted(formats, key=lambda each: each != "json"):
-        path = _with_format(base, name)
+def _save(talk: Talk, page: Report, base: Path, formats: Sequence[str], *, force: bool) -> None:
+    """Writes a report; its data comes first, whatever the format."""
+    paths = [_with_format(base, each) for each in formats]
+    for path in paths:
         _refuse_existing(path, force=force)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        page.save(path)
+    base.parent.mkdir(parents=True, exist_ok=True)
+    written = dict.fromkeys(path for each in paths for path in page.save(each))
+    for path in written:
         talk.say(f"Wrote {path}")
 
 

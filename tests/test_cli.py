@@ -218,12 +218,12 @@ def test_a_missing_extra_says_how_to_get_it(run, monkeypatch):
 @pytest.mark.parametrize(
     ("traces", "output", "formats", "expected"),
     [
-        (["a/lm.moeprof"], None, (), ("a/lm", ("html", "json"))),
-        (["a/lm.moeprof/"], None, (), ("a/lm", ("html", "json"))),
-        (["a/lm.moeprof", "b/mt.moeprof"], None, (), ("a/report", ("html", "json"))),
-        (["sample:mt"], None, (), ("sample-mt", ("html", "json"))),
-        (["sample:mt"], "x.html", (), ("x", ("html",))),
-        (["sample:mt"], "x.html", ("html", "md", "json", "md"), ("x", ("html", "md", "json"))),
+        (["a/lm.moeprof"], None, (), ("a/lm", ("json", "html"))),
+        (["a/lm.moeprof/"], None, (), ("a/lm", ("json", "html"))),
+        (["a/lm.moeprof", "b/mt.moeprof"], None, (), ("a/report", ("json", "html"))),
+        (["sample:mt"], None, (), ("sample-mt", ("json", "html"))),
+        (["sample:mt"], "x.html", (), ("x", ("json", "html"))),
+        (["sample:mt"], "x.html", ("html", "md", "json", "md"), ("x", ("json", "html", "md"))),
         (["sample:mt"], "v1.2", ("json",), ("v1.2", ("json",))),
     ],
 )

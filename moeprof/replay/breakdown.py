@@ -91,7 +91,7 @@ def latency(trace: Trace) -> Result:
     step_rows: list[dict[str, Any]] = []
     metrics: list[Metric] = []
     findings: list[Finding] = []
-    notes: list[str] = []
+    caveats: dict[str, list[str]] = {}
     stacks = tuple(dict.fromkeys(str(stack) for stack in steps["stack"]))
     for stack in stacks:
         tokens = load(trace, stack) if stack in trace.info.stacks else None
@@ -109,11 +109,15 @@ def latency(trace: Trace) -> Result:
             found, part_metrics = _shares(stack, phase, parts, causes(tokens, timed.steps))
             rows += found
             metrics += part_metrics
-            notes += _caveats(stack, phase, chosen, timed, parts)
+            for caveat in _caveats(chosen, timed, parts):
+                caveats.setdefault(caveat, []).append(
+                    wording.place(stack, phase, num_stacks=len(stacks)).removeprefix("the ")
+                )
             if phase == wording.main_phase(phases) and part_metrics:
                 findings += _findings(
                     stack, phase, found, part_metrics, times, num_stacks=len(stacks)
                 )
+    notes = [f"{', '.join(places)}: {caveat}" for caveat, places in caveats.items()]
     if not rows:
         notes.insert(0, "No component times were recorded; unknown is not zero.")
     verdict = wording.missing_requests(len(trace.requests))
@@ -127,7 +131,7 @@ def latency(trace: Trace) -> Result:
         findings=tuple(findings),
         tables={"steps": pd.DataFrame(step_rows), "kernels": _kernel_table(kernels)},
         notes=(
-            *dict.fromkeys(notes),
+            *notes,
             "A recorded run is slower than a bare one; shares are more robust than milliseconds.",
         ),
     )
@@ -370,14 +374,11 @@ def _shares(
     return rows, metrics
 
 
-def _caveats(
-    stack: str, phase: str, steps: pd.DataFrame, timed: _Timed, parts: _Components
-) -> list[str]:
-    where = f"{stack} {phase}"
+def _caveats(steps: pd.DataFrame, timed: _Timed, parts: _Components) -> list[str]:
     notes = []
     if len(timed.steps) < len(steps):
         notes.append(
-            f"{where}: component times of {len(timed.steps)} of {len(steps)} steps; the shares "
+            f"component times of {len(timed.steps)} of {len(steps)} steps; the shares "
             "are of those."
         )
     missing = [
@@ -388,7 +389,7 @@ def _caveats(
     ]
     if missing:
         notes.append(
-            f"{where}: no module shows {', '.join(missing)}; unknown, not zero (inside another "
+            f"no module shows {', '.join(missing)}; unknown, not zero (inside another "
             "component or the remainder)."
         )
     partial = [
@@ -397,16 +398,16 @@ def _caveats(
         if share < 1 and name in _LAYER_COLUMNS
     ]
     if partial:
-        notes.append(f"{where}: of the layers, seen {', '.join(partial)}.")
+        notes.append(f"of the layers, seen {', '.join(partial)}.")
     if parts.overshoot > _OVERSHOOT:
         notes.append(
-            f"{where}: components add up to {wording.percent(parts.overshoot)} of the step time; "
+            f"components add up to {wording.percent(parts.overshoot)} of the step time; "
             "shares are of their sum."
         )
     total = timed.total_ms
     if len(total) > 1 and total[0] > _SLOW_FIRST * float(np.median(total)):
         notes.append(
-            f"{where}: the first step took {wording.milliseconds(float(total[0]))}, the median "
+            f"the first step took {wording.milliseconds(float(total[0]))}, the median "
             f"{wording.milliseconds(float(np.median(total)))}; shares include it."
         )
     return notes

@@ -209,7 +209,9 @@ def _layers(layers: pd.DataFrame, steps: pd.DataFrame) -> pd.DataFrame:
          "max_activation_peak_bytes"]
     )
     table["site"] = table["site"].where(table["site"] >= 0)
-    return table
+    rank = {place: index for index, place in enumerate(_places(steps))}
+    order = [rank[(str(row.stack), str(row.phase))] for row in table.itertuples()]
+    return table.iloc[np.argsort(order, kind="stable")].reset_index(drop=True)
 
 
 def _devices(devices: pd.DataFrame) -> pd.DataFrame:

@@ -162,6 +162,9 @@ def label_results(
     """
     metrics: list[Metric] = []
     findings: list[Finding] = []
+    apart: list[bool] = []
+    parts: list[str] = []
+    named = ""
     for row in distances:
         if row["site"] is not None:
             continue
@@ -186,25 +189,31 @@ def label_results(
                 note=f"the same between two halves of one {row['label_kind']}'s requests",
             )
         )
-        apart = row["distance"] > _APART * row["chance_distance"]
+        apart.append(bool(row["distance"] > _APART * row["chance_distance"]))
         of_stack = f" in the {row['stack']}" if num_stacks > 1 else ""
+        parts.append(
+            f"{wording.share_with_interval(interval)} of it{of_stack} "
+            f"({wording.percent(row['chance_distance'])} by chance)"
+        )
         kind = {"domain": "domains", "language": "languages"}.get(row["label_kind"], "labels")
+        named = f"{row['num_labels']} {kind}"
+    if parts:
+        different = any(apart)
         text = (
-            f"The {row['num_labels']} {kind} use different experts{of_stack}: turning one's usage "
-            f"into another's means moving {wording.share_with_interval(interval)} of it, against "
-            f"{wording.percent(row['chance_distance'])} between two halves of one: placements and "
-            "pinned sets are worth planning for the mix that is served."
-            if apart
-            else f"The {row['num_labels']} {kind} use the same experts{of_stack}: "
-            f"{wording.share_with_interval(interval)} of usage would have to move to turn one into "
-            f"another, {wording.percent(row['chance_distance'])} between two halves of one."
+            f"The {named} use {'different' if different else 'the same'} experts: turning one's "
+            f"usage into another's means moving {' and '.join(parts)}"
+            + (
+                ", so placements and pinned sets have to be planned for the mix that is served."
+                if different
+                else "."
+            )
         )
         findings.append(
             Finding(
                 text=text,
-                severity=SEVERITY_FACT - 2 if apart else SEVERITY_NOTE,
+                severity=SEVERITY_FACT - 2 if different else SEVERITY_NOTE,
                 section=section,
-                metric=name,
+                metric=metrics[0].name,
             )
         )
     return metrics, findings

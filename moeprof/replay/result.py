@@ -38,7 +38,8 @@ class Metric:
     Attributes:
         name: Path, unique within a report: ``analysis/quantity/stack/phase``.
         value: None where it could not be seen.
-        unit: ``share``, ``bytes``, ``ms``, ``experts``, ``dispatches``, ``ratio`` or ``count``.
+        unit: ``share``, ``points`` (a difference of shares, as a share), ``bytes``, ``ms``,
+            ``tokens/s``, ``dispatches`` or ``ratio``.
         figure_class: What kind of knowledge the number is.
         low: 5th percentile of 200 draws of requests (or blocks); None without an interval.
         high: 95th percentile.

@@ -160,32 +160,72 @@ def _shares_of_order(
     windows: NDArray[np.int64],
 ) -> _OrderShares:
     backward, forward = reuse_distances(access, order)
-    reused = [
-        access.shares(((backward > 0) & (backward <= distance)).astype(np.float64))
-        for distance in distances
-    ]
     place = np.empty(len(order), np.int64)
     place[order] = np.arange(len(order))
-    at = place[access.lookup_dispatch()]
     lanes = access.lane[order]
-    starts = np.searchsorted(lanes, lanes, side="left")
-    stops = np.searchsorted(lanes, lanes, side="right")
-    stay = np.where(forward > 0, forward, len(order))
-    resident, slots = [], []
-    for window in windows:
-        # The window that ends at a place holds an expert from its lookup on until the window has
-        # passed or the next lookup of the expert takes over; only full windows count.
-        first = np.maximum(at, starts[at] + window - 1)
-        last = np.minimum(at + np.minimum(stay, window), stops[at])
-        resident.append(access.shares(np.maximum(last - first, 0).astype(np.float64)))
-        full = np.arange(len(order)) >= starts + window - 1
-        slots.append(access.dispatch_shares(np.where(full[place], float(access.num_experts), 0)))
-    nothing = np.empty((access.num_requests, 0))
-    return _OrderShares(
-        reused=np.stack(reused, axis=1) if reused else nothing,
-        resident=np.stack(resident, axis=1) if resident else nothing,
-        slots=np.stack(slots, axis=1) if slots else nothing,
+    starts = np.searchsorted(lanes, lanes, side="left").astype(np.int64)
+    stops = np.searchsorted(lanes, lanes, side="right").astype(np.int64)
+    reused = np.zeros((access.num_requests, len(distances)))
+    resident = np.zeros((access.num_requests, len(windows)))
+    _share_out(
+        access.want_lookup,
+        access.want_request,
+        access.num_wanting,
+        place[access.lookup_dispatch()],
+        backward,
+        forward,
+        starts,
+        stops,
+        distances,
+        windows,
+        reused,
+        resident,
     )
+    age = (np.arange(len(order)) - starts)[place]
+    whole = float(access.num_experts)
+    slots = [access.dispatch_shares(np.where(age >= window - 1, whole, 0)) for window in windows]
+    return _OrderShares(
+        reused=reused,
+        resident=resident,
+        slots=np.stack(slots, axis=1) if slots else resident,
+    )
+
+
+@compiled(
+    "void(int32[::1], int32[::1], int32[::1], int64[::1], int32[::1], int32[::1], int64[::1],"
+    " int64[::1], int64[::1], int64[::1], float64[:, ::1], float64[:, ::1])"
+)
+def _share_out(  # noqa: PLR0917
+    want_lookup: Int32s,
+    want_request: Int32s,
+    num_wanting: Int32s,
+    place_of_lookup: NDArray[np.int64],
+    backward: Int32s,
+    forward: Int32s,
+    starts: NDArray[np.int64],
+    stops: NDArray[np.int64],
+    distances: NDArray[np.int64],
+    windows: NDArray[np.int64],
+    reused: Floats,
+    resident: Floats,
+) -> None:
+    for want in range(len(want_lookup)):
+        lookup = want_lookup[want]
+        who = want_request[want]
+        part = 1.0 / num_wanting[lookup]
+        place = place_of_lookup[lookup]
+        if backward[lookup] > 0:
+            for index in range(len(distances)):
+                if backward[lookup] <= distances[index]:
+                    reused[who, index] += part
+        stay = forward[lookup] if forward[lookup] > 0 else len(starts)
+        # The window that ends at a place holds an expert from its lookup on until the window has
+        # passed or the expert's next lookup takes over; only full windows count.
+        for index in range(len(windows)):
+            first = max(place, starts[place] + windows[index] - 1)
+            last = min(place + min(stay, windows[index]), stops[place])
+            if last > first:
+                resident[who, index] += part * (last - first)
 
 
 def reuse_distances(access: Accesses, order: NDArray[np.int64]) -> tuple[Int32s, Int32s]:
@@ -554,7 +594,7 @@ def _metrics(
         wording.metric_of(
             f"{NAME}/excess_overlap_share/{where}",
             _excess(whole, halves),
-            unit="share",
+            unit="points",
             figure_class="exact",
             note="overlap less overlap shuffled, on the same draws: what order in time adds",
         ),

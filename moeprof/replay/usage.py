@@ -36,6 +36,8 @@ MAX_HEAT_ROWS = 64
 _IDLE_THRESHOLD = 0.5
 _UNEVEN_THRESHOLD = 1.5
 _DEAD_SHARE = 0.1
+_CONCENTRATED = 0.05
+_WORTH_EXPLAINING = 0.2
 _MIN_EXPECTED_TOKENS = 5
 
 
@@ -52,6 +54,7 @@ def activation(trace: Trace) -> Result:
     distances: list[dict[str, Any]] = []
     metrics: list[Metric] = []
     findings: list[Finding] = []
+    busiest: list[tuple[float, Finding]] = []
     stacks = wording.stacks_of(trace)
     for stack, tokens in stacks:
         per_site = [(site, accesses(tokens, site)) for site in tokens.sites]
@@ -74,12 +77,13 @@ def activation(trace: Trace) -> Result:
             summary = _phase_metrics(stack, phase, usages, tokens, load)
             metrics += summary
             if phase == wording.main_phase(tokens.phases()):
-                findings += _findings(
-                    stack, phase, summary, usages, idle, load, num_stacks=len(stacks)
-                )
+                place = wording.place(stack, phase, num_stacks=len(stacks))
+                findings += _idle_findings(place, summary, usages, idle)
+                busiest.append(_busiest(place, summary, usages, load))
         counts, distance = label_usage(tokens)
         labels += counts
         distances += distance
+    findings += [max(busiest, key=lambda found: found[0])[1]] if busiest else []
     label_metrics, label_findings = label_results(NAME, distances, num_stacks=len(stacks))
     dead, dead_findings = _dead(stacks)
     return Result(
@@ -337,64 +341,62 @@ def _phase_metrics(
     ]
 
 
-def _findings(  # noqa: PLR0917
-    stack: str,
-    phase: str,
-    metrics: list[Metric],
-    usages: list[_SiteUsage],
-    idle: Estimates,
-    load: _Load,
-    *,
-    num_stacks: int,
+def _idle_findings(
+    where: str, metrics: list[Metric], usages: list[_SiteUsage], idle: Estimates
 ) -> list[Finding]:
-    where = wording.place(stack, phase, num_stacks=num_stacks)
     inactive, uniform = metrics[0], metrics[1]
-    findings = []
-    if inactive.value is not None and uniform.value is not None:
-        interval = Interval(value=inactive.value, low=inactive.low, high=inactive.high)
-        idle_bytes = sum(
-            float(idle.value[index]) * usage.site.num_experts * usage.site.expert_bytes
-            for index, usage in enumerate(usages)
+    if inactive.value is None or uniform.value is None:
+        return []
+    interval = Interval(value=inactive.value, low=inactive.low, high=inactive.high)
+    idle_bytes = sum(
+        float(idle.value[index]) * usage.site.num_experts * usage.site.expert_bytes
+        for index, usage in enumerate(usages)
+    )
+    weights = f" ({wording.num_bytes(idle_bytes)} of weights)" if idle_bytes else ""
+    mean_tokens = usages[0].num_tokens / usages[0].num_dispatches
+    meaning = (
+        "the router concentrates tokens beyond chance, which caches and placement can use"
+        if inactive.value - uniform.value > _CONCENTRATED
+        else "most of it comes from few tokens per step, and larger batches would use it"
+    )
+    text = (
+        f"In {where}, {wording.share_with_interval(interval)} of the experts{weights} stand "
+        f"idle in an average step of {wording.number(mean_tokens)} tokens; uniform routing "
+        f"would leave {wording.percent(uniform.value)} idle"
+        + (f": {meaning}." if inactive.value >= _WORTH_EXPLAINING else ".")
+    )
+    severity = SEVERITY_COST if inactive.value >= _IDLE_THRESHOLD else SEVERITY_NOTE
+    return [Finding(text=text, severity=severity, section=NAME, metric=inactive.name)]
+
+
+def _busiest(
+    where: str, metrics: list[Metric], usages: list[_SiteUsage], load: _Load
+) -> tuple[float, Finding]:
+    """Returns how far the busiest expert stands out beyond chance, and what is to say of it."""
+    beyond = load.max_over_mean.value[:-1] / np.array(load.uniform_max_over_mean)
+    worst = int(np.argmax(beyond))
+    usage = usages[worst]
+    hottest = int(np.argmax(load.counts[worst]))
+    share = float(load.counts[worst].max() / usage.num_tokens)
+    uneven = bool(beyond[worst] > _UNEVEN_THRESHOLD)
+    text = (
+        f"The busiest expert of {where}, number {hottest} of layer {usage.site.layer}, gets "
+        f"{wording.percent(share)} of the tokens, "
+        f"{wording.number_with_interval(load.max_over_mean[worst])} times a fair share where "
+        f"uniform routing would show {wording.number(load.uniform_max_over_mean[worst])}"
+        + (
+            ": under expert parallelism the device that holds it sets the pace."
+            if uneven
+            else ": no expert stands out much beyond chance."
         )
-        weights = f", {wording.num_bytes(idle_bytes)} of weights" if idle_bytes else ""
-        mean_tokens = usages[0].num_tokens / usages[0].num_dispatches
-        text = (
-            f"In {where}, {wording.share_with_interval(interval)} of the experts{weights} stand "
-            f"idle in an average step of {wording.number(mean_tokens)} tokens; uniform routing "
-            f"would leave {wording.percent(uniform.value)} idle."
-        )
-        severity = SEVERITY_COST if inactive.value >= _IDLE_THRESHOLD else SEVERITY_NOTE
-        findings.append(
-            Finding(text=text, severity=severity, section=NAME, metric=inactive.name)
-        )
-    worst = int(np.argmax(load.max_over_mean.value[:-1]))
-    largest = load.max_over_mean[worst]
-    if largest.value is not None:
-        site = usages[worst].site
-        hottest = int(np.argmax(load.counts[worst]))
-        expected = load.uniform_max_over_mean[worst]
-        share = float(load.counts[worst].max() / usages[worst].num_tokens)
-        uneven = largest.value > _UNEVEN_THRESHOLD * expected
-        text = (
-            f"The busiest expert of {where} is expert {hottest} of layer {site.layer}: "
-            f"{wording.percent(share)} of the tokens, "
-            f"{wording.number_with_interval(largest)} times a fair share; uniform routing would "
-            f"show {wording.number(expected)}"
-            + (
-                ", so a device that holds it waits for nobody and is waited for."
-                if uneven
-                else ": no expert stands out beyond chance by much."
-            )
-        )
-        findings.append(
-            Finding(
-                text=text,
-                severity=SEVERITY_COST - 5 if uneven else SEVERITY_NOTE - 5,
-                section=NAME,
-                metric=f"{NAME}/max_over_mean_load/{stack}/{phase}",
-            )
-        )
-    return findings
+    )
+    finding = Finding(
+        text=text,
+        severity=SEVERITY_COST - 5 if uneven else SEVERITY_NOTE - 5,
+        section=NAME,
+        metric=metrics[2].name,
+    )
+    return float(beyond[worst]), finding
 
 
 def _dead(

@@ -24,8 +24,16 @@ _ORDER = {"decode": 0, "encode": 1, "prefill": 2, "mixed": 3}
 
 def percent(share: float) -> str:
     """Returns a share as a percentage with two or three digits."""
-    digits = 1 if abs(share) < _SMALL_SHARE and round(share, 3) != 0 else 0
+    digits = 1 if 0 < round(abs(share), 3) < _SMALL_SHARE else 0
     return f"{100 * share:.{digits}f}%"
+
+
+def percent_range(low: float, high: float) -> str:
+    """Returns ``38 to 44%``, with one digit more where both ends would read the same."""
+    first, second = percent(low), percent(high)
+    if first == second and low != high:
+        first, second = f"{100 * low:.1f}%", f"{100 * high:.1f}%"
+    return f"{first.removesuffix('%')} to {second}"
 
 
 def points(share: float) -> str:
@@ -62,8 +70,7 @@ def share_with_interval(interval: Interval) -> str:
         return "unknown"
     if interval.low is None or interval.high is None:
         return percent(interval.value)
-    low, high = percent(interval.low), percent(interval.high)
-    return f"{percent(interval.value)} ({low.rstrip('%')} to {high})"
+    return f"{percent(interval.value)} ({percent_range(interval.low, interval.high)})"
 
 
 def points_with_interval(interval: Interval) -> str:
@@ -138,26 +145,28 @@ def routing_findings(
     """Returns findings about routing, or what has to be said instead of them.
 
     Random weights: the routing means nothing, so nothing is concluded from it. Too few requests:
-    each sentence ends with the verdict.
+    the verdict on that goes with them.
     """
     if trace.info.model.random_weights:
         text = (
-            "The weights are random: times and bytes mean what they say, but nothing about this "
-            "model's routing can be concluded."
+            "The weights are random: times and bytes mean what they say, but the routing means "
+            "nothing, and nothing is concluded from it."
         )
         return (Finding(text=text, severity=SEVERITY_WARNING, section=section),)
+    too_few = few_requests_finding(trace, section)
+    return (*findings, too_few) if too_few else tuple(findings)
+
+
+def few_requests_finding(trace: Trace, section: str) -> Finding | None:
+    """Returns the verdict on too few requests, or None where there are enough."""
     verdict = missing_requests(len(trace.requests))
     if not verdict:
-        return tuple(findings)
-    return tuple(
-        Finding(
-            text=f"{finding.text.rstrip('.')}; {verdict}.",
-            severity=finding.severity,
-            section=finding.section,
-            metric=finding.metric,
-        )
-        for finding in findings
+        return None
+    text = (
+        f"{verdict[0].upper()}{verdict[1:]}. Until then the numbers describe this trace only and "
+        "carry no intervals."
     )
+    return Finding(text=text, severity=SEVERITY_WARNING + 2, section=section)
 
 
 def stacks_of(trace: Trace) -> tuple[tuple[str, StackTokens], ...]:

@@ -108,6 +108,8 @@ def _phase_curves(
         chosen, group = _groups(order, column, row, size)
         if not len(chosen):
             break
+        by_request = np.lexsort((tokens.request[chosen], group))
+        chosen, group = chosen[by_request], group[by_request]
         pooled: list[tuple[Floats, Floats]] = []
         uniforms, popular = [], []
         for site, experts in zip(tokens.sites, tokens.expert, strict=True):
@@ -220,11 +222,10 @@ def _grouped(
     group: NDArray[np.int64],
     site: schema.Site,
 ) -> Accesses:
-    by_request = np.lexsort((tokens.request[chosen], group))
     return gather(
-        dispatch=group[by_request].astype(np.int32),
-        request=tokens.request[chosen][by_request],
-        expert=experts[chosen[by_request]],
+        dispatch=group.astype(np.int32),
+        request=tokens.request[chosen],
+        expert=experts[chosen],
         num_experts=site.num_experts,
         num_requests=len(tokens.requests),
         lane=np.zeros(int(group[-1]) + 1, np.int32),

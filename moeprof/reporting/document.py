@@ -1,0 +1,222 @@
+"""Traces as the data of a report: analyses, the findings that stand at the top, the verdict."""
+
+from __future__ import annotations
+
+import datetime
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import moeprof
+from moeprof import replay
+from moeprof.replay import wording
+from moeprof.replay.result import SEVERITY_WARNING, Finding, Metric, Result
+from moeprof.reporting import facts, sections, vocabulary
+from moeprof.reporting.layout import (
+    REPORT_VERSION,
+    FindingData,
+    MetricData,
+    ReportData,
+    TableData,
+    TraceData,
+)
+from moeprof.trace.reader import Trace
+
+MAX_FINDINGS = 7
+ANALYSES = (
+    replay.latency, replay.memory, replay.activation, replay.locality, replay.batching,
+)  # fmt: skip
+
+_MIN_PER_TRACE = 3
+_NUM_NAMED = 2
+_COMPARED = (
+    "latency/moe_share",
+    "latency/host_p50_ms",
+    "latency/device_p50_ms",
+    "memory/experts_share",
+    "activation/inactive_share",
+    "activation/max_over_mean_load",
+    "locality/overlap_share",
+    "locality/shuffled_overlap_share",
+    "locality/median_reuse_distance",
+)
+
+
+def report_data(traces: Sequence[Trace], *, title: str | None = None) -> ReportData:
+    """Returns everything that a report on ``traces`` says, as plain data.
+
+    Args:
+        traces: At least one.
+        title: Heading; made from the models' names when None.
+    """
+    ids = _ids(traces)
+    built = [_trace_data(trace, name) for trace, name in zip(traces, ids, strict=True)]
+    found = [
+        _finding_data(finding, data, trace)
+        for trace, (data, results) in zip(traces, built, strict=True)
+        for finding in _findings(trace, results)
+    ]
+    for data, _ in built:
+        for section in data["sections"]:
+            section["findings"] = [
+                finding
+                for finding in found
+                if finding["trace"] == data["id"] and finding["section"] == section["name"]
+            ]
+    return ReportData(
+        moeprof_report=REPORT_VERSION,
+        moeprof_version=moeprof.__version__,
+        generated=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        title=title or _title(traces),
+        verdict=" ".join(data["verdict"] for data, _ in built),
+        findings=_top(found, ids),
+        comparison=_comparison(traces, [data for data, _ in built]),
+        traces=[data for data, _ in built],
+    )
+
+
+def _ids(traces: Sequence[Trace]) -> list[str]:
+    """Returns one short anchor per trace, from its file name."""
+    ids: list[str] = []
+    for trace in traces:
+        stem = re.split(r"[/\\:]", str(trace.path).rstrip("/"))[-1].removesuffix(".moeprof")
+        base = re.sub(r"[^a-z0-9]+", "-", stem.lower()).strip("-") or "trace"
+        name, number = base, 2
+        while name in ids:
+            name, number = f"{base}-{number}", number + 1
+        ids.append(name)
+    return ids
+
+
+def _title(traces: Sequence[Trace]) -> str:
+    names = list(dict.fromkeys(trace.info.model.name for trace in traces))
+    if len(names) <= _NUM_NAMED:
+        return " and ".join(names)
+    return f"{names[0]} and {len(names) - 1} more"
+
+
+def _trace_data(trace: Trace, name: str) -> tuple[TraceData, list[Result]]:
+    results = [analyse(trace) for analyse in ANALYSES]
+    data = TraceData(
+        id=name,
+        name=name,
+        title=trace.info.model.name,
+        verdict=_verdict(trace, results),
+        banners=facts.banners(trace),
+        facts=facts.run_facts(trace),
+        sections=[sections.section_of(trace, result) for result in results],
+    )
+    return data, results
+
+
+def _verdict(trace: Trace, results: Sequence[Result]) -> str:
+    """Returns one sentence: what the trace is worth, or its two most telling numbers."""
+    name = trace.info.model.name
+    known = {metric.name: metric for result in results for metric in result.metrics}
+    worst = facts.recording_findings(trace)
+    place = vocabulary.main_places(trace)[-1] if vocabulary.main_places(trace) else ""
+    said = vocabulary.place_label(trace, place.split("/")) if place else "a step"
+    if worst and worst[0].severity > SEVERITY_WARNING + 2:
+        return f"{name}: the recording itself needs attention before its numbers do."
+    idle = known.get(f"activation/inactive_share/{place}")
+    moe = known.get(f"latency/moe_share/{place}")
+    again = known.get(f"locality/overlap_share/{place}")
+    parts = []
+    if moe is not None and moe.value is not None:
+        parts.append(f"{said} spends {_percent(moe)} of its time in MoE blocks")
+    if not trace.info.model.random_weights:
+        if idle is not None and idle.value is not None:
+            parts.append(f"leaves {_percent(idle)} of the experts idle")
+        if again is not None and again.value is not None:
+            parts.append(f"needs {_percent(again)} of them again in the next step")
+    if not parts:
+        return f"{name}: nothing could be concluded from this trace."
+    text = ", ".join(parts[:-1]) + (" and " if len(parts) > 1 else "") + parts[-1]
+    if not text.startswith(said):
+        text = f"{said} {text}"
+    tail = " (random weights: routing left out)" if trace.info.model.random_weights else ""
+    return f"{name}: {text}{tail}."
+
+
+def _percent(metric: Metric) -> str:
+    return wording.percent(metric.value or 0.0)
+
+
+def _findings(trace: Trace, results: Sequence[Result]) -> list[Finding]:
+    """Returns the findings of a trace, worst first, each said once."""
+    found = [
+        *facts.recording_findings(trace),
+        *(finding for result in results for finding in result.findings),
+    ]
+    once = {finding.text: finding for finding in reversed(found)}
+    return sorted(once.values(), key=lambda finding: -finding.severity)
+
+
+def _finding_data(finding: Finding, data: TraceData, trace: Trace) -> FindingData:
+    section = next((s for s in data["sections"] if s["name"] == finding.section), None)
+    metric: MetricData | None = None
+    if section is not None and finding.metric is not None:
+        metric = next((m for m in section["metrics"] if m["name"] == finding.metric), None)
+    suffix = finding.section if section is not None else facts.SECTION
+    return FindingData(
+        text=finding.text,
+        severity=finding.severity,
+        section=finding.section,
+        metric=finding.metric,
+        figure_class=None if metric is None else metric["figure_class"],
+        trace=data["id"],
+        anchor=f"{data['id']}-{suffix}",
+    )
+
+
+def _top(found: Sequence[FindingData], ids: Sequence[str]) -> list[FindingData]:
+    """Returns the findings for the top of the page: the worst, but some of each trace."""
+    ordered = sorted(found, key=lambda finding: -finding["severity"])
+    each = max(min(_MIN_PER_TRACE, MAX_FINDINGS // max(len(ids), 1)), 1)
+    kept: list[FindingData] = []
+    for name in ids:
+        kept += [finding for finding in ordered if finding["trace"] == name][:each]
+    for finding in ordered:
+        if len(kept) >= MAX_FINDINGS:
+            break
+        if finding not in kept:
+            kept.append(finding)
+    return sorted(kept, key=lambda finding: -finding["severity"])[: max(MAX_FINDINGS, len(ids))]
+
+
+def _comparison(traces: Sequence[Trace], built: Sequence[TraceData]) -> TableData | None:
+    """Returns the headline numbers of all traces and stacks side by side; None for a single one."""
+    columns = [
+        (trace, data, place)
+        for trace, data in zip(traces, built, strict=True)
+        for place in vocabulary.main_places(trace)
+    ]
+    if len(columns) == 1 or not columns:
+        return None
+    rows: list[dict[str, Any]] = []
+    for quantity in _COMPARED:
+        row: dict[str, Any] = {"label": vocabulary.QUANTITIES[quantity], "unit": "", "class": ""}
+        for index, (_, data, place) in enumerate(columns):
+            known = {m["name"]: m for section in data["sections"] for m in section["metrics"]}
+            metric = known.get(f"{quantity}/{place}") or known.get(quantity)
+            if metric is None:
+                continue
+            row["unit"], row["class"] = metric["unit"], metric["figure_class"]
+            row[f"c{index}"] = metric["value"]
+            row[f"c{index}_low"], row[f"c{index}_high"] = metric["low"], metric["high"]
+        if row["unit"]:
+            rows.append(row)
+    headings = [
+        f"{data['title']}: {vocabulary.place_label(trace, place.split('/'))}"
+        for trace, data, place in columns
+    ]
+    return TableData(
+        title="Side by side",
+        figure_class="",
+        columns=[
+            ["label", "", "text"],
+            *([f"c{index}", heading, "row"] for index, heading in enumerate(headings)),
+            ["class", "Class", "class"],
+        ],
+        rows=rows,
+    )

@@ -354,7 +354,7 @@ def _finish_recording(talk: Talk, path: Path, *, with_report: bool, force: bool)
     findings = page.findings[:_NUM_FINDINGS]
     for finding in findings:
         talk.say(f"  - {finding.text}")
-    talk.say(f"Wrote {path}")
+    talk.say(f"Wrote {path}; keep it as you keep the prompts: expert choices give tokens away")
     if with_report:
         _save(talk, page, path.with_suffix(""), DEFAULT_FORMATS, force=force)
     else:

@@ -118,6 +118,16 @@ def test_version(run):
     assert run("--version") == (0, f"moeprof {__version__}\n", "")
 
 
+def test_the_choices_are_those_of_the_functions_called():
+    from moeprof.reporting import writing
+    from moeprof.zoo import loader
+
+    assert set(cli.FORMATS) == set(writing.FORMATS)
+    assert set(cli.FIXES) == {*loader.FIXES, "none"}
+    assert set(cli.DTYPES) == {*loader.DTYPES, "auto"}
+    assert cli.TRACE_SUFFIX == schema.TRACE_SUFFIX
+
+
 # record
 
 
@@ -309,6 +319,11 @@ def test_info_of_this_machine(run):
     assert facts["can_record"] is True
     assert isinstance(facts["energy_counter"], bool)
     assert "can record" in run("info")[1]
+
+
+def test_sizes_are_said_in_the_unit_that_fits(run, trace_path):
+    _, out, _ = run("info", trace_path)
+    assert any(line.startswith("size ") and line.endswith(" KiB") for line in out.splitlines())
 
 
 # errors

@@ -43,13 +43,9 @@ def _merge_table(root: Path, name: str, parts: Sequence[Part], *, rank: int, num
         return parts[0]
     target = root / commits.part_name(name, rank, number)
     schema = pq.read_schema(root / parts[0].path)
-    num_rows = 0
     files.create_private(files.beside(target))
-    options = encoding.writer_options(schema)
-    with pq.ParquetWriter(files.beside(target), schema, **options) as writer:
-        for table in _row_groups(root, parts, encoding.group_rows(schema)):
-            writer.write_table(table, row_group_size=table.num_rows)
-            num_rows += table.num_rows
+    groups = _row_groups(root, parts, encoding.group_rows(schema))
+    num_rows = encoding.write_file(files.beside(target), schema, groups)
     files.put_in_place(target)
     assert num_rows == sum(part.num_rows for part in parts), "compaction must keep every row"
     first = [part.first_step for part in parts if part.first_step is not None]

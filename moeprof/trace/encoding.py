@@ -5,12 +5,14 @@ Leaves out where files go (`writer`) and what they mean (`schema`).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.parquet as pq
 
 from moeprof.trace import schema as spec
 
@@ -106,6 +108,31 @@ def writer_options(schema: pa.Schema) -> dict[str, Any]:
         "write_statistics": statistics,
         "write_batch_size": 1 << 16,
     }
+
+
+def write_file(path: Path, schema: pa.Schema, tables: Iterable[pa.Table]) -> int:
+    """Writes a Parquet file and returns its rows.
+
+    Args:
+        path: An existing file; it is overwritten.
+        schema: Schema of the rows.
+        tables: The rows, in order.
+
+    Raises:
+        OSError: The disk does not take them.
+    """
+    num_rows = 0
+    with pa.OSFile(str(path), "wb") as sink:
+        writer = pq.ParquetWriter(sink, schema, **writer_options(schema))
+        try:
+            for table in tables:
+                writer.write_table(table, row_group_size=group_rows(schema))
+                num_rows += table.num_rows
+            writer.close()
+        finally:
+            # Else its destructor would try again, and complain on stderr.
+            writer.is_open = False
+    return num_rows
 
 
 def sort_keys(schema: pa.Schema) -> tuple[str, ...]:

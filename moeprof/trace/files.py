@@ -53,9 +53,16 @@ def put_in_place(path: Path) -> None:
     sync_directory(path.parent)
 
 
-def write_text(path: Path, text: str) -> None:
-    """Writes ``path`` so that readers see the old or the new text, never a mixture."""
+def write_beside(path: Path, text: str) -> None:
+    """Writes what ``path`` shall become under its temporary name, durably."""
     create_private(beside(path))
     with beside(path).open("w", encoding="utf-8") as file:
         file.write(text)
-    put_in_place(path)
+    sync_file(beside(path))
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes ``path`` so that readers see the old or the new text, never a mixture."""
+    write_beside(path, text)
+    os.replace(beside(path), path)
+    sync_directory(path.parent)

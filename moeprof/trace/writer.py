@@ -20,8 +20,6 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import pyarrow.parquet as pq
-
 from moeprof.errors import MoeprofError
 from moeprof.trace import commits, compaction, encoding, files, units
 from moeprof.trace import schema as spec
@@ -73,6 +71,7 @@ class TraceWriter:
         self._changed = threading.Condition(self._lock)
         self._flusher: threading.Thread | None = None
         self._failure: MoeprofError | None = None
+        self._next: tuple[str, _State] | None = None
         self._closed = False
 
     @classmethod
@@ -192,8 +191,8 @@ class TraceWriter:
             compact: Merge the parts into one file per table.
 
         Raises:
-            MoeprofError: Something could not be written; nothing committed before is lost, and
-                calling again tries again.
+            MoeprofError: Something could not be written; nothing committed before is lost. Where
+                only the merging failed the trace is complete; else calling again tries again.
         """
         self._stop_flusher()
         with self._lock:
@@ -209,7 +208,8 @@ class TraceWriter:
                     info = dataclasses.replace(self._info, complete=complete)
                     _write_info(self._path, info)
                     self._info = info
-            self._sweep()
+            if not compact:
+                self._sweep()
             self._closed = True
             if problem is not None:
                 raise problem
@@ -276,6 +276,7 @@ class TraceWriter:
                 self._changed.wait(deadline_s - time.monotonic() if waiting else None)
 
     def _commit(self) -> None:
+        self._settle()
         state = self._state
         if not state.pending:
             return
@@ -310,9 +311,7 @@ class TraceWriter:
         table = units.arrow_table(tables, info=self._info)
         _make_table_directory(path.parent, self._path)
         files.create_private(files.beside(path))
-        options = encoding.writer_options(table.schema)
-        with pq.ParquetWriter(files.beside(path), table.schema, **options) as writer:
-            writer.write_table(table, row_group_size=encoding.group_rows(table.schema))
+        encoding.write_file(files.beside(path), table.schema, [table])
         files.put_in_place(path)
         first, last = encoding.step_range(table)
         return Part(
@@ -350,12 +349,34 @@ class TraceWriter:
                 text += commits.commit_line(parts, time=_now(), compacted=True)
             if complete:
                 text += self._close_line()
-            files.write_text(self._log_path, text)
+            files.write_beside(self._log_path, text)
+            self._next = (text, _State(log_bytes=len(text.encode()), parts=parts))
+            os.replace(files.beside(self._log_path), self._log_path)
+            self._settle()
+            files.sync_directory(self._path)
         except OSError as error:
-            self._sweep()
+            if not self._settle():
+                self._sweep()
             return _explain(error, self._path, f"{self._safe()}; they were not compacted")
-        self._state = _State(log_bytes=len(text.encode()), parts=parts)
+        self._sweep()
         return None
+
+    def _settle(self) -> bool:
+        """Finds out whether an interrupted switch to a new log took place; True where it may have.
+
+        The old log's parts stay until the switch is durable.
+        """
+        if self._next is None:
+            return False
+        text, state = self._next
+        try:
+            switched = self._log_path.read_text(encoding="utf-8") == text
+        except OSError:
+            return True
+        if switched:
+            self._state = state
+        self._next = None
+        return switched
 
     def _close_line(self) -> str:
         closing: dict[str, Any] = {}
@@ -435,8 +456,9 @@ def _start(root: Path, info: spec.TraceInfo, *, force: bool) -> None:
         staging.rename(root)
         files.sync_directory(root.parent)
     except OSError:
-        shutil.rmtree(staging, ignore_errors=True)
-        if exists and not root.exists() and discarded.exists():
+        moved = not staging.exists()
+        shutil.rmtree(root if moved else staging, ignore_errors=True)
+        if discarded.exists() and not root.exists():
             discarded.rename(root)
         raise
     shutil.rmtree(discarded, ignore_errors=True)

@@ -350,7 +350,8 @@ class Trace:
         reader = _LongReader(self.info, stack, sites, wanted)
         pieces = []
         columns = [name for name in wanted if name not in _SITE_COLUMNS]
-        stored = list(dict.fromkeys([*columns, *(["phase"] if phases else []), "rank"]))
+        # At least one column is read: it tells how many rows there are.
+        stored = list(dict.fromkeys([*columns, *(["phase"] if phases else [])])) or ["rank"]
         for part in self.parts(f"routing/{stack}") if sites else ():
             for table in parts.read_part(self._store, part, columns=stored, steps=steps):
                 pieces.append(reader.long(table if phases is None else _of_phase(table, phases)))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from moeprof.replay.breakdown import latency
 from moeprof.replay.footprint import memory
+from moeprof.replay.gates import gating
 from moeprof.replay.result import Finding, Metric, Result
 from moeprof.replay.reuse import locality
 from moeprof.replay.usage import activation
@@ -15,6 +16,7 @@ __all__ = [
     "Result",
     "activation",
     "batching",
+    "gating",
     "latency",
     "locality",
     "memory",

@@ -222,33 +222,25 @@ def _decode_jetmoe(raw: Tensors, modules: SiteModules) -> SlotTable:
     return _all_routed(experts.view(-1, k), weights.view(-1, k))
 
 
-def _capture_llama4(
-    module: torch.nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any
-) -> Tensors:
-    scores, logits = output
-    return scores.detach(), logits.detach()
-
-
 def _decode_llama4(raw: Tensors, modules: SiteModules) -> SlotTable:
-    """Reads Llama4Router: unselected experts have a score of exactly sigmoid(-inf) = 0."""
-    scores, logits = raw
-    top_k = int(_need(modules.router).top_k)
-    experts = logits.topk(top_k, dim=-1).indices
-    weights = scores.float().reshape(logits.shape).gather(1, experts)
+    """Reads Llama4Router's scores [T, E]: unselected experts have exactly sigmoid(-inf) = 0."""
+    weights, experts = raw[0].float().topk(int(_need(modules.router).top_k), dim=-1)
     return _all_routed(experts, weights)
 
 
 def _capture_aria(
     module: torch.nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any
 ) -> Tensors:
+    """Repeats the choice AriaExperts makes inside, on its device: ties fall the same way."""
     logits = args[1] if len(args) > 1 else kwargs["router_logits"]
-    return (logits.detach(),)
+    config: Any = module.config
+    values, experts = torch.topk(logits.detach(), k=config.moe_topk, dim=1)
+    return experts, torch.softmax(values, dim=-1)
 
 
 def _decode_aria(raw: Tensors, modules: SiteModules) -> SlotTable:
-    """Reads AriaExperts, which selects inside: top-k of the logits it is given, then softmax."""
-    values, experts = raw[0].topk(int(_need(modules.experts).config.moe_topk), dim=1)
-    return _all_routed(experts, torch.softmax(values, dim=-1).float())
+    experts, weights = raw
+    return _all_routed(experts, weights)
 
 
 NLLB = Adapter(
@@ -261,7 +253,7 @@ JETMOE = Adapter(
     name="jetmoe_gating", source="router", capture=_capture_jetmoe, decode=_decode_jetmoe
 )
 LLAMA4 = Adapter(
-    name="llama4_router", source="router", capture=_capture_llama4, decode=_decode_llama4
+    name="llama4_router", source="router", capture=_keep_outputs(0), decode=_decode_llama4
 )
 ARIA = Adapter(name="aria_experts", source="experts", capture=_capture_aria, decode=_decode_aria)
 

@@ -151,9 +151,10 @@ def _layers(modules: Mapping[str, nn.Module], sites: list[FoundSite]) -> Iterato
                 continue
             name = f"{container}.{child_name}" if container else child_name
             own = tuple(i for i, site in enumerate(sites) if site.layer_name == name)
-            blocks = {id(sites[i].modules.block) for i in own}
+            blocks = {id(sites[i].modules.block) for i in own if sites[i].kind != "attention"}
             attention = tuple(_outermost(layer, blocks, _is_attention))
-            taken = blocks | {id(module) for module in attention}
+            shared = {id(module) for i in own for module in sites[i].shared}
+            taken = blocks | shared | {id(module) for module in attention}
             dense = tuple(_outermost(layer, taken, _is_dense_ffn))
             yield LayerParts(
                 name=name,

@@ -21,6 +21,7 @@ from moeprof.recording.calls import (
     cache_argument,
     describe_generation,
     is_matrix,
+    named_arguments,
     router_logits,
     token_argument,
     token_shape,
@@ -145,7 +146,12 @@ class Instrument:
         self._handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
 
     def _post(self, module: nn.Module, hook: Callable[..., None]) -> None:
+        """Calls ``hook`` when the module ends, with output None when it failed."""
         self._handles.append(module.register_forward_hook(hook, with_kwargs=True, always_call=True))
+
+    def _after(self, module: nn.Module, hook: Callable[..., None]) -> None:
+        """Calls ``hook`` when the module ended well."""
+        self._handles.append(module.register_forward_hook(hook, with_kwargs=True))
 
     def detach(self) -> None:
         """Removes every hook and wrapper; the model is as it was."""
@@ -172,14 +178,14 @@ class Instrument:
         if adapter.source == "experts":
             self._pre(found.watched, lambda m, a, k: capture(m, a, k, None))
         else:
-            self._post(found.watched, capture)
+            self._after(found.watched, capture)
         if found.expert_modules:
             for expert, module in enumerate(found.expert_modules):
                 self._pre(module, functools.partial(self._expert_ran, site, expert))
         elif found.modules.experts is not None and self._settings.probe_every:
             self._watch_fused(site, found)
-        if found.modules.router is not None:
-            self._post(found.modules.router, functools.partial(self._router_ran, site))
+        if found.logits_source is not None:
+            self._after(found.logits_source, functools.partial(self._router_ran, site))
 
     def _expert_ran(
         self, site: int, expert: int, module: nn.Module, args: Any, kwargs: Any
@@ -313,11 +319,14 @@ class Instrument:
                 self._discard_open_step()
             else:
                 self._close_step()
-        tokens = token_argument(args, kwargs)
+        tokens = token_argument(module, args, kwargs)
         if tokens is None:
             return
         shape = token_shape(tokens)
-        past, past_length = cache_argument(kwargs, generating=self.tracker.generation is not None)
+        named = named_arguments(module, args, kwargs)
+        past, past_length = cache_argument(
+            named, columns=shape[1], generating=self.tracker.generation is not None
+        )
         if stack == "encoder":
             past, past_length = None, 0
         episode, new = self.tracker.enter(stack, shape, past, past_length)
@@ -326,7 +335,7 @@ class Instrument:
         self._kind_counts[kind] = order + 1
         probe_every = self._settings.probe_every
         beam_index, self._beam_index = self._beam_index, None
-        mask = kwargs.get("attention_mask")
+        mask = named.get("attention_mask")
         self._note_kernels(stack, shape)
         capture = StepCapture(
             step=self.num_steps,
@@ -405,6 +414,8 @@ class Instrument:
                 return result
             finally:
                 ended = self.tracker.end_generation()
+                # A beam search reorders its cache once more than it runs.
+                self._beam_index = None
                 if ended is not None:
                     sequences = getattr(result, "sequences", result)
                     tensor = sequences if isinstance(sequences, torch.Tensor) else None

@@ -163,7 +163,7 @@ class _Ranges:
 
     def _stack_hook(self, stack: str) -> Callable[..., None]:
         def begins(module: nn.Module, args: Any, kwargs: Any) -> None:
-            tokens = token_argument(args, kwargs)
+            tokens = token_argument(module, args, kwargs)
             if tokens is None:
                 return
             self._shape = token_shape(tokens)

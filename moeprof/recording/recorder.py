@@ -13,7 +13,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
@@ -26,7 +26,7 @@ from torch import nn
 from moeprof.errors import CaptureError, MoeprofError
 from moeprof.recording import sites as site_search
 from moeprof.recording.anatomy import Anatomy, anatomy, static_bytes
-from moeprof.recording.calls import output_tokens
+from moeprof.recording.calls import kept_columns, output_tokens
 from moeprof.recording.devices import DeviceSampler, open_meter
 from moeprof.recording.hardware import hardware, versions
 from moeprof.recording.hooks import GenerationEnd, Instrument, InstrumentSettings
@@ -40,6 +40,8 @@ from moeprof.trace.writer import TraceWriter
 logger = logging.getLogger(__name__)
 
 DRAIN_BYTES = 32 << 20
+MAX_RUNNING = 4096
+NS_PER_S = 1e9
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,11 +86,19 @@ class RecorderOptions:
 
 @dataclass
 class _Running:
-    """Requests that have started and not ended."""
+    """Requests of one batch that have started and not ended.
 
+    Attributes:
+        started: The episode that started them; it holds the prompt.
+        episode: The decoder's episode, once it runs.
+        rows: Rows of the requests table, by request.
+        end_s: End of their last pass, in seconds since the trace started.
+    """
+
+    started: Episode
     episode: Episode
-    arrival_s: float
-    rows: dict[int, dict[str, Any]] = field(default_factory=dict)
+    rows: dict[int, dict[str, Any]]
+    end_s: float = 0.0
 
 
 class Recorder:
@@ -125,6 +135,7 @@ class Recorder:
         self._error: BaseException | None = None
         self._observed = Observation()
         self._running: dict[int, _Running] = {}
+        self._held: StepCapture | None = None
         self._sites: list[Site] | None = None
         self._writer: TraceWriter | None = None
         self._sampler: DeviceSampler | None = None
@@ -280,8 +291,13 @@ class Recorder:
             self._write_devices()
             self._sampler.meter.close()
         if self._writer is not None:
-            self._writer.update_info(**self._final_facts())
-            self._writer.close(complete=complete)
+            written = False
+            try:
+                self._end_running()
+                self._writer.update_info(**self._final_facts())
+                written = True
+            finally:
+                self._writer.close(complete=complete and written)
 
     def _capture_problem(self) -> CaptureError | None:
         observed = self._observed
@@ -291,7 +307,8 @@ class Recorder:
             if ran == 0:
                 return CaptureError(
                     "nothing was captured: the model did not run while it was recorded",
-                    hint="call the model inside the with block",
+                    hint="call the model inside the with block, in eager mode: hooks stay silent "
+                    "in a model that torch.compile compiled before",
                 )
             return CaptureError(
                 f"nothing was captured in {ran} forward passes{where}",
@@ -368,10 +385,9 @@ class Recorder:
                     item = self._queue.popleft()
                     if isinstance(item, StepCapture):
                         self._queued_bytes -= item.size_bytes
-                if isinstance(item, StepCapture):
-                    self._write_step(item)
-                else:
-                    self._write_end(item)
+                self._write(item)
+            if closing:
+                self._release(None)
             if self._writer is not None:
                 self._write_devices()
                 self._writer.commit()
@@ -496,6 +512,24 @@ class Recorder:
             ),
         }
 
+    def _write(self, item: StepCapture | GenerationEnd) -> None:
+        """Writes one item; a speculative pass waits for the next, which says what was kept."""
+        if isinstance(item, GenerationEnd):
+            self._release(kept_columns(item.sequences, item.generation))
+            self._write_end(item)
+            return
+        self._release(item.past_length)
+        if item.episode.speculative:
+            self._held = item
+        else:
+            self._write_step(item)
+
+    def _release(self, kept_length: int | None) -> None:
+        held, self._held = self._held, None
+        if held is not None:
+            held.kept_length = kept_length
+            self._write_step(held)
+
     def _write_step(self, capture: StepCapture) -> None:
         if self._writer is None:
             self._writer = self._open_writer(capture)
@@ -508,51 +542,73 @@ class Recorder:
             with_scores=self.options.scores,
         )
         unit, _ = build_unit(capture, view, self._observed)
-        starts_request = capture.new_episode and (
-            capture.stack == "encoder" or len(self.anatomy.stacks) == 1
-        )
-        if starts_request:
+        episode = capture.episode
+        if capture.new_episode and episode.starts_requests:
             unit["requests"] = self._start_requests(capture)
+        running = self._running.get(episode.first_request)
+        if running is not None:
+            running.end_s = capture.start_s + (capture.host_end - capture.host_start) / NS_PER_S
+            if capture.stack == "decoder":
+                running.episode = episode
         self._writer.append(unit)
+        self._limit_running()
 
     def _start_requests(self, capture: StepCapture) -> dict[str, Any]:
         episode = capture.episode
         prompt = episode.prompt_tokens()
         task = self._writer.info.model.task if self._writer is not None else "lm"
-        running = _Running(episode=episode, arrival_s=capture.start_s)
+        rows: dict[int, dict[str, Any]] = {}
         for offset in range(episode.num_requests):
             request = episode.first_request + offset
             label = self._instrument.tracker.labels.pop(request, RequestLabel())
-            running.rows[request] = {
+            rows[request] = {
                 "request": request,
                 "task": task,
                 "domain": label.domain,
                 "language": label.language,
                 "source_language": label.source_language,
                 "prompt_id": label.prompt_id,
-                "num_prompt_tokens": int(prompt[offset]) if offset < len(prompt) else None,
+                "num_prompt_tokens": int(prompt[offset]),
                 "num_output_tokens": None,
                 "num_sequences": episode.sequences_per_request,
                 "arrival_s": capture.start_s,
                 "end_s": None,
                 "slo_ms": label.slo_ms,
             }
+        running = _Running(started=episode, episode=episode, rows=rows)
         self._running[episode.first_request] = running
-        return _columns(running.rows.values())
+        return _columns(rows.values())
 
     def _write_end(self, ended: GenerationEnd) -> None:
         episodes = ended.generation.episodes
         decoder = episodes.get("decoder") or next(iter(episodes.values()), None)
-        if decoder is None or self._writer is None:
+        running = self._running.pop(decoder.first_request, None) if decoder is not None else None
+        if decoder is None or running is None:
             return
-        running = self._running.pop(decoder.first_request, None)
-        if running is None:
-            return
-        counts = output_tokens(ended.sequences, decoder)
+        running.episode = decoder
+        counts = output_tokens(ended.sequences, decoder, ended.generation)
+        self._end_requests(running, counts, ended.end_s)
+
+    def _limit_running(self) -> None:
+        """Ends the oldest requests of passes outside `generate`, whose end nothing tells."""
+        if len(self._running) > MAX_RUNNING:
+            oldest = self._running.pop(next(iter(self._running)))
+            self._end_requests(oldest, oldest.episode.decoded_tokens(), oldest.end_s)
+
+    def _end_running(self) -> None:
+        """Ends the requests of passes outside `generate`."""
+        for running in self._running.values():
+            self._end_requests(running, running.episode.decoded_tokens(), running.end_s)
+        self._running.clear()
+
+    def _end_requests(self, running: _Running, num_output: np.ndarray, end_s: float) -> None:
+        assert self._writer is not None
+        prompt = running.started.prompt_tokens()
         for offset, row in enumerate(running.rows.values()):
-            row["num_output_tokens"] = int(counts[offset]) if offset < len(counts) else None
-            row["end_s"] = ended.end_s
-            row["num_sequences"] = decoder.sequences_per_request
+            row["num_prompt_tokens"] = int(prompt[offset])
+            row["num_output_tokens"] = int(num_output[offset])
+            row["num_sequences"] = running.episode.sequences_per_request
+            row["end_s"] = end_s
         self._writer.append({"requests": _columns(running.rows.values())})
 
     def _write_devices(self) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,6 +40,7 @@ EXPERT_COUNTS = (
     "moe_num_experts",
 )
 TOP_K_NAMES = ("top_k", "num_experts_per_tok", "moe_topk", "moe_top_k", "num_selected_experts")
+BIAS_NAMES = ("e_score_correction_bias", "expert_bias")
 LAYER_NAME = re.compile(r"(?:^|\.)(?:layers|h|block|blocks|layer)\.(\d+)(?=\.|$)")
 MAX_STORED_BIAS = 4096
 
@@ -70,6 +71,8 @@ class FoundSite:
         watched: The module whose call shows the routing.
         num_experts: Routed experts.
         expert_modules: One module per expert where the model keeps them apart, else empty.
+        shared: Shared experts, in the block or beside it.
+        num_weighted: Experts that have weights; ids from there on compute nothing.
     """
 
     name: str
@@ -82,12 +85,16 @@ class FoundSite:
     watched: nn.Module
     num_experts: int
     expert_modules: tuple[nn.Module, ...]
+    shared: tuple[nn.Module, ...]
+    num_weighted: int
 
     @property
-    def shared(self) -> tuple[nn.Module, ...]:
-        """Shared experts of the block."""
-        found = (getattr(self.modules.block, name, None) for name in SHARED_CHILDREN)
-        return tuple(module for module in found if isinstance(module, nn.Module))
+    def logits_source(self) -> nn.Module | None:
+        """The module that puts out the router's logits."""
+        if self.adapter is adapters.SWITCH:
+            # What its router calls logits is the largest probability.
+            return getattr(self.modules.router, "classifier", self.modules.router)
+        return self.modules.router
 
 
 _REGISTERED: dict[type[nn.Module], Registration] = {}
@@ -168,7 +175,12 @@ def find_sites(model: nn.Module) -> list[FoundSite]:
             hint="dense models have no routing to record; for a module of your own call "
             "moeprof.register(YourExperts, ids=..., weights=...) first",
         )
-    return sorted(found.values(), key=lambda site: site.stack != "encoder")
+    layers = {name: i for i, name in enumerate(dict.fromkeys(s.layer_name for s in found.values()))}
+    # Attention runs before the feed-forward part, wherever a layer declares it.
+    return sorted(
+        found.values(),
+        key=lambda s: (s.stack != "encoder", layers[s.layer_name], s.kind != "attention"),
+    )
 
 
 def _site_of(
@@ -208,6 +220,9 @@ def _site_of(
     assert watched is not None
     layer_name, layer = _layer(modules, name)
     explicit = registration.num_experts if registration is not None else None
+    num_experts = _num_experts(model, explicit, experts, router, parent)
+    zero_experts = getattr(experts, "zero_expert_num", 0)
+    beside = modules.get(parent_name.rpartition(".")[0]) if parent_name else None
     return FoundSite(
         name=parent_name or name,
         layer_name=layer_name,
@@ -217,9 +232,16 @@ def _site_of(
         adapter=adapter,
         modules=SiteModules(block=parent, router=router, experts=experts),
         watched=watched,
-        num_experts=_num_experts(model, explicit, experts, router, parent),
+        num_experts=num_experts,
         expert_modules=_expert_modules(experts),
+        shared=_shared(parent) or _shared(beside),
+        num_weighted=num_experts - (zero_experts if isinstance(zero_experts, int) else 0),
     )
+
+
+def _shared(owner: nn.Module | None) -> tuple[nn.Module, ...]:
+    found = (getattr(owner, name, None) for name in SHARED_CHILDREN)
+    return tuple(module for module in found if isinstance(module, nn.Module))
 
 
 def _child(parent: nn.Module, names: tuple[str, ...]) -> nn.Module | None:
@@ -399,15 +421,16 @@ def _expert_shape(
         fused = {
             name: p
             for name, p in owner.named_parameters()
-            if p.dim() >= 1 and p.shape[0] == site.num_experts and "router" not in name
+            if p.dim() >= 1
+            and p.shape[0] in (site.num_experts, site.num_weighted)
+            and "router" not in name
         }
         shapes = [
             (name, tuple(p.shape[1:]))
             for name, p in fused.items()
             if p.dim() == 3  # noqa: PLR2004
         ]
-        expert_bytes = sum(p.numel() * p.element_size() for p in fused.values())
-        expert_bytes //= site.num_experts
+        expert_bytes = sum(p.numel() * p.element_size() // p.shape[0] for p in fused.values())
     if not shapes:
         return None, width if isinstance(width, int) else None, None, expert_bytes
     matrices, d_ff, d_model = 0, None, width if isinstance(width, int) else None
@@ -435,14 +458,19 @@ def _num_shared(model: nn.Module, site: FoundSite) -> int:
 
 
 def _selection_bias(site: FoundSite) -> tuple[float, ...] | None:
-    for owner in (site.modules.router, site.modules.block):
-        for name in ("e_score_correction_bias", "expert_bias"):
-            bias = getattr(owner, name, None)
-            if isinstance(bias, torch.Tensor) and bias.numel() == site.num_experts:
-                if bias.device.type == "meta" or bias.numel() > MAX_STORED_BIAS:
-                    return None
-                return tuple(float(v) for v in bias.detach().float().cpu().reshape(-1))
+    for name, bias in _bias_candidates(site):
+        if name.rpartition(".")[2] in BIAS_NAMES and bias.numel() == site.num_experts:
+            if bias.device.type == "meta" or bias.numel() > MAX_STORED_BIAS:
+                return None
+            return tuple(float(v) for v in bias.detach().float().cpu().reshape(-1))
     return None
+
+
+def _bias_candidates(site: FoundSite) -> Iterator[tuple[str, torch.Tensor]]:
+    router, block = site.modules.router, site.modules.block
+    if router is not None:
+        yield from (*router.named_buffers(), *router.named_parameters())
+    yield from (*block.named_buffers(recurse=False), *block.named_parameters(recurse=False))
 
 
 def _capacity_rule(site: FoundSite) -> CapacityRule | None:

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from moeprof.errors import CaptureError
 from moeprof.recording.adapters import SlotTable
 from moeprof.recording.anatomy import LayerParts
 from moeprof.recording.execution import RowWitness
@@ -56,6 +57,7 @@ class StepCapture:
         capacity: Slots per expert by site id, where the model has a capacity.
         layer_peaks: Peak less start of allocated bytes by layer position.
         peak_bytes: Highest peak read inside the pass.
+        kept_length: Columns that speculation kept after the pass; None without speculation.
     """
 
     step: int
@@ -83,6 +85,7 @@ class StepCapture:
     layer_peaks: dict[int, int] = field(default_factory=dict)
     memory: MemoryReading = field(default_factory=MemoryReading)
     peak_bytes: int = 0
+    kept_length: int | None = None
 
     @property
     def size_bytes(self) -> int:
@@ -189,6 +192,12 @@ def site_table(capture: StepCapture, site: int, found: FoundSite) -> SlotTable |
     if not raws:
         return None
     tables = [found.adapter.decode(raw, found.modules) for raw in raws]
+    largest = max((int(table.experts.max(initial=0)) for table in tables), default=0)
+    if largest >= found.num_experts:
+        raise CaptureError(
+            f"{found.name} routed to expert {largest}, but has {found.num_experts} experts",
+            hint="pass num_experts to moeprof.register",
+        )
     rows = capture.shape[0] * capture.shape[1]
     if len(tables) == 1 or len(tables[0].experts) == rows:
         # A second full pass is a recomputation (gradient checkpointing), not another dispatch.
@@ -316,7 +325,7 @@ def _routing(
         "parent_sequence": tokens.parent_sequence,
         "position": tokens.position,
         "phase": np.asarray(TOKEN_PHASES, dtype=object)[tokens.phase],
-        "accepted": None,
+        "accepted": None if capture.kept_length is None else tokens.column < capture.kept_length,
         "expert": expert,
         "status": status,
         "weight": weight,
@@ -388,7 +397,8 @@ def _executed(
         sent = table.experts[table.status == SlotStatus.ROUTED]
         routed = np.bincount(sent, minlength=found.num_experts)
         checked += 1
-        if not np.array_equal(routed, counts) and not _runs_dense(found):
+        computing = slice(found.num_weighted)
+        if not np.array_equal(routed[computing], counts[computing]) and not _runs_dense(found):
             disagreeing += 1
             lit = np.flatnonzero(counts)
             note = note or (
@@ -399,7 +409,9 @@ def _executed(
         columns["site"].append(np.full(found.num_experts, site, dtype=np.int16))
         columns["expert"].append(np.arange(found.num_experts, dtype=np.int32))
         columns["num_routed_rows"].append(routed.astype(np.int32))
-        columns["num_executed_rows"].append(counts.astype(np.int32))
+        executed = counts.astype(np.float64)
+        executed[found.num_weighted :] = np.nan  # Nothing shows where nothing is computed.
+        columns["num_executed_rows"].append(executed)
     joined = {
         name: np.concatenate(parts) if parts else np.empty(0, dtype=np.int32)
         for name, parts in columns.items()

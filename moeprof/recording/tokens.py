@@ -17,6 +17,7 @@ import numpy as np
 
 from moeprof.trace.schema import TOKEN_PHASES
 
+NEVER = np.iinfo(np.int64).max
 ENCODE, PREFILL, DECODE = (TOKEN_PHASES.index(name) for name in ("encode", "prefill", "decode"))
 MATRIX_DIM = 2
 
@@ -51,7 +52,7 @@ class TokenTable:
         parent_sequence: [T] the sequence it continued from.
         position: [T] position in the sequence.
         phase: [T] index into `TOKEN_PHASES`.
-        last_of_prompt: [T] True on the last prompt token of a sequence in this pass.
+        column: [T] column of the padded sequence.
         num_padded: Rows left out.
     """
 
@@ -61,7 +62,7 @@ class TokenTable:
     parent_sequence: np.ndarray
     position: np.ndarray
     phase: np.ndarray
-    last_of_prompt: np.ndarray
+    column: np.ndarray
     num_padded: int
 
 
@@ -76,7 +77,10 @@ class Episode:
         num_rows: Rows of the batch: requests x sequences.
         generating: True inside `generate`, where the first pass holds the prompt.
         num_prompt_columns: Columns of the padded prompt; None when it is not known.
-        eos_ids: Token ids that end a sequence; empty when not generating.
+        end_ids: Token ids that are fed only to rows that have ended; empty when not generating.
+        prompt_mask: [inputs, columns] mask of the prompt (a tensor), for passes that show none.
+        starts_requests: True where its requests were not started by another stack.
+        speculative: True where passes run on guessed tokens, some of which are taken back.
     """
 
     stack: str
@@ -85,23 +89,32 @@ class Episode:
     num_rows: int
     generating: bool
     num_prompt_columns: int | None
-    eos_ids: frozenset[int]
+    end_ids: frozenset[int]
+    prompt_mask: Any = None
+    starts_requests: bool = True
+    speculative: bool = False
     _seen: np.ndarray = field(init=False)
     _padding: np.ndarray = field(init=False)
     _prompt: np.ndarray = field(init=False)
-    _finished: np.ndarray = field(init=False)
+    _ended_at: np.ndarray = field(init=False)
     _columns: int = field(init=False, default=0)
+    _num_passes: int = field(init=False, default=0)
 
     def __post_init__(self) -> None:
         self._seen = np.zeros(self.num_rows, dtype=np.int64)
         self._padding = np.zeros(self.num_rows, dtype=np.int64)
         self._prompt = np.zeros(self.num_rows, dtype=np.int64)
-        self._finished = np.zeros(self.num_rows, dtype=bool)
+        self._ended_at = np.full(self.num_rows, NEVER)
 
     @property
     def sequences_per_request(self) -> int:
         """Beams or samples of each request."""
         return max(1, self.num_rows // max(1, self.num_requests))
+
+    def _follow_rows(self, index: np.ndarray) -> None:
+        """Lets row i go on from where row ``index[i]`` was."""
+        for name in ("_seen", "_padding", "_prompt", "_ended_at"):
+            setattr(self, name, getattr(self, name)[index])
 
     def _widen(self, num_rows: int) -> None:
         """Follows a batch that was expanded to beams or samples after its first pass."""
@@ -111,8 +124,7 @@ class Episode:
             index = np.repeat(np.arange(self.num_rows), num_rows // self.num_rows)
         else:
             index = np.arange(num_rows) % self.num_rows
-        for name in ("_seen", "_padding", "_prompt", "_finished"):
-            setattr(self, name, getattr(self, name)[index])
+        self._follow_rows(index)
         self.num_rows = num_rows
 
     def attribute(
@@ -130,7 +142,7 @@ class Episode:
         Args:
             shape: (rows, columns) of the pass.
             past_length: Cache length before it, padding counted; None when not known.
-            mask: [rows, >= columns] attention mask, 1 = token; None when all are tokens.
+            mask: [rows, >= columns] attention mask, 1 = token; None when the pass shows none.
             token_ids: [rows, columns] input ids; None when the model was given embeddings.
             beam_index: [rows] row each row continued from; None when unchanged.
             score: True for teacher-forced scoring: everything is prefill.
@@ -140,59 +152,94 @@ class Episode:
         parent_row = np.arange(rows)
         if beam_index is not None and beam_index.size == rows:
             parent_row = beam_index.astype(np.int64)
-            for name in ("_seen", "_padding", "_prompt", "_finished"):
-                setattr(self, name, getattr(self, name)[parent_row])
-        if past_length is not None and past_length != self._columns:
-            # Speculation took tokens back, or the pass starts over without a cache.
-            self._seen = np.maximum(past_length - np.minimum(self._padding, past_length), 0)
-            self._columns = past_length
-        valid = np.ones(shape, dtype=bool)
-        if mask is not None and mask.ndim == MATRIX_DIM and mask.shape[0] == rows:
-            valid = mask[:, -columns:] != 0 if mask.shape[1] >= columns else valid
-        column = self._columns + np.arange(columns)
-        first_pass = self._columns == 0
-        prompt_columns = self.num_prompt_columns
-        if first_pass and prompt_columns is None:
-            prompt_columns = columns
-        in_prompt = np.zeros(columns, dtype=bool)
-        if self.stack == "encoder" or score:
-            in_prompt[:] = True
-        elif self.generating and prompt_columns is not None:
-            in_prompt = column < prompt_columns
-        else:
-            in_prompt[:] = first_pass or columns > 1
-        finished = np.repeat(self._finished[:, None], columns, axis=1)
-        if token_ids is not None and self.eos_ids and self.generating and not in_prompt.all():
-            ended = np.isin(token_ids, list(self.eos_ids)) & ~in_prompt[None, :]
-            # An end token is fed back only because other rows of the batch go on.
-            finished |= np.logical_or.accumulate(ended, axis=1)
-            self._finished = finished[:, -1]
-        keep = valid & ~finished
+            self._follow_rows(parent_row)
+        self._move_to(past_length)
+        valid = self._valid(shape, mask)
+        in_prompt = self._in_prompt(columns, score=score)
+        keep = valid & ~self._finished(shape, token_ids, in_prompt)
         position = self._seen[:, None] + np.cumsum(valid, axis=1) - 1
-        if first_pass:
-            self._padding = (~valid).sum(axis=1)
-        self._seen = self._seen + valid.sum(axis=1)
-        self._prompt = self._prompt + (keep & in_prompt[None, :]).sum(axis=1)
-        self._columns += columns
-        prompt_rank = np.where(keep & in_prompt[None, :], position, -1)
-        last = (prompt_rank == prompt_rank.max(axis=1, keepdims=True)) & (prompt_rank >= 0)
-        width = self.sequences_per_request
-        row_of = np.repeat(np.arange(rows)[:, None], columns, axis=1)
+        first_column = self._columns
+        self._count(valid, keep, in_prompt)
         phase = np.where(in_prompt, PREFILL, DECODE)
         if self.stack == "encoder":
             phase = np.full(columns, ENCODE)
+        width = self.sequences_per_request
         selected = np.flatnonzero(keep.reshape(-1))
-        flat_row = row_of.reshape(-1)[selected]
+        row = selected // columns
         return TokenTable(
             row=selected.astype(np.int32),
-            request=(self.first_request + flat_row // width).astype(np.int32),
-            sequence=(flat_row % width).astype(np.int16),
-            parent_sequence=(parent_row[flat_row] % width).astype(np.int16),
+            request=(self.first_request + row // width).astype(np.int32),
+            sequence=(row % width).astype(np.int16),
+            parent_sequence=(parent_row[row] % width).astype(np.int16),
             position=position.reshape(-1)[selected].astype(np.int32),
-            phase=np.repeat(phase[None, :], rows, axis=0).reshape(-1)[selected].astype(np.uint8),
-            last_of_prompt=last.reshape(-1)[selected],
+            phase=phase[selected % columns].astype(np.uint8),
+            column=first_column + selected % columns,
             num_padded=int(rows * columns - selected.size),
         )
+
+    def _move_to(self, past_length: int | None) -> None:
+        """Goes back where speculation took tokens back, or where a pass starts over."""
+        if past_length is None or past_length == self._columns:
+            return
+        self._seen = np.maximum(past_length - np.minimum(self._padding, past_length), 0)
+        self._ended_at[self._ended_at >= past_length] = NEVER
+        self._columns = past_length
+
+    def _valid(self, shape: tuple[int, int], mask: np.ndarray | None) -> np.ndarray:
+        """Returns [rows, columns] True for tokens, False for padding."""
+        rows, columns = shape
+        end = self._columns + columns
+        if mask is None and self.prompt_mask is not None:
+            prompt = self.prompt_mask.to("cpu").numpy()
+            mask = np.pad(prompt, ((0, 0), (0, max(0, end - prompt.shape[1]))), constant_values=1)
+        if mask is not None and mask.shape[0] and rows % mask.shape[0] == 0:
+            mask = np.repeat(mask != 0, rows // mask.shape[0], axis=0)
+            if mask.shape[1] >= end:
+                # The mask covers what is in the cache too, so positions follow from it alone.
+                self._seen = mask[:, : self._columns].sum(axis=1)
+                return np.asarray(mask[:, self._columns : end])
+            if mask.shape[1] >= columns:
+                return np.asarray(mask[:, -columns:])
+        return np.ones(shape, dtype=bool)
+
+    def _in_prompt(self, columns: int, *, score: bool) -> np.ndarray:
+        """Returns [columns] True where a column lies in the prompt."""
+        if self.stack == "encoder" or score:
+            return np.ones(columns, dtype=bool)
+        if self.generating and self.num_prompt_columns is not None:
+            return self._columns + np.arange(columns) < self.num_prompt_columns
+        return np.full(columns, self._columns == 0 or columns > 1)
+
+    def _finished(
+        self, shape: tuple[int, int], token_ids: np.ndarray | None, in_prompt: np.ndarray
+    ) -> np.ndarray:
+        """Returns [rows, columns] True where a row has ended and only its batch goes on."""
+        if not self.end_ids:
+            return np.zeros(shape, dtype=bool)
+        column = self._columns + np.arange(shape[1])
+        if token_ids is not None and not in_prompt.all():
+            ends = np.isin(token_ids, list(self.end_ids)) & ~in_prompt
+            first = np.where(ends.any(axis=1), column[ends.argmax(axis=1)], NEVER)
+            self._ended_at = np.minimum(self._ended_at, first)
+        finished = column >= self._ended_at[:, None]
+        if self._columns == 0 and self._num_passes:
+            # Without a cache all of a row runs again; none of it where the row has ended.
+            finished |= finished.any(axis=1, keepdims=True)
+        return np.asarray(finished)
+
+    def _count(self, valid: np.ndarray, keep: np.ndarray, in_prompt: np.ndarray) -> None:
+        columns = valid.shape[1]
+        prompt = (keep & in_prompt).sum(axis=1)
+        if not self.generating:
+            self._prompt = self._prompt + prompt
+        elif in_prompt.any():
+            self._prompt = np.maximum(self._prompt, self._seen + prompt)
+        if self._columns == 0:
+            self._padding = np.zeros(self.num_rows, dtype=np.int64)
+        self._padding = self._padding + (~valid).sum(axis=1)
+        self._seen = self._seen + valid.sum(axis=1)
+        self._columns += columns
+        self._num_passes += 1
 
     def prompt_tokens(self) -> np.ndarray:
         """Returns [requests] prompt tokens seen so far, of each request's first sequence."""
@@ -209,16 +256,25 @@ class Generation:
 
     Attributes:
         num_inputs: Rows of the inputs the caller gave.
-        num_input_columns: Their columns.
+        num_prompt_columns: Columns of the prompt an LM is given.
+        num_echoed_columns: Columns of what is returned that were given, for an LM; None where the
+            model makes up its own first token.
         eos_ids: Token ids that end a sequence.
+        filler_ids: Token ids fed to rows that ended in another way.
         forced_first_token: True where the first generated token is forced (a language tag).
+        prompt_mask: [inputs, columns] mask of the decoder's prompt; None where all are tokens.
+        speculative: True where passes run on guessed tokens, some of which are taken back.
         episodes: Episode of each stack, once it ran.
     """
 
     num_inputs: int | None
-    num_input_columns: int | None
+    num_prompt_columns: int | None
+    num_echoed_columns: int | None
     eos_ids: frozenset[int]
+    filler_ids: frozenset[int]
     forced_first_token: bool
+    prompt_mask: Any = None
+    speculative: bool = False
     episodes: dict[str, Episode] = field(default_factory=dict)
 
 
@@ -235,6 +291,7 @@ class Tracker:
         self._labels: deque[RequestLabel] = deque()
         self._by_cache: weakref.WeakKeyDictionary[Any, Episode] = weakref.WeakKeyDictionary()
         self._last: dict[str, Episode] = {}
+        self._generated_from: Episode | None = None
         self.generation: Generation | None = None
         self.labels: dict[int, RequestLabel] = {}
 
@@ -265,10 +322,11 @@ class Tracker:
         generation = self.generation
         if generation is not None:
             episode = generation.episodes.get(stack)
-            if episode is not None:
+            if episode is not None and shape[0] % episode.num_rows == 0:
                 return episode, False
         elif past is not None and past_length != 0 and stack != "encoder":
-            episode = self._find(past) or self._last.get(stack)
+            # A cache that cannot be told from others belongs to the pass before.
+            episode = self._by_cache.get(past) if _is_trackable(past) else self._last.get(stack)
             if episode is not None and shape[0] % episode.num_rows == 0:
                 return episode, False
         episode = self._start(stack, shape)
@@ -280,36 +338,29 @@ class Tracker:
 
     def remember(self, past: Any, episode: Episode) -> None:
         """Ties a cache object to its episode."""
-        if past is None or isinstance(past, (tuple, list, Mapping)):
-            return
-        try:
+        if past is not None and _is_trackable(past):
             self._by_cache[past] = episode
-        except TypeError:
-            return
-
-    def _find(self, past: Any) -> Episode | None:
-        try:
-            return self._by_cache.get(past)
-        except TypeError:
-            return None
 
     def _start(self, stack: str, shape: tuple[int, int]) -> Episode:
         rows, columns = shape
         generation = self.generation
-        follows = self._last.get("encoder") if stack == "decoder" else None
+        is_prompt = stack == "decoder" or not self._encoder_decoder
         prompt_columns = None
         if generation is not None:
-            prompt_columns = generation.num_input_columns
+            prompt_columns = generation.num_prompt_columns
             if self._encoder_decoder and stack == "decoder":
                 prompt_columns = columns + (columns == 1 and generation.forced_first_token)
             prompt_columns = prompt_columns or columns
-        if self._encoder_decoder and follows is not None and rows % follows.num_requests == 0:
-            first, count = follows.first_request, follows.num_requests
+        encoded = self._encoded(stack)
+        if encoded is not None and rows % encoded.num_requests == 0:
+            first, count = encoded.first_request, encoded.num_requests
         else:
+            encoded = None
             count = rows
             if generation is not None and generation.num_inputs:
                 count = generation.num_inputs if rows % generation.num_inputs == 0 else rows
             first = self._number(count)
+        ends = generation.eos_ids | generation.filler_ids if generation else frozenset()
         return Episode(
             stack=stack,
             first_request=first,
@@ -317,8 +368,24 @@ class Tracker:
             num_rows=rows,
             generating=generation is not None,
             num_prompt_columns=prompt_columns,
-            eos_ids=generation.eos_ids if generation is not None else frozenset(),
+            end_ids=ends,
+            prompt_mask=generation.prompt_mask if generation and is_prompt else None,
+            starts_requests=encoded is None,
+            speculative=is_prompt and generation is not None and generation.speculative,
         )
+
+    def _encoded(self, stack: str) -> Episode | None:
+        """Returns the encoder's episode whose requests a decoder's new episode continues."""
+        if not self._encoder_decoder or stack != "decoder":
+            return None
+        if self.generation is None:
+            return self._last.get("encoder")
+        encoded = self.generation.episodes.get("encoder")
+        if encoded is None and self._last.get("encoder") is not self._generated_from:
+            # The encoder ran by itself before, and its output was handed over.
+            encoded = self._last.get("encoder")
+        self._generated_from = encoded
+        return encoded
 
     def _number(self, count: int) -> int:
         first = self._next_request
@@ -332,3 +399,15 @@ class Tracker:
     def num_requests(self) -> int:
         """Requests started so far."""
         return self._next_request
+
+
+def _is_trackable(past: Any) -> bool:
+    """Says whether a cache is an object of its own that lives as long as its sequences."""
+    if isinstance(past, (tuple, list, Mapping)):
+        return False
+    try:
+        weakref.ref(past)
+        hash(past)
+    except TypeError:
+        return False
+    return True

@@ -45,12 +45,14 @@ COMPONENTS: Mapping[str, str] = {
     "unclassified": "In experts, unclassified",
     "shared_experts": "Shared experts",
     "moe_rest": "MoE block, rest",
+    "moe_block": "MoE block, not split up",
     "head": "Output head",
     "other": "Other",
 }
 """Components in the order of a forward pass, with their labels."""
 MOE_COMPONENTS = (
     "gate", "dispatch", "experts", "combine", "unclassified", "shared_experts", "moe_rest",
+    "moe_block",
 )  # fmt: skip
 
 _LAYER_COLUMNS = {
@@ -68,7 +70,9 @@ _SPOKEN: Mapping[str, str] = {
     **{name: label.lower() for name, label in COMPONENTS.items()},
     "unclassified": "kernels nobody could classify",
     "moe_rest": "the rest of the block",
+    "moe_block": "what no module shows",
 }
+_NOT_IN_EVERY_MODEL = ("shared_experts", "dense_ffn")
 _NUM_NAMED = 3
 _WORTH_NAMING = 0.01
 _QUANTILES = (0.5, 0.95)
@@ -85,14 +89,16 @@ def latency(trace: Trace) -> Result:
     percentile of step times and throughput, ``kernels`` the kernels of the profiled pass by
     component.
     """
-    steps, layers = trace.steps, trace.layers
+    # Watching executed rows costs time, so steps that did are no measure of time.
+    steps, layers = trace.steps[~trace.steps["probed"].astype(bool)], trace.layers
     kernels = trace.kernels if trace.has_table("kernels") else pd.DataFrame()
     rows: list[dict[str, Any]] = []
     step_rows: list[dict[str, Any]] = []
     metrics: list[Metric] = []
     findings: list[Finding] = []
     caveats: dict[str, list[str]] = {}
-    stacks = tuple(dict.fromkeys(str(stack) for stack in steps["stack"]))
+    found_stacks = {str(stack) for stack in steps["stack"]}
+    stacks = tuple(sorted(found_stacks, key=lambda stack: (stack != "encoder", stack)))
     for stack in stacks:
         tokens = load(trace, stack) if stack in trace.info.stacks else None
         of_stack = steps[steps["stack"] == stack]
@@ -109,7 +115,7 @@ def latency(trace: Trace) -> Result:
             found, part_metrics = _shares(stack, phase, parts, causes(tokens, timed.steps))
             rows += found
             metrics += part_metrics
-            for caveat in _caveats(chosen, timed, parts):
+            for caveat in _caveats(stack, chosen, timed, parts):
                 caveats.setdefault(caveat, []).append(
                     wording.place(stack, phase, num_stacks=len(stacks)).removeprefix("the ")
                 )
@@ -132,8 +138,19 @@ def latency(trace: Trace) -> Result:
         tables={"steps": pd.DataFrame(step_rows), "kernels": _kernel_table(kernels)},
         notes=(
             *notes,
+            *_probed_note(trace.steps),
             "A recorded run is slower than a bare one; shares are more robust than milliseconds.",
         ),
+    )
+
+
+def _probed_note(steps: pd.DataFrame) -> tuple[str, ...]:
+    num_probed = int(steps["probed"].astype(bool).sum())
+    if not num_probed:
+        return ()
+    return (
+        f"{num_probed:,} of {len(steps):,} steps watched executed rows, which costs time; they are "
+        "left out.",
     )
 
 
@@ -172,6 +189,7 @@ def _timed_steps(steps: pd.DataFrame, layers: pd.DataFrame) -> _Timed | None:
         return None
     part_ms = {}
     coverage = {}
+    own = own.merge(joined[keys], on=keys)
     moe, dense = own["site"].notna(), own["site"].isna()
     for name, source in {**_STEP_COLUMNS, **_LAYER_COLUMNS}.items():
         values = joined[source].to_numpy(np.float64)
@@ -208,19 +226,21 @@ class _Components:
 def _components(timed: _Timed, shares: Mapping[str, Mapping[str, float]]) -> _Components:
     parts = dict(timed.part_ms)
     classes: dict[str, FigureClass] = dict.fromkeys(parts, "measured")
-    rest = None
-    if timed.moe_ms is not None and {"gate", "experts"} <= parts.keys():
-        inside = np.sum([parts[name] for name in _INSIDE_MOE if name in parts], axis=0)
-        rest = np.maximum(timed.moe_ms - inside, 0)
-        parts["moe_rest"] = rest
-        classes["moe_rest"] = "measured"
-    for region, source in (("experts", "experts"), ("block", "moe_rest")):
+    if timed.moe_ms is not None:
+        # A block whose experts no module shows is kept whole: its rest is mostly experts.
+        rest = "moe_rest" if "experts" in parts else "moe_block"
+        inside = [parts[name] for name in _INSIDE_MOE if name in parts]
+        parts[rest] = np.maximum(timed.moe_ms - np.sum(inside, axis=0), 0)
+        classes[rest] = "measured"
+    sources = (("experts", "experts"), ("block", "moe_rest"), ("block", "moe_block"))
+    for region, source in sources:
         if region not in shares or source not in parts:
             continue
         whole = parts.pop(source)
         classes.pop(source)
         for name, share in shares[region].items():
-            target = "moe_rest" if region == "block" and name == "unclassified" else name
+            target = source if region == "block" and name == "unclassified" else name
+            target = "moe_rest" if target == "moe_block" else target
             parts[target] = parts.get(target, np.zeros_like(whole)) + share * whole
             classes[target] = "estimate"
     known: Floats = np.sum(list(parts.values()), axis=0)
@@ -290,15 +310,22 @@ def _step_times(
         ):
             metrics.append(
                 wording.metric_of(
-                    f"{NAME}/{clock}_{name}_ms/{where}", interval, unit="ms",
-                    figure_class="measured", better="lower",
+                    f"{NAME}/{clock}_{name}_ms/{where}",
+                    interval,
+                    unit="ms",
+                    figure_class="measured",
+                    better="lower",
                     note=f"{clock} time of a step, {meaning}",
                 )
             )
         metrics.append(
             wording.metric_of(
-                f"{NAME}/{clock}_tokens_per_s/{where}", speed, unit="tokens/s",
-                figure_class="measured", better="higher", note="tokens over step time",
+                f"{NAME}/{clock}_tokens_per_s/{where}",
+                speed,
+                unit="tokens/s",
+                figure_class="measured",
+                better="higher",
+                note="tokens over step time",
             )
         )
         rows.append(
@@ -330,9 +357,11 @@ def _shares(
     caused: Causes,
 ) -> tuple[list[dict[str, Any]], list[Metric]]:
     names = list(parts.part_ms)
-    groups = [*[(name,) for name in names], tuple(n for n in MOE_COMPONENTS if n in names)]
+    groups: list[tuple[str, ...]] = [(name,) for name in names]
+    if not {"experts", "moe_block"}.isdisjoint(names):
+        groups.append(tuple(name for name in MOE_COMPONENTS if name in names))
     units: list[Floats] = [
-        np.sum([parts.part_ms[name] for name in group], axis=0) for group in groups if group
+        np.sum([parts.part_ms[name] for name in group], axis=0) for group in groups
     ]
     everything = np.ones(len(parts.total_ms), dtype=np.bool_)
     found = ratios(units, parts.total_ms, caused, known=everything)
@@ -358,7 +387,9 @@ def _shares(
         )
         metrics.append(
             wording.metric_of(
-                f"{NAME}/{name}_share/{where}", interval, unit="share",
+                f"{NAME}/{name}_share/{where}",
+                interval,
+                unit="share",
                 figure_class=parts.figure_class[name],
                 note=f"{COMPONENTS[name]} of the {parts.clock} time of a step",
             )
@@ -367,25 +398,30 @@ def _shares(
         metrics.insert(
             0,
             wording.metric_of(
-                f"{NAME}/moe_share/{where}", found[-1], unit="share", figure_class="measured",
-                better="lower", note=f"MoE blocks' share of the {parts.clock} time of a step",
+                f"{NAME}/moe_share/{where}",
+                found[-1],
+                unit="share",
+                figure_class="measured",
+                better="lower",
+                note=f"MoE blocks' share of the {parts.clock} time of a step",
             ),
         )
     return rows, metrics
 
 
-def _caveats(steps: pd.DataFrame, timed: _Timed, parts: _Components) -> list[str]:
+def _caveats(stack: str, steps: pd.DataFrame, timed: _Timed, parts: _Components) -> list[str]:
     notes = []
     if len(timed.steps) < len(steps):
         notes.append(
-            f"component times of {len(timed.steps)} of {len(steps)} steps; the shares "
-            "are of those."
+            f"component times of {len(timed.steps)} of {len(steps)} steps; the shares are of those."
         )
     missing = [
         _SPOKEN[name]
         for name in COMPONENTS
-        if name in {**_LAYER_COLUMNS, **_STEP_COLUMNS} and name not in parts.part_ms
-        and _applies(name, timed)
+        if name in {**_LAYER_COLUMNS, **_STEP_COLUMNS}
+        and name not in parts.part_ms
+        and name not in _NOT_IN_EVERY_MODEL
+        and (name, stack) != ("head", "encoder")
     ]
     if missing:
         notes.append(
@@ -411,11 +447,6 @@ def _caveats(steps: pd.DataFrame, timed: _Timed, parts: _Components) -> list[str
             f"{wording.milliseconds(float(np.median(total)))}; shares include it."
         )
     return notes
-
-
-def _applies(name: str, timed: _Timed) -> bool:
-    """Returns False for parts a model may simply not have."""
-    return name not in {"shared_experts", "dense_ffn"}
 
 
 def _findings(
@@ -460,7 +491,7 @@ def _findings(
     return [
         Finding(
             text=text,
-            severity=SEVERITY_COST + 5 if heavy else SEVERITY_FACT,
+            severity=SEVERITY_COST + 5 if heavy else SEVERITY_FACT + 3,
             section=NAME,
             metric=moe.name,
         )

@@ -105,16 +105,27 @@ def _static_metrics(static: schema.StaticBytes | None) -> list[Metric]:
         return []
     return [
         Metric(
-            name=f"{NAME}/static_bytes", value=float(static.total), unit="bytes",
-            figure_class="exact", better="lower", note="parameters and buffers, shared ones once",
+            name=f"{NAME}/static_bytes",
+            value=float(static.total),
+            unit="bytes",
+            figure_class="exact",
+            better="lower",
+            note="parameters and buffers, shared ones once",
         ),
         Metric(
-            name=f"{NAME}/expert_bytes", value=float(static.experts), unit="bytes",
-            figure_class="exact", better="lower", note="routed experts of all layers",
+            name=f"{NAME}/expert_bytes",
+            value=float(static.experts),
+            unit="bytes",
+            figure_class="exact",
+            better="lower",
+            note="routed experts of all layers",
         ),
         Metric(
-            name=f"{NAME}/experts_share", value=static.experts / static.total, unit="share",
-            figure_class="exact", note="routed experts' part of static bytes",
+            name=f"{NAME}/experts_share",
+            value=static.experts / static.total,
+            unit="share",
+            figure_class="exact",
+            note="routed experts' part of static bytes",
         ),
     ]
 
@@ -158,8 +169,12 @@ def _dynamic_metrics(dynamic: pd.DataFrame) -> list[Metric]:
         where = f"{row['stack']}/{row['phase']}"
         metrics += [
             Metric(
-                name=f"{NAME}/{name}/{where}", value=float(row[name]), unit="bytes",
-                figure_class="measured", better="lower", note=note,
+                name=f"{NAME}/{name}/{where}",
+                value=float(row[name]),
+                unit="bytes",
+                figure_class="measured",
+                better="lower",
+                note=note,
             )
             for name, note in wanted.items()
             if row[name] is not None and not pd.isna(row[name])
@@ -173,7 +188,9 @@ def _dynamic_metrics(dynamic: pd.DataFrame) -> list[Metric]:
                         low=_number(row["p50_activation_bytes_low"]),
                         high=_number(row["p50_activation_bytes_high"]),
                     ),
-                    unit="bytes", figure_class="measured", better="lower",
+                    unit="bytes",
+                    figure_class="measured",
+                    better="lower",
                     note="median over steps of the peak less static bytes",
                 )
             )
@@ -205,8 +222,14 @@ def _layers(layers: pd.DataFrame, steps: pd.DataFrame) -> pd.DataFrame:
     grouped = joined.groupby(["stack", "phase", "layer", "site"], observed=True)
     table = grouped["activation_peak_bytes"].agg(["mean", "max"]).reset_index()
     table.columns = pd.Index(
-        ["stack", "phase", "layer", "site", "mean_activation_peak_bytes",
-         "max_activation_peak_bytes"]
+        [
+            "stack",
+            "phase",
+            "layer",
+            "site",
+            "mean_activation_peak_bytes",
+            "max_activation_peak_bytes",
+        ]
     )
     table["site"] = table["site"].where(table["site"] >= 0)
     rank = {place: index for index, place in enumerate(_places(steps))}
@@ -242,9 +265,7 @@ def _devices(devices: pd.DataFrame) -> pd.DataFrame:
 def _places(steps: pd.DataFrame) -> list[tuple[str, str]]:
     found = steps[["stack", "phase"]].drop_duplicates()
     places = [(str(row.stack), str(row.phase)) for row in found.itertuples()]
-    return sorted(
-        places, key=lambda place: (place[0] != "encoder", schema.PHASES.index(place[1]))
-    )
+    return sorted(places, key=lambda place: (place[0] != "encoder", schema.PHASES.index(place[1])))
 
 
 def _number(value: Any) -> float | None:
@@ -267,7 +288,7 @@ def _findings(
                 text=f"Experts hold {wording.percent(static.experts / static.total)} of the "
                 f"{wording.num_bytes(static.total)} of parameters; the next largest part is "
                 f"{second} with {wording.percent(others[second] / static.total)}.",
-                severity=SEVERITY_FACT + 2,
+                severity=SEVERITY_FACT - 3,
                 section=NAME,
                 metric=f"{NAME}/experts_share",
             )

@@ -133,9 +133,7 @@ def contributing(numerator: Floats, denominator: Floats) -> Ints:
     return counts
 
 
-def resampled_ratio(
-    numerator: Floats, denominator: Floats, *, halves: NDArray[np.int8]
-) -> Floats:
+def resampled_ratio(numerator: Floats, denominator: Floats, *, halves: NDArray[np.int8]) -> Floats:
     """Returns [1 + draws + 2, columns] ratios: the trace's own, each draw's, each half's."""
     numerator, denominator = _matched(numerator, denominator)
     top = _resampled_sums(numerator, halves)
@@ -290,9 +288,7 @@ def _resampled_sums(shares: Floats, halves: NDArray[np.int8]) -> Floats:
     return np.concatenate([whole, drawn, np.stack(each)])
 
 
-def _weighted_quantiles(
-    ordered: Floats, weights: Floats, quantiles: tuple[float, ...]
-) -> Floats:
+def _weighted_quantiles(ordered: Floats, weights: Floats, quantiles: tuple[float, ...]) -> Floats:
     found = np.full((len(weights), len(quantiles)), np.nan)
     for row, weight in enumerate(weights):
         reached = np.cumsum(weight)

@@ -92,9 +92,7 @@ def label_usage(tokens: StackTokens) -> tuple[list[dict[str, Any]], list[dict[st
                     "site": site.site,
                     "layer": site.layer,
                     "label": requests.labels[code],
-                    "num_tokens": int(
-                        ((label == index) & (experts >= 0).any(axis=1)).sum()
-                    ),
+                    "num_tokens": int(((label == index) & (experts >= 0).any(axis=1)).sum()),
                     "expert_tokens": own.astype(np.int64).tolist(),
                 }
             )
@@ -177,7 +175,10 @@ def label_results(
         )
         metrics.append(
             wording.metric_of(
-                name, interval, unit="share", figure_class="exact",
+                name,
+                interval,
+                unit="share",
+                figure_class="exact",
                 note=f"share of usage that would have to move to turn one {row['label_kind']}'s "
                 "usage into another's, mean over pairs and layers",
             )
@@ -185,7 +186,9 @@ def label_results(
         metrics.append(
             wording.metric_of(
                 f"{section}/chance_label_distance/{row['stack']}",
-                Interval(value=row["chance_distance"]), unit="share", figure_class="exact",
+                Interval(value=row["chance_distance"]),
+                unit="share",
+                figure_class="exact",
                 note=f"the same between two halves of one {row['label_kind']}'s requests",
             )
         )
@@ -211,7 +214,7 @@ def label_results(
         findings.append(
             Finding(
                 text=text,
-                severity=SEVERITY_FACT - 2 if different else SEVERITY_NOTE,
+                severity=SEVERITY_FACT + 6 if different else SEVERITY_NOTE,
                 section=section,
                 metric=metrics[0].name,
             )

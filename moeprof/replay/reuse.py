@@ -85,7 +85,8 @@ def locality(trace: Trace) -> Result:
             "tokens": pd.DataFrame(tokens_table),
         },
         notes=(
-            "Each phase by itself: distances and overlaps skip dispatches of other phases.",
+            "Each phase by itself: distances and overlaps skip dispatches of other phases. A first "
+            "use has no distance and counts as not reused.",
             f"Shuffled: mean of {NUM_SHUFFLES} random orders of the same dispatches, exchanged "
             "only with dispatches of similar size.",
             "Uniform: every token picks its experts at random, dispatch sizes as recorded.",
@@ -299,9 +300,7 @@ def _age_in_lane(access: Accesses) -> NDArray[np.int64]:
     return index - np.searchsorted(access.lane, access.lane, side="left")
 
 
-def _uniform_reuse(
-    access: Accesses, site: schema.Site, distances: NDArray[np.int64]
-) -> Floats:
+def _uniform_reuse(access: Accesses, site: schema.Site, distances: NDArray[np.int64]) -> Floats:
     """Returns [requests, distances] expected reuses if tokens picked experts at random."""
     rows = int(access.num_rows.sum())
     picked = rows / max(int(access.num_tokens.sum()), 1) / site.num_experts
@@ -433,7 +432,10 @@ def _median_distance(
         cell = half * (_COLD + 1) + distance[access.want_lookup]
         halves += np.bincount(cell, weights=parts, minlength=halves.size).reshape(halves.shape)
     rows = intervals.resampled_blocks(
-        None if blocks is None else per_block, per_block.sum(axis=0), halves, _median_of_counts,
+        None if blocks is None else per_block,
+        per_block.sum(axis=0),
+        halves,
+        _median_of_counts,
         centered=False,
     )
     return intervals.summarized(rows, num_requests=_num_requests(found))[0]
@@ -451,9 +453,7 @@ def _median_of_counts(counts: Floats) -> Floats:
     return median[:, None]
 
 
-def _token_overlap(
-    tokens: StackTokens, phase: str
-) -> tuple[list[dict[str, Any]], list[Metric]]:
+def _token_overlap(tokens: StackTokens, phase: str) -> tuple[list[dict[str, Any]], list[Metric]]:
     """Returns how many experts two tokens share: neighbours, of one request, of any two."""
     order, first = _neighbours(tokens, phase)
     if not len(first):
@@ -521,9 +521,7 @@ def _neighbours(tokens: StackTokens, phase: str) -> tuple[NDArray[np.int64], NDA
     """Returns the tokens of a phase by request and position, and where a pair of them starts."""
     chosen = np.flatnonzero(tokens.phase == schema.TOKEN_PHASES.index(phase))
     order = chosen[
-        np.lexsort(
-            (tokens.position[chosen], tokens.sequence[chosen], tokens.request[chosen])
-        )
+        np.lexsort((tokens.position[chosen], tokens.sequence[chosen], tokens.request[chosen]))
     ]
     request, sequence = tokens.request[order], tokens.sequence[order]
     position = tokens.position[order]
@@ -620,26 +618,22 @@ def _findings(
     excess = _excess(whole, halves)
     if overlap.value is None or shuffled.value is None or uniform.value is None:
         return []
-    if excess.low is not None and excess.low > 0 and (excess.value or 0) > _LOCALITY_THRESHOLD:
-        meaning = (
-            "so the order in time itself holds reuse, and a cache that keeps recent experts gains "
-            "from it"
-        )
+    ordered = (excess.value or 0) > _LOCALITY_THRESHOLD and (excess.low or 0) > 0
+    popular = shuffled.value - uniform.value > _LOCALITY_THRESHOLD
+    if ordered:
+        meaning = "so a cache that keeps recent experts profits"
     elif excess.low is None:
-        meaning = "too few requests to say whether order in time matters"
-    elif shuffled.value - uniform.value > _LOCALITY_THRESHOLD:
-        meaning = (
-            "so nearly all reuse comes from some experts being popular, not from order in time: "
-            "pinning popular experts does as well as tracking recent ones"
-        )
+        meaning = "with too few requests to say whether that holds for other traffic"
+    elif popular:
+        meaning = "so reuse comes from popular experts, and pinning those does as well as tracking"
     else:
-        meaning = "so there is little reuse beyond chance"
+        meaning = "so reuse is about what chance gives at this number of tokens per step"
     text = (
         f"In {wording.place(stack, phase, num_stacks=num_stacks)}, "
         f"{wording.share_with_interval(overlap)} of the experts that a step needs were needed by "
-        f"the step before at the same layer; with the same steps in random order it is "
-        f"{wording.percent(shuffled.value)}, under uniform routing "
-        f"{wording.percent(uniform.value)}: {meaning}."
+        f"the step before at the same layer, {wording.percent(shuffled.value)} with the same steps "
+        f"in random order and {wording.percent(uniform.value)} under uniform routing: order in "
+        f"time adds {wording.points_with_interval(excess)}, {meaning}."
     )
     return [
         Finding(

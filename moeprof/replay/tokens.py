@@ -247,9 +247,9 @@ def _read(trace: Trace, stack: str) -> StackTokens:
 
 
 def _phase_of_passes(passes: NDArray[np.int64], step_phases: pd.DataFrame) -> NDArray[np.uint8]:
-    key = (step_phases["rank"].to_numpy(np.int64) << RANK_SHIFT) | step_phases[
-        "step"
-    ].to_numpy(np.int64)
+    key = (step_phases["rank"].to_numpy(np.int64) << RANK_SHIFT) | step_phases["step"].to_numpy(
+        np.int64
+    )
     names = step_phases["phase"].astype("string").to_numpy(str)
     codes = np.full(len(names), schema.PHASES.index("mixed"), dtype=np.uint8)
     for code, name in enumerate(schema.PHASES):

@@ -66,8 +66,7 @@ def activation(trace: Trace) -> Result:
             idle = _idle(tokens, usages)
             load = _load(tokens, phase, found)
             rows += [
-                {"stack": stack, "phase": phase, **row}
-                for row in _site_rows(usages, idle, load)
+                {"stack": stack, "phase": phase, **row} for row in _site_rows(usages, idle, load)
             ]
             heat += [
                 {"stack": stack, "phase": phase, **row}
@@ -159,9 +158,7 @@ def _site_usage(site: schema.Site, access: Accesses) -> _SiteUsage:
         num_tokens=int(access.num_tokens.sum()),
         idle=slots - used,
         slots=slots,
-        uniform_idle=float(
-            chance.idle_share(picked, access.num_tokens.astype(np.float64)).mean()
-        ),
+        uniform_idle=float(chance.idle_share(picked, access.num_tokens.astype(np.float64)).mean()),
     )
 
 
@@ -174,9 +171,7 @@ def _idle(tokens: StackTokens, usages: list[_SiteUsage]) -> Estimates:
     )
 
 
-def _load(
-    tokens: StackTokens, phase: str, found: list[tuple[schema.Site, Accesses]]
-) -> _Load:
+def _load(tokens: StackTokens, phase: str, found: list[tuple[schema.Site, Accesses]]) -> _Load:
     in_phase = np.flatnonzero(tokens.dispatch_phase == schema.PHASES.index(phase))
     longest = max(access.longest_request() for _, access in found)
     blocks = intervals.block_index(len(in_phase), longest)
@@ -311,32 +306,48 @@ def _phase_metrics(
     mean = len(usages)
     return [
         wording.metric_of(
-            f"{NAME}/inactive_share/{where}", idle, unit="share", figure_class="exact",
+            f"{NAME}/inactive_share/{where}",
+            idle,
+            unit="share",
+            figure_class="exact",
             note="experts of a layer that no token of a dispatch picked, mean over dispatches",
         ),
         wording.metric_of(
-            f"{NAME}/uniform_inactive_share/{where}", uniform, unit="share", figure_class="exact",
+            f"{NAME}/uniform_inactive_share/{where}",
+            uniform,
+            unit="share",
+            figure_class="exact",
             note="the same under uniform routing with the dispatch sizes recorded",
         ),
         wording.metric_of(
-            f"{NAME}/max_over_mean_load/{where}", load.max_over_mean[mean], unit="ratio",
-            figure_class="exact", better="lower",
+            f"{NAME}/max_over_mean_load/{where}",
+            load.max_over_mean[mean],
+            unit="ratio",
+            figure_class="exact",
+            better="lower",
             note="tokens of the fullest expert over the mean, whole trace, mean over layers",
         ),
         wording.metric_of(
             f"{NAME}/uniform_max_over_mean_load/{where}",
             Interval(value=float(np.mean(load.uniform_max_over_mean))),
-            unit="ratio", figure_class="exact", note="expected under uniform routing",
+            unit="ratio",
+            figure_class="exact",
+            note="expected under uniform routing",
         ),
         wording.metric_of(
-            f"{NAME}/usage_entropy/{where}", load.entropy[mean], unit="ratio",
-            figure_class="exact", better="higher",
+            f"{NAME}/usage_entropy/{where}",
+            load.entropy[mean],
+            unit="ratio",
+            figure_class="exact",
+            better="higher",
             note="entropy of usage over log E, whole trace, mean over layers; 1 is even",
         ),
         wording.metric_of(
             f"{NAME}/uniform_usage_entropy/{where}",
             Interval(value=float(np.mean(load.uniform_entropy))),
-            unit="ratio", figure_class="exact", note="expected under uniform routing",
+            unit="ratio",
+            figure_class="exact",
+            note="expected under uniform routing",
         ),
     ]
 

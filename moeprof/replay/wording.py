@@ -38,8 +38,8 @@ def percent_range(low: float, high: float) -> str:
 
 def points(share: float) -> str:
     """Returns a difference of shares in percentage points."""
-    return f"{100 * share:.0f} points" if abs(share) >= _SMALL_SHARE else (
-        f"{100 * share:.1f} points"
+    return (
+        f"{100 * share:.0f} points" if abs(share) >= _SMALL_SHARE else (f"{100 * share:.1f} points")
     )
 
 
@@ -70,7 +70,10 @@ def share_with_interval(interval: Interval) -> str:
         return "unknown"
     if interval.low is None or interval.high is None:
         return percent(interval.value)
-    return f"{percent(interval.value)} ({percent_range(interval.low, interval.high)})"
+    value = percent(interval.value)
+    if percent(interval.low) == percent(interval.high):
+        value = f"{100 * interval.value:.1f}%"
+    return f"{value} ({percent_range(interval.low, interval.high)})"
 
 
 def points_with_interval(interval: Interval) -> str:
@@ -139,9 +142,7 @@ def missing_requests(num_requests: int) -> str:
     )
 
 
-def routing_findings(
-    trace: Trace, section: str, findings: list[Finding]
-) -> tuple[Finding, ...]:
+def routing_findings(trace: Trace, section: str, findings: list[Finding]) -> tuple[Finding, ...]:
     """Returns findings about routing, or what has to be said instead of them.
 
     Random weights: the routing means nothing, so nothing is concluded from it. Too few requests:

@@ -76,8 +76,11 @@ def batching(trace: Trace) -> Result:
             "prompt batches are made of tokens that follow each other.",
             "Popularity: tokens draw their experts independently, each expert as often as in this "
             "trace. Uniform: E(1-(1-k/E)^T).",
-            *(("The model drops tokens by capacity, so regrouping is an estimate.",)
-              if figure_class == "estimate" else ()),
+            *(
+                ("The model drops tokens by capacity, so regrouping is an estimate.",)
+                if figure_class == "estimate"
+                else ()
+            ),
         ),
     )
 
@@ -120,9 +123,7 @@ def _phase_curves(
             kept = np.isin(np.arange(access.num_dispatches), whole).astype(np.float64)
             distinct, slots = access.slot_shares(kept)
             found = intervals.share(distinct, slots, halves=halves)[0]
-            counts = np.bincount(
-                access.expert, weights=access.num_rows, minlength=site.num_experts
-            )
+            counts = np.bincount(access.expert, weights=access.num_rows, minlength=site.num_experts)
             num_tokens = float(access.num_tokens.sum())
             picked = float(counts.sum()) / num_tokens
             uniform = float(uniform_distinct(site.num_experts, picked, size)) / site.num_experts
@@ -141,8 +142,7 @@ def _phase_curves(
                     "distinct_share": found.value,
                     "distinct_share_low": found.low,
                     "distinct_share_high": found.high,
-                    "num_distinct": None if found.value is None
-                    else found.value * site.num_experts,
+                    "num_distinct": None if found.value is None else found.value * site.num_experts,
                     "popularity_share": popularity,
                     "uniform_share": uniform,
                 }

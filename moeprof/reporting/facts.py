@@ -37,11 +37,15 @@ def recording_findings(trace: Trace) -> list[Finding]:
         )
     if info.missing_ranks:
         ranks = ", ".join(str(rank) for rank in info.missing_ranks)
-        add(f"Parts of rank {ranks} are missing: loads and reuse are too small.",
-            SEVERITY_INVALID - 2)
+        add(
+            f"Parts of rank {ranks} are missing: loads and reuse are too small.",
+            SEVERITY_INVALID - 2,
+        )
     if not trace.complete:
-        add("The recording did not end in good order: steps after the last commit are missing.",
-            SEVERITY_INVALID - 5)
+        add(
+            "The recording did not end in good order: steps after the last commit are missing.",
+            SEVERITY_INVALID - 5,
+        )
     if capture.num_calls_seen < capture.num_calls_expected:
         add(
             f"{capture.num_calls_seen:,} of {capture.num_calls_expected:,} calls of MoE layers "
@@ -116,9 +120,7 @@ def _model_lines(info: schema.TraceInfo) -> list[str]:
     elif model.revision:
         weights = f"revision {model.revision}"
     size = (
-        f"{wording.num_bytes(model.static_bytes.total)} of parameters"
-        if model.static_bytes
-        else ""
+        f"{wording.num_bytes(model.static_bytes.total)} of parameters" if model.static_bytes else ""
     )
     return [
         model.architecture if model.architecture != model.name else "",
@@ -139,12 +141,13 @@ def _site_lines(info: schema.TraceInfo) -> list[str]:
         size = {site.expert_bytes for site in sites}
         each = f", {wording.num_bytes(min(size))} each" if len(size) == 1 and min(size) else ""
         where = f"{stack}: " if len(info.stacks) > 1 else ""
-        lines.append(f"{where}{len(sites)} MoE layers, {experts} experts{each}, top-{top_k}")
+        bounded = ", capacity bounded" if any(site.capacity_rule for site in sites) else ""
+        lines.append(
+            f"{where}{len(sites)} MoE layers, {experts} experts{each}, top-{top_k}{bounded}"
+        )
         shared = max(site.num_shared_experts for site in sites)
         if shared:
             lines.append(f"{where}{shared} shared experts per layer")
-        if any(site.capacity_rule for site in sites):
-            lines.append(f"{where}capacity bounds the tokens per expert")
     kernels = ", ".join(f"{phase}: {name}" for phase, name in info.kernels.items())
     return [*lines, f"experts run by {kernels}" if kernels else ""]
 

@@ -166,7 +166,8 @@ def _layer_rows(panel: dict[str, Any]) -> list[str]:
         [
             plain(name),
             *(
-                "" if each["values"][index] is None
+                ""
+                if each["values"][index] is None
                 else formatted(each["values"][index], panel["y_unit"])
                 for each in panel["series"]
             ),

@@ -105,7 +105,8 @@ def _section_view(trace: TraceData, section: SectionData) -> dict[str, Any]:
         for figure in section["figures"]
     ]
     small = [
-        figure for figure in figures
+        figure
+        for figure in figures
         if figure["kind"] in _PLOTS and len(figure["panels"]) == 1 and not figure["collapsed"]
     ]
     for figure in small:

@@ -59,8 +59,10 @@ def _bars(figure: FigureData) -> Markup:
             if segment["unit"] == "bytes":
                 words = f"{segment['label']}: {value}"
             inline = (
-                formatted(share, "share") if segment["unit"] != "bytes" else value
-            ) if share >= _INLINE_LABEL_SHARE else ""
+                (formatted(share, "share") if segment["unit"] != "bytes" else value)
+                if share >= _INLINE_LABEL_SHARE
+                else ""
+            )
             segments += Markup(
                 '<span class="segment s-{}" style="width:{}%" title="{}"><b>{}</b></span>'
             ).format(segment["key"], f"{100 * share:.3f}", words, inline)
@@ -231,16 +233,12 @@ def _tick(value: float, unit: str) -> str:
     return formatted(value, unit) if value else "0"
 
 
-def _value_axis(
-    largest: float, unit: str
-) -> tuple[Callable[[float], float], Sequence[float]]:
+def _value_axis(largest: float, unit: str) -> tuple[Callable[[float], float], Sequence[float]]:
     """Returns where a value lies and the ticks, from zero to a round number above the largest."""
     largest = largest or 1.0
     if unit == "bytes":
         scale = 2.0 ** (10 * math.floor(math.log2(max(largest, 1)) / 10))
-        step = next(
-            step * scale for step in _BINARY_STEPS if step * scale * _NUM_TICKS >= largest
-        )
+        step = next(step * scale for step in _BINARY_STEPS if step * scale * _NUM_TICKS >= largest)
     else:
         scale = 10.0 ** math.floor(math.log10(largest / _NUM_TICKS))
         step = next(

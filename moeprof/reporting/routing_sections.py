@@ -86,8 +86,7 @@ def activation_content(trace: Trace, result: Result) -> Built:
                 ["chance_distance", "by chance", "share"],
             ],
             rows=[
-                row for row in records(result.tables["label_distances"])
-                if row["site"] is not None
+                row for row in records(result.tables["label_distances"]) if row["site"] is not None
             ],
         ),
     ]
@@ -313,8 +312,11 @@ def locality_content(trace: Trace, result: Result) -> Built:
         _pair_figure(trace, tokens),
     ]
     headline = headline_of(
-        trace, "locality/overlap_share", "locality/excess_overlap_share",
-        "locality/median_reuse_distance", "locality/next_token_share",
+        trace,
+        "locality/overlap_share",
+        "locality/excess_overlap_share",
+        "locality/median_reuse_distance",
+        "locality/next_token_share",
     )
     tables = [
         TableData(
@@ -473,7 +475,10 @@ def batching_content(trace: Trace, result: Result) -> Built:
         series = [
             _series(rows, "num_tokens", "distinct_share", "recorded", "this trace", band=True),
             _series(
-                rows, "num_tokens", "popularity_share", "popularity",
+                rows,
+                "num_tokens",
+                "popularity_share",
+                "popularity",
                 "independent tokens, same popularity",
             ),
             _series(rows, "num_tokens", "uniform_share", "uniform", "uniform routing"),

@@ -167,8 +167,11 @@ def memory_content(trace: Trace, result: Result) -> Built:
             kind="bars",
             title="Memory by part",
             alt="Stacked bars of bytes. "
-            + listed_items(f"{row['label'].lower()} {wording.num_bytes(row['bytes'])}"
-                      for row in sorted(static, key=lambda row: -row["bytes"]) if row["bytes"])
+            + listed_items(
+                f"{row['label'].lower()} {wording.num_bytes(row['bytes'])}"
+                for row in sorted(static, key=lambda row: -row["bytes"])
+                if row["bytes"]
+            )
             + ".",
             how_to_read=(
                 "The first bar is what the model weighs at rest; each further bar adds what "
@@ -182,8 +185,10 @@ def memory_content(trace: Trace, result: Result) -> Built:
         _memory_layers(trace, result),
     ]
     places = [f"{row['stack']}/{row['phase']}" for row in dynamic]
-    wanted = "max_activation_bytes" if any(row["max_activation_bytes"] for row in dynamic) else (
-        "max_process_bytes"
+    wanted = (
+        "max_activation_bytes"
+        if any(row["max_activation_bytes"] for row in dynamic)
+        else ("max_process_bytes")
     )
     peak = max(dynamic, key=lambda row: row[wanted] or 0, default=None)
     headline = ["memory/static_bytes", "memory/experts_share"]
@@ -201,14 +206,12 @@ def _memory_timeline(result: Result) -> FigureData:
         "process_bytes": "resident memory of the process",
     }
     on_device = any(row["allocated_bytes"] is not None for row in rows)
-    wanted = ("reserved_bytes", "peak_bytes", "allocated_bytes") if on_device else (
-        "process_bytes",
+    wanted = (
+        ("reserved_bytes", "peak_bytes", "allocated_bytes") if on_device else ("process_bytes",)
     )
     series = []
     for name in wanted:
-        points = [
-            [row["start_s"], row[name], None, None] for row in rows if row[name] is not None
-        ]
+        points = [[row["start_s"], row[name], None, None] for row in rows if row[name] is not None]
         if len(points) > 1:
             series.append({"key": name, "label": names[name], "points": points})
     what = "device" if on_device else "process"
@@ -242,9 +245,7 @@ def _memory_timeline(result: Result) -> FigureData:
 
 def _memory_layers(trace: Trace, result: Result) -> FigureData:
     panels = []
-    for (stack, phase), rows in groups(
-        records(result.tables["layers"]), "stack", "phase"
-    ).items():
+    for (stack, phase), rows in groups(records(result.tables["layers"]), "stack", "phase").items():
         panels.append(
             {
                 "title": place_label(trace, (stack, phase)),
@@ -257,7 +258,8 @@ def _memory_layers(trace: Trace, result: Result) -> FigureData:
                         "key": f"{kind}_layer",
                         "label": label,
                         "values": [
-                            row["max_activation_peak_bytes"] if (row["site"] is None) == dense
+                            row["max_activation_peak_bytes"]
+                            if (row["site"] is None) == dense
                             else None
                             for row in rows
                         ],
@@ -265,7 +267,8 @@ def _memory_layers(trace: Trace, result: Result) -> FigureData:
                         "high": None,
                     }
                     for kind, label, dense in (
-                        ("moe", "MoE layer", False), ("dense", "dense layer", True),
+                        ("moe", "MoE layer", False),
+                        ("dense", "dense layer", True),
                     )
                     if any((row["site"] is None) == dense for row in rows)
                 ],
@@ -291,8 +294,11 @@ def _memory_tables(static: Rows, dynamic: Rows, result: Result) -> list[TableDat
         TableData(
             title="Static bytes",
             figure_class="exact",
-            columns=[["label", "Part", "text"], ["bytes", "Bytes", "bytes"],
-                     ["share", "Share", "share"]],
+            columns=[
+                ["label", "Part", "text"],
+                ["bytes", "Bytes", "bytes"],
+                ["share", "Share", "share"],
+            ],
             rows=[row for row in static if row["part"] in PARTS],
         ),
         TableData(

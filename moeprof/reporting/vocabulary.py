@@ -128,8 +128,7 @@ def finite(value: Any) -> float | None:
 def records(table: pd.DataFrame) -> Rows:
     """Returns rows of plain data: numbers, text, lists; None for missing values."""
     return [
-        {str(key): _plain(value) for key, value in row.items()}
-        for row in table.to_dict("records")
+        {str(key): _plain(value) for key, value in row.items()} for row in table.to_dict("records")
     ]
 
 

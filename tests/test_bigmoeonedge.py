@@ -47,6 +47,7 @@ turn,phase,step,layer,slot,expert,weight,residency,expert_bytes
 0,1,2,2,0,2,0.5,2,0
 0,1,2,2,1,3,0.5,0,60
 1,0,3,1,0,3,1.0,1,0
+1,0,3,2,0,3,1.0,1,0
 """
 
 
@@ -163,6 +164,7 @@ def test_small_log(tmp_path: Path) -> None:
         (1, 2),
         (1, 3),
         (0, 3),
+        (1, 3),
     ]
     # Prompt of layer 1: 3 1 | 1 2, so expert 1 was used later than 3, expert 2 last.
     assert stream.last[:3].tolist() == [0, 1, 2]

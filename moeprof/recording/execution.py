@@ -16,6 +16,10 @@ from torch.overrides import TorchFunctionMode
 FUSED_DIM = 3
 MATRIX_DIM = 2
 
+_UNCHANGED = frozenset(
+    {"transpose", "t", "mT", "view", "reshape", "contiguous", "to", "detach", "__get__"}
+)
+
 
 class RowWitness(TorchFunctionMode):
     """Watches one call of a fused experts module.
@@ -27,11 +31,7 @@ class RowWitness(TorchFunctionMode):
 
     def __init__(self, experts: torch.nn.Module, num_experts: int) -> None:
         super().__init__()
-        self._weights = {
-            id(p): name
-            for name, p in experts.named_parameters()
-            if p.dim() == FUSED_DIM and p.shape[0] == num_experts
-        }
+        self._experts = experts
         self._num_experts = num_experts
         # Keys are object ids, so the objects are kept alive as long as the keys.
         self._slices: dict[int, tuple[str, Any, torch.Tensor]] = {}
@@ -48,7 +48,7 @@ class RowWitness(TorchFunctionMode):
         name = getattr(func, "__name__", "")
         if name == "__getitem__":
             self._note_slice(args[0], args[1], result)
-        elif name in ("transpose", "t", "mT", "contiguous", "to", "detach", "__get__"):
+        elif name in _UNCHANGED:
             self._follow(args, result)
         elif "grouped_mm" in name:
             self._note_grouped(args, kwargs)
@@ -58,11 +58,14 @@ class RowWitness(TorchFunctionMode):
 
     def _source(self, tensor: Any) -> tuple[str, Any] | None:
         """Returns (weight name, expert index or None for all) of a tensor, if it is known."""
-        if id(tensor) in self._weights:
-            return self._weights[id(tensor)], None
         if id(tensor) in self._slices:
             name, index, _ = self._slices[id(tensor)]
             return name, index
+        # Looked up each time: offloading puts parameters in place while the module runs.
+        for name, parameter in self._experts.named_parameters():
+            if parameter is tensor:
+                stacked = parameter.dim() > 1 and parameter.shape[0] % self._num_experts == 0
+                return (name, None) if stacked else None
         return None
 
     def _remember(self, result: Any, name: str, index: Any) -> None:
@@ -70,9 +73,10 @@ class RowWitness(TorchFunctionMode):
             self._slices[id(result)] = (name, index, result)
 
     def _note_slice(self, tensor: Any, index: Any, result: Any) -> None:
-        if id(tensor) not in self._weights:
+        source = self._source(tensor)
+        if source is None or source[1] is not None or tensor.dim() != FUSED_DIM:
             return
-        name = self._weights[id(tensor)]
+        name = source[0]
         if isinstance(index, torch.Tensor) and index.dim() > 0 and index.numel() > 1:
             # Weights gathered per row: each gathered copy serves exactly one row.
             self._many.append((name, "ids", index.detach()))
@@ -80,7 +84,7 @@ class RowWitness(TorchFunctionMode):
             self._remember(result, name, index)
 
     def _follow(self, args: tuple[Any, ...], result: Any) -> None:
-        source = self._source(args[0]) if args else None
+        source = self._source(args[0]) if args and isinstance(args[0], torch.Tensor) else None
         if source is not None:
             self._remember(result, *source)
 

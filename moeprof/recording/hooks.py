@@ -182,8 +182,8 @@ class Instrument:
         if found.expert_modules:
             for expert, module in enumerate(found.expert_modules):
                 self._pre(module, functools.partial(self._expert_ran, site, expert))
-        elif found.modules.experts is not None and self._settings.probe_every:
-            self._watch_fused(site, found)
+        elif found.fused is not None and self._settings.probe_every:
+            self._watch_fused(site, found.fused, found.num_experts)
         if found.logits_source is not None:
             self._after(found.logits_source, functools.partial(self._router_ran, site))
 
@@ -199,14 +199,11 @@ class Instrument:
             rows = step.module_rows[site] = np.zeros(self._found[site].num_experts, dtype=np.int64)
         rows[expert] += tensor.numel() // max(1, tensor.shape[-1])
 
-    def _watch_fused(self, site: int, found: FoundSite) -> None:
-        experts = found.modules.experts
-        assert experts is not None
-
+    def _watch_fused(self, site: int, experts: nn.Module, num_experts: int) -> None:
         def begin(module: nn.Module, args: Any, kwargs: Any) -> None:
             step = self._current
             if step is not None and step.probed:
-                witness = RowWitness(module, found.num_experts)
+                witness = RowWitness(module, num_experts)
                 step.witnesses.setdefault(site, []).append(witness)
                 witness.__enter__()  # type: ignore[no-untyped-call]
 

@@ -43,6 +43,7 @@ TOP_K_NAMES = ("top_k", "num_experts_per_tok", "moe_topk", "moe_top_k", "num_sel
 BIAS_NAMES = ("e_score_correction_bias", "expert_bias")
 LAYER_NAME = re.compile(r"(?:^|\.)(?:layers|h|block|blocks|layer)\.(\d+)(?=\.|$)")
 MAX_STORED_BIAS = 4096
+MATRIX_DIM, FUSED_DIM = 2, 3
 
 SelectFunction = Callable[[nn.Module, tuple[Any, ...], Mapping[str, Any], Any], Any]
 
@@ -95,6 +96,25 @@ class FoundSite:
             # What its router calls logits is the largest probability.
             return getattr(self.modules.router, "classifier", self.modules.router)
         return self.modules.router
+
+    @property
+    def runs_all_experts(self) -> bool:
+        """True where the architecture runs every expert on every row by design."""
+        return self.adapter is adapters.LLAMA4
+
+    @property
+    def fused(self) -> nn.Module | None:
+        """The module whose call multiplies rows with stacked expert weights."""
+        if self.modules.experts is not None:
+            return self.modules.experts
+        stacked = (
+            child
+            for child in self.modules.block.children()
+            if any(
+                p.dim() == FUSED_DIM and p.shape[0] == self.num_experts for p in child.parameters()
+            )
+        )
+        return next(stacked, None)
 
 
 _REGISTERED: dict[type[nn.Module], Registration] = {}
@@ -393,6 +413,7 @@ def _geometry(model: nn.Module, index: int, site: FoundSite, top_k: int, first_s
         shared_expert_bytes=sum(tensor_bytes(module) for module in site.shared),
         selection_bias=bias,
         capacity_rule=_capacity_rule(site),
+        runs_all_experts=site.runs_all_experts,
         adapter=site.adapter.name,
     )
 
@@ -413,24 +434,13 @@ def _expert_shape(
         shapes = [
             ("", tuple(p.shape))
             for p in site.expert_modules[0].parameters()
-            if p.dim() == 2  # noqa: PLR2004
+            if p.dim() == MATRIX_DIM
         ]
         expert_bytes = max(sizes)
     else:
-        owner = site.modules.experts or site.modules.block
-        fused = {
-            name: p
-            for name, p in owner.named_parameters()
-            if p.dim() >= 1
-            and p.shape[0] in (site.num_experts, site.num_weighted)
-            and "router" not in name
-        }
-        shapes = [
-            (name, tuple(p.shape[1:]))
-            for name, p in fused.items()
-            if p.dim() == 3  # noqa: PLR2004
-        ]
-        expert_bytes = sum(p.numel() * p.element_size() // p.shape[0] for p in fused.values())
+        stacked = _stacked(site)
+        shapes = [(name, shape) for name, shape, _ in stacked if len(shape) == MATRIX_DIM]
+        expert_bytes = sum(num_bytes for _, _, num_bytes in stacked)
     if not shapes:
         return None, width if isinstance(width, int) else None, None, expert_bytes
     matrices, d_ff, d_model = 0, None, width if isinstance(width, int) else None
@@ -448,6 +458,24 @@ def _expert_shape(
     if len(shapes) == 1 and "gate_up" in shapes[0][0] and d_ff is not None:
         d_ff //= 2
     return matrices, d_model, d_ff, expert_bytes
+
+
+def _stacked(site: FoundSite) -> list[tuple[str, tuple[int, ...], int]]:
+    """Returns (name, shape, bytes) of one expert's part of each stacked parameter."""
+    owner = site.modules.experts or site.modules.block
+    found = []
+    for name, p in owner.named_parameters():
+        shape = tuple(p.shape)
+        if "router" in name or not shape:
+            continue
+        if shape[0] in (site.num_experts, site.num_weighted):
+            found.append((name, shape[1:], p.numel() * p.element_size() // shape[0]))
+        elif len(shape) == MATRIX_DIM and shape[0] % site.num_experts == 0:
+            # Rows of all experts in one matrix.
+            rows = shape[0] // site.num_experts
+            size = p.numel() * p.element_size() // site.num_experts
+            found.append((name, (rows, shape[1]), size))
+    return found
 
 
 def _num_shared(model: nn.Module, site: FoundSite) -> int:

@@ -398,7 +398,8 @@ def _executed(
         routed = np.bincount(sent, minlength=found.num_experts)
         checked += 1
         computing = slice(found.num_weighted)
-        if not np.array_equal(routed[computing], counts[computing]) and not _runs_dense(found):
+        agree = np.array_equal(routed[computing], counts[computing])
+        if not agree and not found.runs_all_experts:
             disagreeing += 1
             lit = np.flatnonzero(counts)
             note = note or (
@@ -417,11 +418,6 @@ def _executed(
         for name, parts in columns.items()
     }
     return {"step": capture.step, **joined}, (checked, disagreeing, note)
-
-
-def _runs_dense(found: FoundSite) -> bool:
-    """True where the architecture runs every expert on every row by design."""
-    return found.adapter.name == "llama4_router"
 
 
 def _some(experts: np.ndarray, limit: int = 4) -> str:

@@ -391,6 +391,7 @@ class Site:
         selection_bias: Per-expert bias used for selection only; None where the model has none.
         capacity_rule: None where the model never drops.
         slot_order: Meaning of the slot order.
+        runs_all_experts: True where every expert runs on every row by design, whatever is routed.
         adapter: How the recorder reads this site.
     """
 
@@ -414,6 +415,7 @@ class Site:
     selection_bias: tuple[float, ...] | None = None
     capacity_rule: CapacityRule | None = None
     slot_order: str = "none"
+    runs_all_experts: bool = False
     adapter: str = ""
 
 

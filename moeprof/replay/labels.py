@@ -108,10 +108,15 @@ def label_usage(tokens: StackTokens) -> tuple[list[dict[str, Any]], list[dict[st
             "distance_low": mean.low,
             "distance_high": mean.high,
             "split_half": mean.split_half,
-            "chance_distance": float(np.mean([row["chance_distance"] for row in distances])),
+            "chance_distance": _mean_known([row["chance_distance"] for row in distances]),
         }
     )
     return counts_rows, distances
+
+
+def _mean_known(values: list[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return float(np.mean(known)) if known else None
 
 
 def _label_distance(sums: Floats, *, shape: tuple[int, int]) -> Floats:
@@ -138,12 +143,15 @@ def _label_distance(sums: Floats, *, shape: tuple[int, int]) -> Floats:
     return mean[:, None]
 
 
-def _half_distance(halves: Floats) -> float:
-    """Returns the mean distance between the two halves of each label; [2, labels, E]."""
+def _half_distance(halves: Floats) -> float | None:
+    """Returns the mean distance between the two halves of each label; [2, labels, E].
+
+    None where no label has tokens in both halves.
+    """
     total = halves.sum(axis=2, keepdims=True)
     both = (total > 0).all(axis=0)[:, 0]
     if not both.any():
-        return float("nan")
+        return None
     share = halves[:, both] / total[:, both]
     return float(np.abs(share[0] - share[1]).sum(axis=1).mean() / 2)
 
@@ -192,6 +200,8 @@ def label_results(
                 note=f"the same between two halves of one {row['label_kind']}'s requests",
             )
         )
+        if row["distance"] is None or row["chance_distance"] is None:
+            continue
         apart.append(bool(row["distance"] > _APART * row["chance_distance"]))
         of_stack = f" in the {row['stack']}" if num_stacks > 1 else ""
         parts.append(

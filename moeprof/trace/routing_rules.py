@@ -461,22 +461,22 @@ class RoutingRules:
         for name in ("request", "sequence"):
             same[1:] &= rows[name][order[1:]] == rows[name][order[:-1]]
         same[1:] &= rows["position"][order[1:]] > rows["position"][order[:-1]]
-        least = MIN_STALE_TOKENS_WITHOUT_WEIGHTS
+        telling = np.zeros(len(content), bool)
         if self._weighted:
-            least = MIN_STALE_TOKENS
             again = np.flatnonzero(same)
-            equal = (rows["weight"][order[again]] == rows["weight"][order[again - 1]]).all(axis=1)
-            same[again] = equal
-        long = np.zeros(len(content), bool)
-        long[order] = _in_long_runs(same, least - 1)
-        self._add(
-            "stale_rows",
+            weight = rows["weight"][order[again]]
+            same[again] = (weight == rows["weight"][order[again - 1]]).all(axis=1)
+            telling[again] = same[again] & (weight.max(axis=1) != weight.min(axis=1))
+        sentence = (
             "{where}: {count} tokens repeat the routing of the token before them at every site, "
-            "as rows that were never overwritten do (first: {first})",
-            long,
-            rows,
-            severity="error" if self._weighted else "warning",
+            "as rows that were never overwritten do (first: {first})"
         )
+        stale = np.zeros(len(content), bool)
+        stale[order] = _in_long_runs(telling, MIN_STALE_TOKENS - 1)
+        self._add("stale_rows", sentence, stale, rows)
+        if not stale.any():
+            stale[order] = _in_long_runs(same, MIN_STALE_TOKENS_WITHOUT_WEIGHTS - 1)
+            self._add("stale_rows", sentence, stale, rows, severity="warning")
 
     def _note_frozen(self, rows: Mapping[str, Array], hashes: Array, kinds: Array) -> None:
         for phase in np.flatnonzero(np.bincount(rows["phase"])).tolist():

@@ -14,7 +14,6 @@ import torch
 import moeprof
 from moeprof.recording.anatomy import anatomy
 from moeprof.recording.sites import find_sites
-from moeprof.trace.reader import Trace
 from moeprof.trace.validator import check
 
 
@@ -71,19 +70,19 @@ class Run:
     """A finished recording.
 
     Attributes:
-        trace: What was recorded.
+        trace: The `Trace` that was recorded.
         calls: What the witness saw.
         result: What the run returned.
         recorder: The recorder.
     """
 
-    trace: Trace
+    trace: Any
     calls: list[Call]
     result: Any
     recorder: Any
 
     @property
-    def tokens(self) -> pd.DataFrame:
+    def tokens(self) -> Any:
         """One row per recorded token, with the id the model was fed there."""
         frames = []
         for stack in self.trace.stacks:
@@ -103,7 +102,7 @@ class Run:
         return table.assign(token=fed)
 
     @property
-    def phases(self) -> list[str]:
+    def phases(self) -> Any:
         return self.trace.steps.sort_values("step")["phase"].tolist()
 
 
@@ -115,7 +114,7 @@ def record_run(model: torch.nn.Module, path: Path, run: Callable[[], Any], **opt
             result = run()
     finally:
         witness.remove()
-    trace = moeprof.open(recorder.path)
+    trace: Any = moeprof.open(recorder.path)
     done = Run(trace, witness.calls, result, recorder)
     check_run(done)
     return done
@@ -140,7 +139,7 @@ def check_run(run: Run) -> None:
     assert result.ok, [problem for problem in result.problems if problem.severity == "error"]
 
 
-def _check_ids(trace: Trace, step: int, call: Call) -> None:
+def _check_ids(trace: Any, step: int, call: Call) -> None:
     routing = trace.routing(
         stack=call.stack, steps=step, columns=["row", "site", "slot", "expert", "status"]
     )

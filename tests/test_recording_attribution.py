@@ -478,7 +478,7 @@ def test_a_static_cache_used_again_starts_new_requests(lm: Any, tmp_path: Path) 
     ids = padded_batch([7, 7])["input_ids"]
 
     def reuse() -> None:
-        cache = StaticCache(lm.config, max_cache_len=32)
+        cache: Any = StaticCache(lm.config, max_cache_len=32)
         with torch.no_grad():
             for _ in range(2):
                 cache.reset()
@@ -544,7 +544,7 @@ def test_labels_follow_the_order_of_requests(lm: Any, tmp_path: Path) -> None:
         recorder.announce(labels[2:])
         lm.generate(**padded_batch([4]), max_new_tokens=2, **GREEDY)
         lm.generate(**padded_batch([5]), max_new_tokens=2, **GREEDY)
-    requests = moeprof.open(recorder.path).requests.sort_values("request")
+    requests: Any = moeprof.open(recorder.path).requests.sort_values("request")
     assert requests["domain"].tolist()[:3] == ["news", "code", "news"]
     assert requests["prompt_id"].tolist()[:3] == ["p0", "p1", "p2"]
     assert requests["slo_ms"].tolist()[:3] == [50.0, 51.0, 52.0]

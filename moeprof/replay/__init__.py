@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from moeprof.replay.balance import balancing
 from moeprof.replay.breakdown import latency
+from moeprof.replay.domains import transfer
 from moeprof.replay.footprint import memory
 from moeprof.replay.gates import gating
 from moeprof.replay.result import Finding, Metric, Result
@@ -15,9 +17,11 @@ __all__ = [
     "Metric",
     "Result",
     "activation",
+    "balancing",
     "batching",
     "gating",
     "latency",
     "locality",
     "memory",
+    "transfer",
 ]

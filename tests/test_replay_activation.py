@@ -126,7 +126,7 @@ def test_domains_that_share_experts_and_domains_that_do_not():
     assert pooled["distance"] < labels._APART * pooled["chance_distance"]
     assert pooled["distance_low"] < pooled["distance"] < pooled["distance_high"]
 
-    moved = (experts + 8 * (np.arange(40) % 2)[request][:, None]) % 16
+    moved = (experts + 5 * (np.arange(40) % 2)[request][:, None]) % 16
     apart = labelled(make_tokens(step, request, moved, num_experts=16))
     counts, distances = labels.label_usage(apart)
     assert distances[-1]["distance"] > labels._APART * distances[-1]["chance_distance"]

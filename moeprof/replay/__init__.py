@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from moeprof.replay.balance import balancing
 from moeprof.replay.breakdown import latency
+from moeprof.replay.composition import compose
 from moeprof.replay.domains import transfer
+from moeprof.replay.flips import agreement
 from moeprof.replay.footprint import memory
 from moeprof.replay.gates import gating
 from moeprof.replay.result import Finding, Metric, Result
@@ -17,8 +19,10 @@ __all__ = [
     "Metric",
     "Result",
     "activation",
+    "agreement",
     "balancing",
     "batching",
+    "compose",
     "gating",
     "latency",
     "locality",

@@ -243,7 +243,7 @@ def reuse_distances(access: Accesses, order: NDArray[np.int64]) -> tuple[Int32s,
 
 
 @compiled("void(int64[::1], int32[::1], int64[::1], int32[::1], int64, int32[::1], int32[::1])")
-def _reuse(  # noqa: PLR0917
+def _reuse(
     offset: NDArray[np.int64],
     expert: Int32s,
     order: NDArray[np.int64],

@@ -9,7 +9,7 @@ Leaves out finding the modules (`sites`).
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -136,6 +136,20 @@ def callable_adapter(
     return Adapter(name="function", source="module", capture=capture, decode=decode)
 
 
+def with_copies(adapter: Adapter) -> Adapter:
+    """Returns an adapter that keeps copies, for modules that may be handed the same memory again.
+
+    The models of transformers make new ids and weights in every pass, so references do there.
+    """
+
+    def capture(
+        module: torch.nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any
+    ) -> Tensors:
+        return tuple(t.clone() for t in adapter.capture(module, args, kwargs, output))
+
+    return replace(adapter, capture=capture)
+
+
 def _need(module: torch.nn.Module | None) -> Any:
     assert module is not None
     return module
@@ -156,13 +170,15 @@ def _decode_nllb(raw: Tensors, modules: SiteModules) -> SlotTable:
     A zero in `combine` where the router wanted an expert is a capacity drop. The block multiplies
     expert outputs by ``1 - moe_token_dropout`` in evaluation, which is part of the weight applied.
     """
-    combine, logits = raw[0].float(), raw[1].float()
-    # After softmax and the cast back, ties resolve to the first maximum, as in the router.
-    probabilities = torch.softmax(logits, dim=-1).to(raw[0].dtype)
+    top_1, combine, logits = raw[0], raw[1].float(), raw[2].float()
     policy = getattr(modules.router, "second_expert_policy", "all")
     if policy == "all":
-        first = probabilities.argmax(dim=-1, keepdim=True)
-        second = logits.scatter(1, first, float("-inf")).argmax(dim=-1, keepdim=True)
+        # What was dropped is what the logits wanted; after softmax and the cast, as in the router.
+        probabilities = torch.softmax(logits, dim=-1).to(raw[1].dtype).float()
+        first = _chosen(top_1 > 0, probabilities)
+        second = _chosen(
+            (combine > 0).scatter(1, first, False), logits.scatter(1, first, float("-inf"))
+        )
         experts = torch.cat([first, second], dim=-1)
         weights = combine.gather(1, experts)
         wanted = probabilities.gather(1, experts)
@@ -184,6 +200,14 @@ def _decode_nllb(raw: Tensors, modules: SiteModules) -> SlotTable:
         experts=experts_np.astype(np.int64),
         weights=(weights * scale).numpy().astype(np.float32),
         status=status.astype(np.uint8),
+    )
+
+
+def _chosen(shown: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+    """Returns [T, 1] experts: the first one shown, else the one with the highest score."""
+    derived = scores.argmax(dim=-1, keepdim=True)
+    return torch.where(
+        shown.any(dim=-1, keepdim=True), shown.int().argmax(dim=-1, keepdim=True), derived
     )
 
 
@@ -244,7 +268,7 @@ def _decode_aria(raw: Tensors, modules: SiteModules) -> SlotTable:
 
 
 NLLB = Adapter(
-    name="nllb_top2_router", source="router", capture=_keep_outputs(1, 2), decode=_decode_nllb
+    name="nllb_top2_router", source="router", capture=_keep_outputs(0, 1, 2), decode=_decode_nllb
 )
 SWITCH = Adapter(
     name="switch_top1_router", source="router", capture=_keep_outputs(0, 1), decode=_decode_switch

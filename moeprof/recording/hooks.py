@@ -321,9 +321,8 @@ class Instrument:
             return
         shape = token_shape(tokens)
         named = named_arguments(module, args, kwargs)
-        past, past_length = cache_argument(
-            named, columns=shape[1], generating=self.tracker.generation is not None
-        )
+        generating = self.tracker.generation is not None
+        past, past_length = cache_argument(named, columns=shape[1], generating=generating)
         if stack == "encoder":
             past, past_length = None, 0
         episode, new = self.tracker.enter(stack, shape, past, past_length)
@@ -341,8 +340,9 @@ class Instrument:
             new_episode=new,
             shape=shape,
             past_length=past_length,
-            mask=mask.detach() if is_matrix(mask) else None,
-            token_ids=tokens.detach() if is_matrix(tokens) else None,
+            # Outside `generate` the caller may write the next mask over this one.
+            mask=(mask.detach() if generating else mask.clone()) if is_matrix(mask) else None,
+            token_ids=tokens.detach() if generating and is_matrix(tokens) else None,
             beam_index=beam_index if stack == "decoder" else None,
             start_s=time.perf_counter() - self._t0,
             probed=bool(probe_every) and order % probe_every == 0,

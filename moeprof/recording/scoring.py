@@ -14,6 +14,8 @@ import numpy as np
 TOLERANCE = 5e-3
 MIN_WEIGHT = 1e-6
 MIN_ROWS = 2
+MIN_SPREAD = 1e-4
+MAX_DIGITS = 5
 
 
 @dataclass(frozen=True)
@@ -91,5 +93,7 @@ def _constant(ratio: np.ndarray) -> float | None:
     deviation = np.abs(ratio / middle - 1.0)
     if np.quantile(deviation, 0.98) > TOLERANCE or deviation.max() > 10 * TOLERANCE:
         return None
-    rounded = round(middle, 3)
-    return rounded if abs(rounded - middle) < TOLERANCE * middle else middle
+    # Weights in half precision are off by their rounding, and so is the constant.
+    allowed = max(float(np.quantile(deviation, 0.5)), MIN_SPREAD) * middle
+    plain = (round(middle, digits) for digits in range(MAX_DIGITS))
+    return next((value for value in plain if abs(value - middle) <= allowed), middle)

@@ -216,7 +216,7 @@ def _site_of(
     experts: nn.Module | None = None
     router: nn.Module | None
     if registration is not None:
-        adapter = (
+        adapter = adapters.with_copies(
             adapters.callable_adapter(registration.ids)
             if callable(registration.ids)
             else adapters.argument_adapter(registration.ids, registration.weights or 0, names)

@@ -45,7 +45,7 @@ class StepCapture:
         shape: (rows, columns).
         past_length: Cache length before the pass; None when it is no host integer.
         mask: Attention mask as given; None without one.
-        token_ids: Input ids as given; None when the model got embeddings.
+        token_ids: Input ids as given, inside `generate`; None when the model got embeddings.
         beam_index: Rows each row continued from; None when unchanged.
         start_s: Host seconds since the trace started.
         probed: Executed rows and per-layer memory are watched.

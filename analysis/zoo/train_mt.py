@@ -23,7 +23,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F  # noqa: N812
+import torch.nn.functional as F
 from tokenizers import Tokenizer
 from transformers import GenerationConfig, NllbMoeConfig, NllbMoeForConditionalGeneration
 from vocabulary import LANGUAGE_TAGS, read_rows
@@ -410,7 +410,8 @@ def main() -> None:
             held[domain] = Pairs(*sides, [tags[r["language"]] for r in group])
     pool = ThreadPoolExecutor(1)
     pairs = variant(args.bpe_dropout)
-    upcoming: Future[Pairs] = pool.submit(variant, args.bpe_dropout)
+    segmented: Future[Pairs] = pool.submit(variant, None)
+    others = [pool.submit(variant, args.bpe_dropout) for _ in range(3)]
     print(
         f"mt: {num_parameters} parameters, {len(pairs.sources)} training pairs, "
         f"{pairs.num_tokens} tokens, set-up {time.perf_counter() - began:.0f} s on {device}",
@@ -435,6 +436,21 @@ def main() -> None:
         eps=1e-9,
         fused=True,
     )
+
+    def losses(
+        source: torch.Tensor, target: torch.Tensor, labels: torch.Tensor
+    ) -> tuple[torch.Tensor, ...]:
+        with torch.autocast(device.type, torch.bfloat16, enabled=mixed):
+            logits = forward(p, source, target)
+        loss = F.cross_entropy(
+            logits.float().flatten(0, 1),
+            labels.flatten(),
+            ignore_index=PAD,
+            label_smoothing=args.smoothing,
+        )
+        total = loss + torch.stack(forward.extra).sum()
+        return total, loss.detach(), torch.stack(forward.usage)
+
     step = epoch = 0
     queue: list[np.ndarray] = []
     curve: list[dict[str, object]] = []
@@ -449,15 +465,13 @@ def main() -> None:
             break
         if not queue:
             # the last tenth sees the segmentation that generation will see
-            if progress > 0.9 and args.bpe_dropout and limit > 60:
-                pairs = variant(None)
-                args.bpe_dropout = 0.0
-            elif upcoming.done() and args.bpe_dropout:
-                pairs = upcoming.result()
-                upcoming = pool.submit(variant, args.bpe_dropout)
+            ready = [pairs, *(f.result() for f in others if f.done())]
+            current = ready[epoch % len(ready)]
+            if progress > 0.9 and segmented.done():
+                current = segmented.result()
             epoch += 1
-            queue = pairs.batches(args.batch_tokens, epoch)
-        source, target = pairs.padded(queue.pop())
+            queue = current.batches(args.batch_tokens, epoch)
+        source, target = current.padded(queue.pop())
         source = source.to(device, non_blocking=True)
         target = target.to(device, non_blocking=True)
         rate = args.lr * min(1.0, (step + 1) / 800)
@@ -466,38 +480,30 @@ def main() -> None:
             group["lr"] = rate
         labels = target[:, 1:].clone()
         labels[:, 0] = PAD  # the language is given, not predicted
-        with torch.autocast(device.type, torch.bfloat16, enabled=mixed):
-            logits = forward(p, source, target[:, :-1])
-        loss = F.cross_entropy(
-            logits.float().flatten(0, 1),
-            labels.flatten(),
-            ignore_index=PAD,
-            label_smoothing=args.smoothing,
-        )
-        (loss + torch.stack(forward.extra).sum()).backward()
+        total, loss, counts = losses(source, target[:, :-1], labels)
+        total.backward()
         torch.nn.utils.clip_grad_norm_(list(p.values()), 1.0, foreach=True)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        counts = torch.stack(forward.usage)
         usage = counts if usage.dim() == 1 else usage * 0.99 + counts
         step += 1
         if time.perf_counter() - last_look > max(limit / 12, 5):
             last_look = time.perf_counter()
-            losses = held_out_loss(forward, p, held, device, mixed)
+            nats = held_out_loss(forward, p, held, device, mixed)
             rare = (usage < 0.1 * usage.mean(1, keepdim=True)).float().mean(1).max()
             print(
-                f"mt: step {step} epoch {epoch} at {last_look - start:.0f} s loss {float(loss):.3f} "
+                f"mt: step {step} epoch {epoch} at {last_look - start:.0f} s loss {float(loss.detach()):.3f} "
                 f"rare {float(rare):.2f} max/mean {float((usage.amax(1) / usage.mean(1)).max()):.2f} "
-                + " ".join(f"{d} {v:.3f}" for d, v in losses.items()),
+                + " ".join(f"{d} {v:.3f}" for d, v in nats.items()),
                 flush=True,
             )
-            curve.append({"step": step, "epoch": epoch, "loss": float(loss), **losses})
+            curve.append({"step": step, "epoch": epoch, "loss": float(loss), **nats})
             export(p, config, args.pack, args.out)
     export(p, config, args.pack, args.out)
-    losses = held_out_loss(forward, p, held, device, mixed)
+    nats = held_out_loss(forward, p, held, device, mixed)
     print(
         f"mt: {step} steps, {epoch} epochs, held out nats per token "
-        + " ".join(f"{d} {v:.3f}" for d, v in losses.items()),
+        + " ".join(f"{d} {v:.3f}" for d, v in nats.items()),
         flush=True,
     )
     summary = {
@@ -509,7 +515,7 @@ def main() -> None:
         "seconds": time.perf_counter() - start,
         "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
         "torch": torch.__version__,
-        "held_out_nats_per_token": losses,
+        "held_out_nats_per_token": nats,
         "curve": curve,
     }
     (args.out / "training.json").write_text(json.dumps(summary, indent=1) + "\n")

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Sequence
+import types
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -118,6 +119,14 @@ def balancing(
         notes=_notes(study, stacks),
     )
 
+_KIND_NOTES: Mapping[verdicts.Kind, str] = types.MappingProxyType(
+    {
+        "large": f"mean over dispatches of at least {MIN_TOKENS} tokens",
+        "merged": f"consecutive dispatches merged to at least {MIN_TOKENS} tokens",
+        "small": f"dispatches as recorded: there are not {MIN_TOKENS} tokens to merge",
+    }
+)
+
 
 @dataclass(frozen=True, kw_only=True)
 class _Study:
@@ -198,16 +207,14 @@ def _judge(study: _Study, stack: str) -> _Judged:
     sites = [site_rows.site_rows(passes, site) for site in study.trace.info.sites_of(stack)]
     plans = _plans(study, passes, sites, ~passes.judged)
     judged = passes.judged
-    merged = not any((rows.pass_tokens[judged] >= MIN_TOKENS).any() for rows in sites)
-    headline = _score(study, sites, plans, [_headline(r, passes, judged, merged) for r in sites])
+    kind, dispatches = _headline(passes, sites, judged)
+    headline = _score(study, sites, plans, dispatches)
     recorded = _score(
         study, sites, plans, [site_rows.recorded_dispatches(r, passes, judged) for r in sites]
     )
-    if not headline.ratio.size:
-        headline = recorded
-    figure_class: FigureClass = "estimate" if merged else "exact"
+    figure_class: FigureClass = "estimate" if kind == "merged" else "exact"
     by_domain = domains.judged_domains(sites, passes, plans, study.rule, min_tokens=MIN_TOKENS)
-    hindsight = _hindsight(study, passes, sites, merged)
+    hindsight = _hindsight(study, sites, dispatches)
     choice = _choice(study, passes, sites)
     estimates = _Estimates.of(study, passes, headline)
     table = _table(study, sites, headline, estimates)
@@ -226,7 +233,7 @@ def _judge(study: _Study, stack: str) -> _Judged:
         "table": table,
         "sites": _by_site(study, sites, headline),
         "phases": _by_phase(study, passes, recorded),
-        "sizes": _by_size(study, sites, recorded, headline if merged else None),
+        "sizes": _by_size(study, sites, recorded, headline if kind == "merged" else None),
         "domains": by_domain,
         "transfer": transfer,
         "replanning": replanned,
@@ -245,7 +252,7 @@ def _judge(study: _Study, stack: str) -> _Judged:
         choice=choice,
         transfer=transfer,
         replanning=replanned,
-        figure_class=figure_class,
+        kind=kind,
         min_tokens=MIN_TOKENS,
         num_devices=study.machine.num_devices,
         num_blocks=estimates.num_blocks,
@@ -274,10 +281,26 @@ def _plans(
     return plans
 
 
-def _headline(rows: SiteRows, passes: Passes, chosen: Bools, merged: bool) -> Dispatches:
-    if merged:
-        return site_rows.merged_dispatches(rows, passes, chosen, min_tokens=MIN_TOKENS)
-    return site_rows.recorded_dispatches(rows, passes, chosen, min_tokens=MIN_TOKENS)
+def _headline(
+    passes: Passes, sites: Sequence[SiteRows], judged: Bools
+) -> tuple[verdicts.Kind, list[Dispatches]]:
+    """Returns what of the judged passes counts, per site, and of what kind it is.
+
+    ``large``: dispatches with enough tokens. Where there are none, ``merged``: those of one phase
+    and domain merged as they follow each other. Where even that is not enough, ``small``:
+    dispatches as recorded.
+    """
+    if any((rows.pass_tokens[judged] >= MIN_TOKENS).any() for rows in sites):
+        return "large", [
+            site_rows.recorded_dispatches(rows, passes, judged, min_tokens=MIN_TOKENS)
+            for rows in sites
+        ]
+    merged = [
+        site_rows.merged_dispatches(rows, passes, judged, min_tokens=MIN_TOKENS) for rows in sites
+    ]
+    if any(len(each.rows) for each in merged):
+        return "merged", merged
+    return "small", [site_rows.recorded_dispatches(rows, passes, judged) for rows in sites]
 
 
 def _score(
@@ -498,24 +521,23 @@ def _worst_domains(by_domain: pd.DataFrame) -> pd.DataFrame:
 
 
 def _hindsight(
-    study: _Study, passes: Passes, sites: Sequence[SiteRows], merged: bool
+    study: _Study, sites: Sequence[SiteRows], dispatches: Sequence[Dispatches]
 ) -> float:
     """Returns the mean max/mean of the second-moment placement planned on what it is judged on."""
+    machine = study.machine
     ratios = []
-    for rows in sites:
-        judged = _headline(rows, passes, passes.judged, merged)
+    for rows, judged in zip(sites, dispatches, strict=True):
         if not judged.rows.sum():
             continue
+        num_experts = rows.site.num_experts
         slots = placement.second_moment(
             judged.rows,
-            num_devices=study.machine.num_devices,
-            num_replicas=study.machine.num_slots(rows.site.num_experts),
+            num_devices=machine.num_devices,
+            num_replicas=machine.num_slots(num_experts),
         )
-        layout = loads.layout(
-            slots, num_experts=rows.site.num_experts, num_devices=study.machine.num_devices
-        )
+        layout = loads.layout(slots, num_experts=num_experts, num_devices=machine.num_devices)
         ratios.append(loads.max_over_mean(loads.device_loads(judged.rows, layout, study.rule)))
-    return float(np.nanmean(np.concatenate(ratios))) if ratios else np.nan
+    return float(np.nanmean(np.concatenate(ratios)))
 
 
 def _ceilings(
@@ -553,10 +575,7 @@ def _choice(study: _Study, passes: Passes, sites: Sequence[SiteRows]) -> pd.Data
     if not early.any() or not all(rows.passes[early].sum() for rows in sites):
         return pd.DataFrame({"planner": list(study.names), "mean_max_over_mean": np.nan})
     plans = _plans(study, passes, sites, early)
-    dispatches = [
-        site_rows.merged_dispatches(rows, passes, late, min_tokens=MIN_TOKENS, all_groups=True)
-        for rows in sites
-    ]
+    _, dispatches = _headline(passes, sites, late)
     scores = _score(study, sites, plans, dispatches)
     return pd.DataFrame(
         {"planner": list(study.names), "mean_max_over_mean": scores.ratio.mean(axis=1)}
@@ -702,9 +721,7 @@ def _metrics(study: _Study, judged: _Judged) -> list[Metric]:
     metrics = []
     for row in judged.tables["table"].to_dict("records"):
         place = f"{judged.stack}/{row['planner']}"
-        note = f"mean over dispatches of at least {MIN_TOKENS} tokens"
-        if judged.figure_class == "estimate":
-            note = f"consecutive dispatches merged to at least {MIN_TOKENS} tokens"
+        note = _KIND_NOTES[judged.evidence.kind]
         metrics.append(
             Metric(
                 name=f"{NAME}/max_over_mean/{place}",
@@ -765,11 +782,16 @@ def _notes(study: _Study, stacks: Sequence[_Judged]) -> tuple[str, ...]:
     if study.machine.num_nodes > 1:
         notes.append("Only EPLB's hierarchical policy keeps expert groups on one node.")
     for judged in stacks:
-        if judged.figure_class == "estimate":
+        if judged.evidence.kind == "merged":
             notes.append(
                 f"No dispatch of the {judged.stack} in window B has {MIN_TOKENS} tokens: "
                 "consecutive dispatches of one phase and domain were merged, which is an estimate "
                 "(see table sizes)."
+            )
+        if judged.evidence.kind == "small":
+            notes.append(
+                f"Window B of the {judged.stack} does not hold {MIN_TOKENS} tokens of one phase "
+                "and domain: its dispatches count as recorded, and chance rules them."
             )
         if judged.passes.straddling > 0:
             share = wording.percent(judged.passes.straddling)

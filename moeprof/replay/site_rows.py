@@ -18,6 +18,9 @@ Array = NDArray[Any]
 Ints = NDArray[np.int64]
 Bools = NDArray[np.bool_]
 
+MIN_MERGED = 64
+"""Dispatches that a planner is shown at least, merged less where tokens are few."""
+
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class SiteRows:
@@ -85,9 +88,12 @@ def history(rows: SiteRows, passes: Passes, chosen: Bools, *, min_tokens: int) -
         rows: The site.
         passes: Its stack.
         chosen: [passes] which of them.
-        min_tokens: Tokens that smaller dispatches are merged to.
+        min_tokens: Tokens that smaller dispatches are merged to; fewer where the passes hold so
+            few that less than 64 dispatches would be left.
     """
     kept = chosen & (rows.pass_tokens > 0)
+    enough = int(rows.pass_tokens[kept].sum()) // MIN_MERGED
+    min_tokens = max(min(min_tokens, enough), 1)
     merged = merged_dispatches(rows, passes, chosen, min_tokens=min_tokens, all_groups=True)
     parts = merged_parts(rows, passes, chosen, min_tokens=min_tokens, all_groups=True)
     return History(

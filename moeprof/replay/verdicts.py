@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
@@ -14,9 +14,10 @@ from moeprof.replay.result import (
     SEVERITY_FACT,
     SEVERITY_NOTE,
     SEVERITY_WARNING,
-    FigureClass,
     Finding,
 )
+
+Kind = Literal["large", "merged", "small"]
 
 WORTH_IT = 0.02
 """Smallest gain that is worth a change of placement."""
@@ -37,7 +38,8 @@ class Evidence:
         choice: The planners compared within window A.
         transfer: Planned on one domain, judged on another; may be empty.
         replanning: Over time; may be empty.
-        figure_class: Class of the headline figures.
+        kind: What the headline counts: ``large`` dispatches as recorded, smaller ones ``merged``
+            (an estimate), or ``small`` ones as recorded.
         min_tokens: Tokens of a dispatch that counts.
         num_devices: Devices.
         num_blocks: Blocks behind the intervals; 0 where there were too few.
@@ -51,7 +53,7 @@ class Evidence:
     choice: pd.DataFrame
     transfer: pd.DataFrame
     replanning: pd.DataFrame
-    figure_class: FigureClass
+    kind: Kind
     min_tokens: int
     num_devices: int
     num_blocks: int
@@ -229,7 +231,12 @@ def _size(evidence: Evidence, section: str, of_stack: str) -> Finding:
         f"tokens on average) would show max/mean "
         f"{wording.number(first['uniform_max_over_mean'])} by chance alone."
     )
-    if evidence.figure_class == "estimate":
+    if evidence.kind == "small":
+        said += (
+            f" Window B does not hold {evidence.min_tokens} tokens to merge: its small dispatches "
+            "count as recorded."
+        )
+    if evidence.kind == "merged":
         said += (
             f" No recorded dispatch has {evidence.min_tokens} tokens: these figures merge "
             "consecutive ones and are an estimate."

@@ -21,10 +21,10 @@ Array = np.ndarray[Any, Any]
 MIN_FROZEN_TOKENS = 32
 """Tokens with one and the same expert set from which a site counts as frozen."""
 
-MIN_STALE_TOKENS = 4
+MIN_STALE_TOKENS = 16
 """Consecutive tokens of a sequence with the same ids and weights at every site."""
 
-MIN_STALE_TOKENS_WITHOUT_WEIGHTS = 16
+MIN_STALE_TOKENS_WITHOUT_WEIGHTS = 32
 
 WEIGHT_TOLERANCE = 0.01
 """Relative; covers weights computed in bfloat16 and rounded to float16."""

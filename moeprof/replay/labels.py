@@ -168,8 +168,8 @@ def label_results(
     """
     metrics: list[Metric] = []
     findings: list[Finding] = []
-    apart: list[bool] = []
-    parts: list[str] = []
+    different: list[tuple[str, str]] = []
+    same: list[tuple[str, str]] = []
     named = ""
     for row in distances:
         if row["site"] is not None:
@@ -202,31 +202,35 @@ def label_results(
         )
         if row["distance"] is None or row["chance_distance"] is None:
             continue
-        apart.append(bool(row["distance"] > _APART * row["chance_distance"]))
+        apart = bool(row["distance"] > _APART * row["chance_distance"])
         of_stack = f" in the {row['stack']}" if num_stacks > 1 else ""
-        parts.append(
-            f"{wording.share_with_interval(interval)} of it{of_stack} "
-            f"({wording.percent(row['chance_distance'])} by chance)"
+        words = (
+            f"{wording.share_with_interval(interval)} of usage would have to move{of_stack} to "
+            f"turn one into another, {wording.percent(row['chance_distance'])} by chance"
         )
+        (different if apart else same).append((words, metrics[-2].name))
         kind = {"domain": "domains", "language": "languages"}.get(row["label_kind"], "labels")
         named = f"{row['num_labels']} {kind}"
-    if parts:
-        different = any(apart)
-        text = (
-            f"The {named} use {'different' if different else 'the same'} experts: turning one's "
-            f"usage into another's means moving {' and '.join(parts)}"
-            + (
-                ", so placements and pinned sets have to be planned for the mix that is served."
-                if different
-                else "."
-            )
-        )
+    if different:
+        words = "; ".join(text for text, _ in different)
+        rest = "".join(f". They use the same experts otherwise: {text}" for text, _ in same)
         findings.append(
             Finding(
-                text=text,
-                severity=SEVERITY_FACT + 6 if different else SEVERITY_NOTE,
+                text=f"The {named} use different experts: {words}, so placements and pinned sets "
+                f"have to be planned for the mix that is served{rest}.",
+                severity=SEVERITY_FACT + 6,
                 section=section,
-                metric=metrics[0].name,
+                metric=different[0][1],
+            )
+        )
+    elif same:
+        words = "; ".join(text for text, _ in same)
+        findings.append(
+            Finding(
+                text=f"The {named} use the same experts: {words}.",
+                severity=SEVERITY_NOTE,
+                section=section,
+                metric=same[0][1],
             )
         )
     return metrics, findings

@@ -20,7 +20,7 @@ from moeprof.replay import intervals, wording
 from moeprof.replay.access import Accesses, Floats, Int32s, accesses
 from moeprof.replay.compiled import compiled
 from moeprof.replay.intervals import Interval
-from moeprof.replay.result import SEVERITY_FACT, Finding, Metric, Result
+from moeprof.replay.result import SEVERITY_FACT, SEVERITY_NOTE, Finding, Metric, Result
 from moeprof.replay.tokens import NOT_SEEN, StackTokens
 from moeprof.trace import schema
 
@@ -638,7 +638,7 @@ def _findings(
     return [
         Finding(
             text=text,
-            severity=SEVERITY_FACT,
+            severity=SEVERITY_FACT if ordered or popular else SEVERITY_NOTE + 10,
             section=NAME,
             metric=f"{NAME}/overlap_share/{stack}/{phase}",
         )

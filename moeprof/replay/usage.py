@@ -38,6 +38,7 @@ _UNEVEN_THRESHOLD = 1.5
 _DEAD_SHARE = 0.1
 _CONCENTRATED = 0.05
 _WORTH_EXPLAINING = 0.2
+_HARDLY_IDLE = 0.005
 _MIN_EXPECTED_TOKENS = 5
 
 
@@ -363,6 +364,9 @@ def _idle_findings(
         float(idle.value[index]) * usage.site.num_experts * usage.site.expert_bytes
         for index, usage in enumerate(usages)
     )
+    if inactive.value < _HARDLY_IDLE:
+        text = f"In {where}, practically every expert works in every step."
+        return [Finding(text=text, severity=SEVERITY_NOTE, section=NAME, metric=inactive.name)]
     weights = f" ({wording.num_bytes(idle_bytes)} of weights)" if idle_bytes else ""
     mean_tokens = usages[0].num_tokens / usages[0].num_dispatches
     meaning = (

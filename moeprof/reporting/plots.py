@@ -26,6 +26,7 @@ BOTTOM = 40
 _MAX_X_LABELS = 13
 _INLINE_LABEL_SHARE = 0.085
 _NUM_TICKS = 4
+_NEAR_ZERO = 0.2
 _TICK_STEPS = (1, 2, 2.5, 5, 10)
 _BINARY_STEPS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 
@@ -47,7 +48,8 @@ def _key(items: Sequence[tuple[str, str, str]]) -> Markup:
 def _bars(figure: FigureData) -> Markup:
     rows = Markup("")
     items: list[tuple[str, str, str]] = []
-    for row in figure["panels"][0]["rows"]:
+    bars = figure["panels"][0]["rows"]
+    for row in bars:
         segments = Markup("")
         for segment in row["segments"]:
             share = segment["share"] or 0.0
@@ -73,7 +75,19 @@ def _bars(figure: FigureData) -> Markup:
             "<span>{}{}</span></div>"
             '<div class="bar">{}</div></div>'
         ).format(row["label"], value, f" {note}" if note else "", segments)
+    order = _merged([[part["key"] for part in row["segments"]] for row in bars])
+    items.sort(key=lambda item: order.index(item[0]))
     return Markup('<div class="bars">{}</div>{}').format(rows, _key(items))
+
+
+def _merged(lists: Sequence[Sequence[str]]) -> list[str]:
+    """Returns every name once, each behind the one it follows in the list that brought it."""
+    merged: list[str] = []
+    for names in lists:
+        for index, name in enumerate(names):
+            if name not in merged:
+                merged.insert(merged.index(names[index - 1]) + 1 if index else 0, name)
+    return merged
 
 
 def _meters(figure: FigureData) -> Markup:
@@ -178,10 +192,13 @@ def _layer_panel(panel: dict[str, Any], alt: str) -> Markup:
     solid = [series for series in panel["series"] if series["key"] != "uniform"]
     spread = min(width / (len(solid) + 1), 9.0)
     for series in panel["series"]:
-        shift = spread * (solid.index(series) - (len(solid) - 1) / 2) if series in solid else 0.0
         for index, value in enumerate(series["values"]):
             if value is None:
                 continue
+            beside = [other for other in solid if other["values"][index] is not None]
+            shift = 0.0
+            if series in beside:
+                shift = spread * (beside.index(series) - (len(beside) - 1) / 2)
             x = LEFT + width * (index + 0.5) + shift
             if series["low"] and series["low"][index] is not None:
                 body += Markup(
@@ -265,6 +282,7 @@ def _log_axis(xs: Sequence[float]) -> tuple[Callable[[float], float], Sequence[f
 
 def _linear_axis(xs: Sequence[float]) -> tuple[Callable[[float], float], Sequence[float]]:
     low, high = min(xs, default=0.0), max(xs, default=1.0)
+    low = 0.0 if 0 < low < _NEAR_ZERO * high else low
     span = (high - low) or 1.0
     scale = 10.0 ** math.floor(math.log10(span / _NUM_TICKS))
     step = next(step * scale for step in _TICK_STEPS if step * scale * (_NUM_TICKS + 1) >= span)

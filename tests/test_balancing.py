@@ -194,9 +194,7 @@ def test_replicas_groups_and_nodes(by_domain, rule):
         replica_rule=rule,
     )
     slots = found.table.set_index("planner")["num_slots"]
-    assert slots.to_dict() == {
-        "contiguous": 64, "eplb": 80, "eplb_global": 80, "second_moment": 80
-    }
+    assert slots.to_dict() == {"contiguous": 64, "eplb": 80, "eplb_global": 80, "second_moment": 80}
     assert row(found, "second_moment").gain_over_nothing > 0
     assert 1 <= row(found, "eplb").nodes_per_token <= 2
     assert (found.table["nodes_per_token"] <= found.table["devices_per_token"]).all()
@@ -205,7 +203,6 @@ def test_replicas_groups_and_nodes(by_domain, rule):
         # Groups of eight experts stay on one node of four devices.
         nodes = (mine["device"] // 4).groupby(mine["expert"] // 8).nunique()
         assert (nodes == 1).all()
-
 
 
 def test_hand_worked_trace(tmp_path):
@@ -424,5 +421,3 @@ def test_transfer_of_published_counts():
     assert worst["robust"] < worst[["contiguous", "greedy", "eplb", "second_moment"]].min()
     own = found[found["planned_on"] == found["judged_on"]].set_index(["planner", "judged_on"])
     assert (own.loc["eplb"]["mean_max_over_mean"] < 1.3).all()
-
-

@@ -131,9 +131,7 @@ def test_eplb_equals_slow_restatement():
         )
         assert where.shape[2] == counts.max()
         for layer, row in enumerate(load):
-            expected, numbers, expected_counts = slow_eplb(
-                row, num_slots, groups, nodes, devices
-            )
+            expected, numbers, expected_counts = slow_eplb(row, num_slots, groups, nodes, devices)
             assert slots[layer].tolist() == expected
             assert counts[layer].tolist() == expected_counts
             found = where[layer, expected, numbers]
@@ -199,7 +197,8 @@ def test_anticorrelation_step_by_step():
         held = [[], []]
         for expert in np.argsort(-mean, kind="stable"):
             score = [
-                sum(unit * mean[m] + 0.5 * correlation[expert, m] for m in there) if len(there) < 4
+                sum(unit * mean[m] + 0.5 * correlation[expert, m] for m in there)
+                if len(there) < 4
                 else np.inf
                 for there in held
             ]
@@ -307,9 +306,9 @@ def test_order_of_dispatches_does_not_matter():
     rows = rng.poisson(rng.gamma(1, 5, (30, 8))) + 1
     shuffled = rng.permutation(rows)
     for plan in (placement.greedy, placement.anticorrelation, placement.second_moment):
-        assert (
-            plan(rows, num_devices=2).tolist() == plan(shuffled, num_devices=2).tolist()
-        ), plan.__name__
+        assert plan(rows, num_devices=2).tolist() == plan(shuffled, num_devices=2).tolist(), (
+            plan.__name__
+        )
 
 
 @pytest.mark.parametrize(

@@ -76,9 +76,7 @@ def transfer(
     traffic = []
     for site, layer in enumerate(sorted(counts["layer"].unique())):
         rows = wide.loc[layer]
-        by_domain = {
-            str(domain): rows.loc[[domain]].to_numpy(np.int64) for domain in rows.index
-        }
+        by_domain = {str(domain): rows.loc[[domain]].to_numpy(np.int64) for domain in rows.index}
         traffic.append(_Traffic(site=site, planned=by_domain, shown=by_domain, judged=by_domain))
     classes = dict.fromkeys(names, "exact")
     return _matrix(traffic, names, classes, machine, tuple(planners), replica_rule)

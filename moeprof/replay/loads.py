@@ -154,9 +154,7 @@ def bound(rows: Array, *, num_devices: int, most_replicas: int = 1) -> Floats:
     return np.where(total > 0, np.maximum(heaviest, 1), np.nan)
 
 
-def uniform_max_over_mean(
-    num_experts: int, top_k: int, num_tokens: int, num_devices: int
-) -> float:
+def uniform_max_over_mean(num_experts: int, top_k: int, num_tokens: int, num_devices: int) -> float:
     """Returns the max/mean expected if every token chose its experts at random.
 
     Experts lie on devices without replicas, the same number on each. Up to 2,048 rows it is the

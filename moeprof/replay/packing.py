@@ -206,8 +206,12 @@ def _swap_by_second_moment(moments: Floats, device: Ints, num_devices: int) -> f
                 if there == here:
                     continue
                 change = (
-                    along[slot, there] + along[other, here] - along[slot, here]
-                    - along[other, there] + moments[slot, slot] + moments[other, other]
+                    along[slot, there]
+                    + along[other, here]
+                    - along[slot, here]
+                    - along[other, there]
+                    + moments[slot, slot]
+                    + moments[other, other]
                     - 2 * moments[slot, other]
                 )
                 if change < best:
@@ -248,9 +252,7 @@ def _rank_devices(device_load: Floats, top: Ints, row: int) -> None:
             taken = False
             for earlier in range(place):
                 taken = taken or top[earlier, row] == candidate
-            if not taken and (
-                best < 0 or device_load[candidate, row] > device_load[best, row]
-            ):
+            if not taken and (best < 0 or device_load[candidate, row] > device_load[best, row]):
                 best = candidate
         top[place, row] = best
 

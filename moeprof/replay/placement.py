@@ -115,9 +115,7 @@ def anticorrelation(
     return items.placed(order)
 
 
-def second_moment(
-    history: ArrayLike, *, num_devices: int, num_replicas: int | None = None
-) -> Ints:
+def second_moment(history: ArrayLike, *, num_devices: int, num_replicas: int | None = None) -> Ints:
     """Returns the placement with the smallest sum of squared device loads that swaps can find.
 
     The sum over dispatches and devices of the squared load is ``sum_d 1_d' X'X 1_d``: it holds

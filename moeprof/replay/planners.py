@@ -202,9 +202,7 @@ def _robust(history: History, devices: Devices) -> Layout:
 
 
 def _laid_out(phy2log: Ints, history: History, devices: Devices) -> Layout:
-    return loads.layout(
-        phy2log, num_experts=history.num_experts, num_devices=devices.num_devices
-    )
+    return loads.layout(phy2log, num_experts=history.num_experts, num_devices=devices.num_devices)
 
 
 PLANNERS: Mapping[str, Planner] = types.MappingProxyType(

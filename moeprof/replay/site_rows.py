@@ -177,7 +177,10 @@ def _merged(
     kept = np.ones(num_groups, bool) if all_groups else enough
     if not num_groups:
         return Dispatches(
-            rows=rows[:0], num_tokens=num_tokens[:0], first_pass=first_pass[:0], label=label[:0],
+            rows=rows[:0],
+            num_tokens=num_tokens[:0],
+            first_pass=first_pass[:0],
+            label=label[:0],
             merged=False,
         )
     first = order[starts]

@@ -79,9 +79,7 @@ def verdict(gain: float, low: float, high: float, ceiling: float) -> str:
     return DO_NOT_TRY if high < WORTH_IT else NOT_ENOUGH
 
 
-def findings(
-    evidence: Evidence, *, num_stacks: int, section: str, nothing: str
-) -> list[Finding]:
+def findings(evidence: Evidence, *, num_stacks: int, section: str, nothing: str) -> list[Finding]:
     """Returns the findings of one stack, the verdict first.
 
     Args:
@@ -114,9 +112,7 @@ def _chosen(evidence: Evidence) -> str:
     return str(choice["planner"].iloc[int(choice["mean_max_over_mean"].to_numpy().argmin())])
 
 
-def _main(
-    evidence: Evidence, best: str, nothing: str, section: str, of_stack: str
-) -> Finding:
+def _main(evidence: Evidence, best: str, nothing: str, section: str, of_stack: str) -> Finding:
     ceiling = _limit(evidence, "floor")
     if best == nothing:
         said = (

@@ -18,6 +18,7 @@ from moeprof.reporting import Report, document, layout
 from moeprof.reporting.markdown import markdown_page
 from moeprof.reporting.page import html_page
 from moeprof.trace import schema
+from moeprof.trace.handmade import HandToken, hand_trace
 from moeprof.trace.synthetic import synthetic_trace
 
 HOSTILE = '<script>alert("x")</script>"&\'|`*{{ 7*7 }}'
@@ -255,6 +256,36 @@ def test_run_facts_tell_what_is_known(lm):
     assert facts["Versions"] == ["torch 2.13"]
     assert facts["Origin"] == ["source: somewhere"]
     assert facts["MoE layers"][-1] == "experts run by decode: eager"
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"mixed_steps": True},
+        {"prune_last_layer": True, "num_experts": [4, 8, 16, 8], "top_k": [1, 2, 4, 2]},
+        {"capacity_factor": 0.5, "stacks": ("encoder", "decoder")},
+        {"timed": False, "weights": False, "executed": False},
+        {"num_ranks": 2},
+        {"num_sequences": 3, "stacks": ("encoder", "decoder")},
+        {"num_requests": 1},
+        {"num_experts": 1, "top_k": 1},
+        {"num_experts": 4, "top_k": 4},
+    ],
+    ids=lambda options: next(iter(options)),
+)
+def test_odd_traces_make_pages(tmp_path, options):
+    settings = {"num_requests": 12, "output_tokens": 8, **options}
+    found = moeprof.report(mark_trained(synthetic_trace(tmp_path / "t.moeprof", **settings)))
+    assert found.findings
+    for text in (found.html, found.markdown, found.json):
+        assert not re.search(r"\b(nan|NaN|inf|None)\b", re.sub(r"base64,[^\"]*", "", text))
+
+
+def test_a_single_token_makes_a_page(tmp_path):
+    token = HandToken(request=0, position=0, experts=[[0, 1]], phase="prefill")
+    found = moeprof.report(hand_trace(tmp_path / "t.moeprof", [[token]]))
+    assert "average step of 1 token" in found.markdown
+    assert "Nothing was recorded" in found.html
 
 
 def test_the_largest_page_stays_small(tmp_path):

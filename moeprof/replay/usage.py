@@ -376,7 +376,8 @@ def _idle_findings(
     )
     text = (
         f"In {where}, {wording.share_with_interval(interval)} of the experts{weights} stand "
-        f"idle in an average step of {wording.number(mean_tokens)} tokens; uniform routing "
+        f"idle in an average step of {wording.number(mean_tokens)} "
+        f"{'token' if mean_tokens == 1 else 'tokens'}; uniform routing "
         f"would leave {wording.percent(uniform.value)} idle"
         + (f": {meaning}." if inactive.value >= _WORTH_EXPLAINING else ".")
     )

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import tarfile
@@ -26,7 +27,8 @@ from typing import Any
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
 
 import moeprof
 from moeprof.live.paper_lm import PaperExperts, PaperLm, PaperLmConfig
@@ -118,8 +120,10 @@ def main() -> None:
         else:
             limit = ["--limit", "16"] if options.tiny else []
             command = [sys.executable, "-m", "moeprof", "record", f"zoo:{name}", "--force", "-o",
-                       str(path), "--device", device, *limit]  # fmt: skip
-            subprocess.run(command, check=True)
+                       path.name, "--device", device, *limit]  # fmt: skip
+            work.mkdir(parents=True, exist_ok=True)
+            environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+            subprocess.run(command, check=True, cwd=work, env=environment)
         trace = moeprof.open(path)
         problems = moeprof.check(path).problems
         archive = options.out / f"{name}.moeprof.tar.gz"

@@ -27,8 +27,7 @@ from typing import Any
 
 import torch
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import moeprof
 from moeprof.live.paper_lm import PaperExperts, PaperLm, PaperLmConfig
@@ -36,6 +35,7 @@ from moeprof.recording.hardware import hardware, versions
 from moeprof.recording.summary import recording_lines
 from moeprof.recording.tokens import RequestLabel
 
+ROOT = Path(__file__).resolve().parents[2]
 NUM_REQUESTS = 48
 BATCH_SIZE = 8
 PROMPT_TOKENS = 192

@@ -53,7 +53,7 @@ def affinity(logits: np.ndarray, experts: np.ndarray, scoring: str) -> np.ndarra
 
 
 def infer_scoring(
-    logits: np.ndarray, experts: np.ndarray, weights: np.ndarray
+    logits: np.ndarray, experts: np.ndarray, weights: np.ndarray, *, eps: float = 0.0
 ) -> ScoringRule | None:
     """Returns the rule that reproduces ``weights``, or None when no known one does.
 
@@ -61,6 +61,7 @@ def infer_scoring(
         logits: [T, E] router logits.
         experts: [T, k] selected ids.
         weights: [T, k] weights the model applied.
+        eps: Relative spacing of the numbers the model computed them in.
     """
     usable = (experts >= 0).all(axis=1) & (weights > MIN_WEIGHT).all(axis=1)
     if usable.sum() < MIN_ROWS:
@@ -72,28 +73,29 @@ def infer_scoring(
         if scoring == "softmax_topk":
             # Equal to a renormalized softmax; only tell them apart when k is 1, where a
             # renormalized softmax is always 1 as well: name both "softmax, renormalized".
-            scale = _constant(weights / scores)
+            scale = _constant(weights / scores, eps)
             if scale is not None:
                 return ScoringRule("softmax", True, scale)
             continue
-        scale = _constant(weights / scores)
+        scale = _constant(weights / scores, eps)
         if scale is not None:
             return ScoringRule(scoring, False, scale)
         shares = scores / scores.sum(axis=1, keepdims=True)
-        scale = _constant(weights / shares)
+        scale = _constant(weights / shares, eps)
         if scale is not None:
             return ScoringRule(scoring, True, scale)
     return None
 
 
-def _constant(ratio: np.ndarray) -> float | None:
+def _constant(ratio: np.ndarray, eps: float) -> float | None:
     middle = float(np.median(ratio))
     if not np.isfinite(middle) or middle <= 0:
         return None
     deviation = np.abs(ratio / middle - 1.0)
-    if np.quantile(deviation, 0.98) > TOLERANCE or deviation.max() > 10 * TOLERANCE:
+    tolerance = max(TOLERANCE, 2 * eps)
+    if np.quantile(deviation, 0.98) > tolerance or deviation.max() > 10 * tolerance:
         return None
     # Weights in half precision are off by their rounding, and so is the constant.
-    allowed = max(float(np.quantile(deviation, 0.5)), MIN_SPREAD) * middle
+    allowed = max(float(np.median(deviation)), eps / 2, MIN_SPREAD) * middle
     plain = (round(middle, digits) for digits in range(MAX_DIGITS))
     return next((value for value in plain if abs(value - middle) <= allowed), middle)

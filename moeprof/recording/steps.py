@@ -18,7 +18,7 @@ from moeprof.recording.adapters import SlotTable
 from moeprof.recording.anatomy import LayerParts
 from moeprof.recording.execution import RowWitness
 from moeprof.recording.memory import MemoryReading
-from moeprof.recording.scoring import ScoringRule, affinity
+from moeprof.recording.scoring import ScoringRule, affinity, infer_scoring
 from moeprof.recording.sites import FoundSite
 from moeprof.recording.timing import Clock
 from moeprof.recording.tokens import Episode, TokenTable
@@ -309,7 +309,7 @@ def _routing(
         if kept and kept[0].shape[0] == table.experts.shape[0]:
             logits = _numpy(kept[0])
         assert logits is None or isinstance(logits, np.ndarray)
-        _learn(site, observed, table, rows, logits)
+        _learn(site, observed, table, rows, logits, eps=_spacing(capture.routing[site.site][0]))
         rule = observed.scoring.get(site.site)
         if view.with_scores and logits is not None and rule is not None:
             ids = np.maximum(table.experts[rows, :width], 0).astype(np.int64)
@@ -337,22 +337,30 @@ def _routing(
     return columns
 
 
+def _spacing(tensors: Sequence[torch.Tensor]) -> float:
+    """Returns the relative spacing of the coarsest numbers among captured tensors."""
+    return max((torch.finfo(t.dtype).eps for t in tensors if t.is_floating_point()), default=0.0)
+
+
 def _learn(
     site: Site,
     observed: Observation,
     table: SlotTable,
     rows: np.ndarray,
     logits: np.ndarray | None,
+    *,
+    eps: float,
 ) -> None:
     """Updates what is known of a site's scoring rule and slot order."""
-    from moeprof.recording.scoring import infer_scoring
-
     experts, weights = table.experts[rows], table.weights[rows]
     routed = (table.status[rows] == SlotStatus.ROUTED).all(axis=1)
     if logits is not None and observed.scoring.get(site.site) is None and routed.any():
         width = min(experts.shape[1], logits.shape[1])
         observed.scoring[site.site] = infer_scoring(
-            logits[rows][routed], experts[routed][:, :width].astype(np.int64), weights[routed]
+            logits[rows][routed],
+            experts[routed][:, :width].astype(np.int64),
+            weights[routed],
+            eps=eps,
         )
     if experts.shape[1] > 1 and routed.any():
         falling = bool((np.diff(weights[routed], axis=1) <= 0).all())

@@ -148,14 +148,22 @@ REQUESTS = Table(
         _c("domain", _TEXT, "label of the prompt's domain", nullable=True),
         _c("language", _TEXT, "target language (mt)", nullable=True),
         _c("source_language", _TEXT, "source language (mt)", nullable=True),
-        _c("prompt_id", pa.string(), "the caller's name for the prompt; never its text",
-           nullable=True),
+        _c(
+            "prompt_id",
+            pa.string(),
+            "the caller's name for the prompt; never its text",
+            nullable=True,
+        ),
         _c("num_prompt_tokens", pa.int32(), "prompt tokens without padding", nullable=True),
         _c("num_output_tokens", pa.int32(), "tokens generated; null while running", nullable=True),
         _c("num_sequences", pa.int16(), "beams or samples"),
         _c("arrival_s", pa.float64(), "seconds since the trace started"),
-        _c("end_s", pa.float64(), "seconds since the trace started; null while running",
-           nullable=True),
+        _c(
+            "end_s",
+            pa.float64(),
+            "seconds since the trace started; null while running",
+            nullable=True,
+        ),
         _c("slo_ms", pa.float32(), "latency objective the caller set", nullable=True),
     ),
 )
@@ -182,10 +190,18 @@ STEPS = Table(
         _ms("other_ms", "forward pass less embedding, head and layers"),
         _c("allocated_bytes", pa.int64(), "device memory allocated after the step", nullable=True),
         _c("reserved_bytes", pa.int64(), "device memory the allocator holds", nullable=True),
-        _c("peak_bytes", pa.int64(), "peak of allocated device memory within the step",
-           nullable=True),
-        _c("process_bytes", pa.int64(), "resident memory of the process after the step",
-           nullable=True),
+        _c(
+            "peak_bytes",
+            pa.int64(),
+            "peak of allocated device memory within the step",
+            nullable=True,
+        ),
+        _c(
+            "process_bytes",
+            pa.int64(),
+            "resident memory of the process after the step",
+            nullable=True,
+        ),
     ),
 )
 
@@ -198,12 +214,24 @@ LAYERS = Table(
         _STACK,
         _LAYER,
         _c("site", pa.int16(), "MoE site id; null for a dense layer", nullable=True),
-        _c("num_tokens", pa.int32(), "tokens recorded; null where the layer shows none",
-           nullable=True),
-        _c("num_rows", pa.int32(), "tokens with padding; null where the layer shows none",
-           nullable=True),
-        _c("num_active_experts", pa.int32(), "distinct experts of the recorded tokens",
-           nullable=True),
+        _c(
+            "num_tokens",
+            pa.int32(),
+            "tokens recorded; null where the layer shows none",
+            nullable=True,
+        ),
+        _c(
+            "num_rows",
+            pa.int32(),
+            "tokens with padding; null where the layer shows none",
+            nullable=True,
+        ),
+        _c(
+            "num_active_experts",
+            pa.int32(),
+            "distinct experts of the recorded tokens",
+            nullable=True,
+        ),
         _ms("layer_ms", "the whole layer"),
         _ms("attention_ms", "attention modules (self and cross)"),
         _ms("dense_ffn_ms", "feed-forward module of a dense layer"),
@@ -213,13 +241,21 @@ LAYERS = Table(
         _ms("experts_ms", "the experts module; may hide dispatch and combine (see kernels)"),
         _ms("combine_ms", "bringing rows back, where a module shows it"),
         _ms("shared_experts_ms", "shared experts"),
-        _c("component_source", _TEXT, "hook or kernel; null where nothing was timed",
-           nullable=True),
-        _c("activation_peak_bytes", pa.int64(),
-           "peak of allocated device memory within the layer less that at its start",
-           nullable=True),
-        _c("capacity", pa.int32(), "slots per expert; null where the model has no capacity",
-           nullable=True),
+        _c(
+            "component_source", _TEXT, "hook or kernel; null where nothing was timed", nullable=True
+        ),
+        _c(
+            "activation_peak_bytes",
+            pa.int64(),
+            "peak of allocated device memory within the layer less that at its start",
+            nullable=True,
+        ),
+        _c(
+            "capacity",
+            pa.int32(),
+            "slots per expert; null where the model has no capacity",
+            nullable=True,
+        ),
         _c("num_dropped", pa.int32(), "routing decisions dropped by capacity", nullable=True),
     ),
 )
@@ -234,19 +270,34 @@ ROUTING = Table(
         _c("row", pa.int32(), "row of the flattened batch, padding rows counted"),
         _c("request", pa.int32(), "request id"),
         _c("sequence", pa.int16(), "beam or sample within the request"),
-        _c("parent_sequence", pa.int16(),
-           "the sequence this one continued from (beam search); itself otherwise"),
+        _c(
+            "parent_sequence",
+            pa.int16(),
+            "the sequence this one continued from (beam search); itself otherwise",
+        ),
         _c("position", pa.int32(), "position in the sequence, padding left out"),
         _c("phase", _TEXT, "encode, prefill or decode"),
-        _c("accepted", pa.bool_(), "speculation: the token was kept; null without speculation",
-           nullable=True),
-        _c("expert", pa.int16(), "expert ids in the model's slot order; -1 where none",
-           per_slot=True),
+        _c(
+            "accepted",
+            pa.bool_(),
+            "speculation: the token was kept; null without speculation",
+            nullable=True,
+        ),
+        _c(
+            "expert",
+            pa.int16(),
+            "expert ids in the model's slot order; -1 where none",
+            per_slot=True,
+        ),
         _c("status", pa.uint8(), "SlotStatus of each slot", per_slot=True),
         _c("weight", pa.float16(), "weight the model applied, rounded once", per_slot=True),
         _c("score", pa.float16(), "affinity before bias and renormalization", per_slot=True),
-        _c("selection_score", pa.float16(), "score the selection used, where it differs",
-           per_slot=True),
+        _c(
+            "selection_score",
+            pa.float16(),
+            "score the selection used, where it differs",
+            per_slot=True,
+        ),
     ),
 )
 """Columns ``weight``, ``score`` and ``selection_score`` may be absent from a stack's files."""
@@ -262,8 +313,12 @@ EXECUTED = Table(
         _SITE,
         _c("expert", pa.int32(), "expert id"),
         _c("num_routed_rows", pa.int32(), "rows the router sent, padding rows counted"),
-        _c("num_executed_rows", pa.int32(), "rows the expert ran on; null where it cannot be seen",
-           nullable=True),
+        _c(
+            "num_executed_rows",
+            pa.int32(),
+            "rows the expert ran on; null where it cannot be seen",
+            nullable=True,
+        ),
     ),
 )
 
@@ -278,10 +333,18 @@ DEVICES = Table(
         _c("memory_used_bytes", pa.int64(), "device memory in use, all processes", nullable=True),
         _c("power_w", pa.float32(), "board power", nullable=True),
         _c("energy_j", pa.float64(), "energy counter since driver load", nullable=True),
-        _c("pcie_tx_bytes", pa.int64(), "PCIe bytes sent by the device since the first sample",
-           nullable=True),
-        _c("pcie_rx_bytes", pa.int64(), "PCIe bytes received by the device since the first sample",
-           nullable=True),
+        _c(
+            "pcie_tx_bytes",
+            pa.int64(),
+            "PCIe bytes sent by the device since the first sample",
+            nullable=True,
+        ),
+        _c(
+            "pcie_rx_bytes",
+            pa.int64(),
+            "PCIe bytes received by the device since the first sample",
+            nullable=True,
+        ),
     ),
 )
 
@@ -309,30 +372,34 @@ SCORES = Table(
     name="scores",
     row="(rank, step, token row, site)",
     optional=True,
-    columns=(*_TOKEN_KEYS, _SITE,
-             _c("score", pa.list_(pa.float16()), "affinity to all experts")),
+    columns=(*_TOKEN_KEYS, _SITE, _c("score", pa.list_(pa.float16()), "affinity to all experts")),
 )
 LOOKAHEAD = Table(
     name="lookahead",
     row="(rank, step, token row, site, later site)",
     optional=True,
-    columns=(*_TOKEN_KEYS, _SITE,
-             _c("later_site", pa.int16(), "the site whose gate was applied"),
-             _c("score", pa.list_(pa.float16()), "its scores on this site's input")),
+    columns=(
+        *_TOKEN_KEYS,
+        _SITE,
+        _c("later_site", pa.int16(), "the site whose gate was applied"),
+        _c("score", pa.list_(pa.float16()), "its scores on this site's input"),
+    ),
 )
 NORMS = Table(
     name="norms",
     row="(rank, step, token row, site)",
     optional=True,
-    columns=(*_TOKEN_KEYS, _SITE,
-             _c("norm", pa.list_(pa.float16()), "L2 norm of each selected expert's output")),
+    columns=(
+        *_TOKEN_KEYS,
+        _SITE,
+        _c("norm", pa.list_(pa.float16()), "L2 norm of each selected expert's output"),
+    ),
 )
 HIDDEN = Table(
     name="hidden",
     row="(rank, step, token row, site), sampled",
     optional=True,
-    columns=(*_TOKEN_KEYS, _SITE,
-             _c("hidden", pa.list_(pa.float16()), "gate input")),
+    columns=(*_TOKEN_KEYS, _SITE, _c("hidden", pa.list_(pa.float16()), "gate input")),
 )
 TOKEN_IDS = Table(
     name="token_ids",
@@ -346,7 +413,14 @@ TABLES: Mapping[str, Table] = types.MappingProxyType(
     {
         table.name: table
         for table in (
-            REQUESTS, STEPS, LAYERS, ROUTING, EXECUTED, DEVICES, KERNELS, *RESERVED,
+            REQUESTS,
+            STEPS,
+            LAYERS,
+            ROUTING,
+            EXECUTED,
+            DEVICES,
+            KERNELS,
+            *RESERVED,
         )
     }
 )

@@ -78,7 +78,7 @@ def test_honest_traces_pass(tmp_path, options):
 
 
 @settings(
-    max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=10, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 @given(
     num_requests=st.integers(1, 9),

@@ -414,7 +414,7 @@ def test_threads_may_append(tmp_path):
             assert np.array_equal(rows, make_unit(step)["routing/decoder"]["expert"])
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(
     sizes=st.lists(st.integers(1, 6), min_size=1, max_size=12),
     commits=st.sets(st.integers(0, 11)),

@@ -101,7 +101,7 @@ def record(path, progress):
 def whole_steps(path):
     """Returns how many steps a trace holds; each must be whole and in every table."""
     trace = open_trace(path)
-    steps = list(trace.steps["step"])
+    steps = list(trace.table("steps", columns=["step"])["step"])
     assert steps == list(range(len(steps)))
     rows = [block for block in trace.blocks("decoder")]
     found = np.concatenate([block.expert for block in rows]) if rows else np.zeros((0, SLOTS))

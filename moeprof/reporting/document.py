@@ -8,9 +8,13 @@ from collections.abc import Sequence
 from typing import Any
 
 import moeprof
-from moeprof import replay
 from moeprof.replay import wording
+from moeprof.replay.breakdown import latency
+from moeprof.replay.footprint import memory
 from moeprof.replay.result import SEVERITY_WARNING, Finding, Metric, Result
+from moeprof.replay.reuse import locality
+from moeprof.replay.usage import activation
+from moeprof.replay.working_set import batching
 from moeprof.reporting import facts, sections, vocabulary
 from moeprof.reporting.layout import (
     REPORT_VERSION,
@@ -23,9 +27,7 @@ from moeprof.reporting.layout import (
 from moeprof.trace.reader import Trace
 
 MAX_FINDINGS = 7
-ANALYSES = (
-    replay.latency, replay.memory, replay.activation, replay.locality, replay.batching,
-)  # fmt: skip
+ANALYSES = (latency, memory, activation, locality, batching)
 
 _MIN_PER_TRACE = 3
 _NUM_NAMED = 2

@@ -196,13 +196,19 @@ class Estimates:
             num_blocks=0 if per_block is None else len(per_block),
         )
 
-    def gain(self, planner: int, reference: int) -> tuple[float, float, float]:
-        """Returns how much lower the planner's mean is, with its paired 95 % interval."""
+    def gain(
+        self,
+        planner: int,
+        reference: int,
+        *,
+        percentiles: tuple[float, float] = GAIN_PERCENTILES,
+    ) -> tuple[float, float, float]:
+        """Returns how much lower the planner's mean is, with its paired interval (95 %)."""
         value = 1 - self.means.value[planner] / self.means.value[reference]
         if not len(self.drawn):
             return float(value), np.nan, np.nan
         drawn = 1 - self.drawn[:, planner] / self.drawn[:, reference]
-        low, high = np.nanpercentile(drawn, GAIN_PERCENTILES)
+        low, high = np.nanpercentile(drawn, percentiles)
         return float(value), float(low), float(high)
 
 

@@ -439,6 +439,146 @@ def _save(talk: Talk, page: Report, base: Path, formats: Sequence[str], *, force
         talk.say(f"Wrote {path}")
 
 
+@cli.group(cls=_VerbGroup)
+@_talkative
+def replay() -> None:
+    """Replay a trace against an optimization: a table, or CSV."""
+
+
+def _replayed(command: AnyCommand) -> AnyCommand:
+    """Adds the trace and what every replay prints."""
+    for option in (
+        click.option("--force", is_flag=True, help="Replace an existing file."),
+        click.option("-o", "--output", type=click.Path(), help="Write CSV to this file."),
+        click.option("--csv", "as_csv", is_flag=True, help="Print every column as CSV."),
+        click.argument("trace"),
+    ):
+        command = option(command)
+    return _talkative(command)
+
+
+def _listed(
+    kind: Callable[[str], Any] = str,
+) -> Callable[[click.Context, click.Parameter, str | None], list[Any] | None]:
+    """Returns a callback that takes values apart at their commas."""
+
+    def parse(
+        context: click.Context, parameter: click.Parameter, text: str | None
+    ) -> list[Any] | None:
+        if text is None:
+            return None
+        try:
+            return [kind(each.strip()) for each in text.split(",") if each.strip()]
+        except ValueError:
+            raise click.BadParameter(
+                f"'{text}' is no list of numbers", context, parameter
+            ) from None
+
+    return parse
+
+
+@replay.command()
+@_replayed
+@click.option(
+    "--rule",
+    type=click.Choice(("token_fraction", "capacity_factor", "model")),
+    default="token_fraction",
+    show_default=True,
+    help="How slots per expert follow from tokens; model: the model's own rule.",
+)
+@click.option("--values", callback=_listed(float), help="Parameters of the rule: 0.05,1.0")
+@click.option(
+    "--devices",
+    type=click.IntRange(min=1),
+    default=1,
+    show_default=True,
+    help="Devices that share the experts.",
+)
+@click.option("--tile-rows", type=click.IntRange(min=1), help="Rows of a tile.")
+@click.pass_context
+def gating(context: click.Context, /, **options: Any) -> int:
+    """Static against dynamic gating: slots, drops, padding, bytes, operations."""
+    return _replay(context, "gating", options, columns=_GATING_COLUMNS)
+
+
+@replay.command()
+@_replayed
+@click.option("--policies", callback=_listed(), help="Cache policies: lru,min,bound")
+@click.option(
+    "--capacities", callback=_listed(), help="Sizes of the cache: slots (16), bytes (4000MiB), 25%"
+)
+@click.option("--scope", type=click.Choice(("layer", "stack", "global")), help="What shares it.")
+@click.option(
+    "--semantics",
+    type=click.Choice(("batch", "batch_hits_first", "sequential")),
+    help="What a dispatch does to the cache.",
+)
+@click.option("--initial", type=click.Choice(("empty", "full")), help="What it holds at first.")
+@click.option("--devices", type=click.IntRange(min=1), help="Devices that share the experts.")
+@click.pass_context
+def buffering(context: click.Context, /, **options: Any) -> int:
+    """Expert caches: hits and bytes moved by policy and size."""
+    return _replay(context, "buffering", options)
+
+
+@replay.command()
+@_replayed
+@click.option("--devices", type=click.IntRange(min=1), help="Devices of all nodes.")
+@click.option("--planners", callback=_listed(), help="Who places experts: contiguous,greedy,eplb")
+@click.option("--num-redundant", type=click.IntRange(min=0), help="Extra replicas per layer.")
+@click.option("--groups", type=click.IntRange(min=1), help="Expert groups.")
+@click.option("--nodes", type=click.IntRange(min=1), help="Nodes.")
+@click.option(
+    "--rule",
+    "replica_rule",
+    type=click.Choice(("even", "round_robin")),
+    help="How replicas share their expert's rows.",
+)
+@click.pass_context
+def balancing(context: click.Context, /, **options: Any) -> int:
+    """Expert placements: load of the fullest device by planner."""
+    return _replay(context, "balancing", options)
+
+
+_GATING_COLUMNS = (
+    "rule", "value", "stack", "phase", "layer", "num_tokens", "num_padded_tokens",
+    "max_slots_per_expert", "waste_factor", "waste_factor_without_ceiling", "dropped_share",
+    "lost_share", "drops_class", "tile_ratio", "max_mask_bytes",
+)  # fmt: skip
+"""What fits a terminal; CSV has every column."""
+
+
+def _replay(
+    context: click.Context,
+    name: str,
+    options: dict[str, Any],
+    *,
+    columns: Sequence[str] | None = None,
+) -> int:
+    """Runs a replay and prints its table on stdout, its findings on stderr."""
+    from moeprof import replay as analyses
+    from moeprof.trace.reader import open_trace
+
+    talk = context.ensure_object(Talk)
+    path, output = options.pop("trace"), options.pop("output")
+    as_csv, force = options.pop("as_csv"), options.pop("force")
+    if output is not None:
+        _refuse_existing(Path(output), force=force)
+    given = {option: value for option, value in options.items() if value is not None}
+    result = getattr(analyses, name)(open_trace(path), **given)
+    if output is not None:
+        Path(output).write_text(result.table.to_csv(index=False), encoding="utf-8")
+        talk.say(f"Wrote {output}")
+    elif as_csv:
+        click.echo(result.table.to_csv(index=False), nl=False)
+    else:
+        shown = result.table if columns is None else result.table[list(columns)]
+        click.echo(shown.to_string(index=False, float_format="{:.4g}".format, na_rep=""))
+    for finding in result.findings:
+        talk.say(f"  - {finding.text}")
+    return 0
+
+
 @cli.command()
 @click.argument("traces", nargs=-1, required=True, metavar="TRACE...")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")

@@ -7,6 +7,8 @@ the error of re-batching.
 
 from __future__ import annotations
 
+import types
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -27,8 +29,11 @@ if TYPE_CHECKING:
 Ints = NDArray[np.int64]
 
 NAME = "agreement"
-TIE = 1e-5
-"""Selection scores closer than this, beyond the precision they are stored in, are a tie."""
+TIES: Mapping[str, float] = types.MappingProxyType(
+    {"float64": 1e-5, "float32": 1e-5, "bfloat16": 2.0**-8, "float16": 2.0**-11}
+)
+"""Selection scores closer than this, beyond the precision they are stored in, are a tie: rounding
+alone can turn them round. By the type the model computes in."""
 
 _SITE_COLUMNS = ("stack", "site", "layer")
 
@@ -40,8 +45,9 @@ def agreement(first: Trace, second: Trace) -> Result:
     The table has one row per site: dispatches whose expert counts differ, decisions that flipped.
     Table ``flips`` has one row per token and site that differs. A flip is a ``root`` where no
     earlier one of its request can have caused it, and ``tied`` where the scores of the experts
-    exchanged lie within 1e-5 of each other, as far as their stored precision tells (needs traces
-    recorded with ``scores=True``).
+    exchanged lie within 1e-5 of each other (for half precision its own rounding), as far as their
+    stored precision tells; needs traces recorded with ``scores=True``. In generated text a root
+    that is not tied may also follow from another token: near ties of the output flip too.
 
     Args:
         first: One trace, for example a composed one.
@@ -62,6 +68,7 @@ def agreement(first: Trace, second: Trace) -> Result:
     flipped_by_request: list[NDArray[np.float64]] = []
     decisions_by_request: list[NDArray[np.float64]] = []
     halves = load_requests(first).half
+    tie = max(TIES.get(trace.info.model.dtype, TIES["float32"]) for trace in (first, second))
     for stack in first.info.stacks:
         one, other, num_unmatched = _matched(first, second, stack)
         unmatched += num_unmatched
@@ -69,7 +76,7 @@ def agreement(first: Trace, second: Trace) -> Result:
         found = []
         for order, site in enumerate(first.info.sites_of(stack)):
             exchanged = _exchanged(one, other, site)
-            found.append(_flips(one, other, site, order, exchanged))
+            found.append(_flips(one, other, site, order, exchanged, tie))
             owner = one["request_index"]
             flipped = tally(owner, len(halves), weights=exchanged)
             decisions = site.top_k * tally(owner, len(halves))
@@ -169,7 +176,7 @@ def _exchanged(one: Columns, other: Columns, site: schema.Site) -> NDArray[np.in
 
 
 def _flips(
-    one: Columns, other: Columns, site: schema.Site, order: int, exchanged: Ints
+    one: Columns, other: Columns, site: schema.Site, order: int, exchanged: Ints, tie: float
 ) -> pd.DataFrame:
     """Returns one row per token that chose differently at a site."""
     at = np.flatnonzero(exchanged)
@@ -187,7 +194,7 @@ def _flips(
             "phase": np.array(schema.TOKEN_PHASES)[one["phase"][at]],
             "num_exchanged": exchanged[at],
             "score_gap": gap,
-            "tied": gap <= TIE + precision,
+            "tied": gap <= tie + precision,
         }
     )
 

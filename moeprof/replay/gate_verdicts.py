@@ -96,10 +96,12 @@ def _verdict(
     tiles = gated.ratios["dynamic_tile_padding"]
     has_rule = any(site.capacity_rule is not None for site in trace.info.sites_of(gated.stack))
     is_dynamic = not has_rule if executed is None else abs(executed - 1) <= _SAME
+    drops = "drops nothing"
+    if dropped.value:
+        drops = f"drops {wording.share_with_interval(dropped)} of the choices"
+        drops += " (estimate)" if gated.drops_class == "estimate" else ""
     cost = (
-        f"it processes {wording.number_with_interval(waste)} rows for each row needed and drops "
-        f"{wording.share_with_interval(dropped)} of the choices"
-        + (" (estimate)" if gated.drops_class == "estimate" and dropped.value else "")
+        f"it processes {wording.number_with_interval(waste)} rows for each row needed and {drops}"
     )
     ceiling = (
         f"No gating can process fewer than 1 row for each row needed; in tiles of {tile} rows "

@@ -5,8 +5,8 @@
 Records a model at batch 1 and at batch 8 with the same prompts, re-batches the first recording
 with `moeprof.replay.compose(schedule="static", max_batch=8)` and compares it with the second,
 dispatch by dispatch. In single precision they should be equal; in half precision the share of
-decisions that flipped is the error of composing. ``--score`` reads the prompts instead of generating, so that no
-flip can change the text. Writes OUT/composing-NAME.json.
+decisions that flipped is the error of composing. ``--score`` reads the prompts instead of
+generating, so that no flip can change the text. Writes OUT/composing-NAME.json.
 """
 
 from __future__ import annotations

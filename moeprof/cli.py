@@ -439,6 +439,101 @@ def _save(talk: Talk, page: Report, base: Path, formats: Sequence[str], *, force
         talk.say(f"Wrote {path}")
 
 
+@cli.command()
+@click.argument("traces", nargs=-1, required=True, metavar="TRACE...")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@_talkative
+@click.pass_context
+def check(context: click.Context, traces: tuple[str, ...], *, as_json: bool) -> int:
+    """Check that traces are whole and make sense.
+
+    Exits with 3 when one of them has an error; warnings and notes do not count.
+    """
+    from moeprof.trace.validator import check as check_trace
+
+    talk = context.ensure_object(Talk)
+    checked: list[dict[str, Any]] = []
+    for trace in traces:
+        try:
+            checked.append({"trace": trace, **_check_facts(check_trace(trace))})
+        except TraceError as error:
+            problem = {"code": "unreadable", "severity": "error", "message": error.message}
+            checked.append({"trace": trace, "ok": False, "problems": [problem]})
+    if as_json:
+        click.echo(json.dumps(checked, indent=2))
+    else:
+        for entry in checked:
+            for line in _check_lines(entry, talk):
+                click.echo(line)
+    return 0 if all(entry["ok"] for entry in checked) else EXIT_BAD_TRACE
+
+
+def _check_facts(result: CheckResult) -> dict[str, Any]:
+    from dataclasses import asdict
+
+    return {"ok": result.ok, "problems": [asdict(problem) for problem in result.problems]}
+
+
+def _check_lines(entry: dict[str, Any], talk: Talk) -> Iterator[str]:
+    counts: dict[str, int] = {}
+    for problem in entry["problems"]:
+        counts[problem["severity"]] = counts.get(problem["severity"], 0) + 1
+    said = ", ".join(f"{n} {name}{'s' * (n != 1)}" for name, n in counts.items())
+    verdict = "ok" if entry["ok"] else "not ok"
+    yield f"{entry['trace']}: {verdict}" + (f" ({said})" if said else "")
+    for problem in entry["problems"]:
+        if talk.quiet and problem["severity"] != "error":
+            continue
+        where = f" [{problem['where']}]" if problem.get("where") else ""
+        yield f"  {problem['severity']:<8}{problem['code']}: {problem['message']}{where}"
+
+
+@cli.command()
+@click.argument("trace", required=False)
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@_talkative
+def info(trace: str | None, *, as_json: bool) -> int:
+    """Say what a trace holds, or what this machine can record.
+
+    Without TRACE: which parts of a recording are possible here, and what is missing for the rest.
+    """
+    if trace is None:
+        from moeprof.recording.hardware import capabilities
+
+        facts = capabilities()
+    else:
+        from moeprof.trace.facts import trace_facts
+        from moeprof.trace.reader import open_trace
+
+        facts = trace_facts(open_trace(trace))
+    if as_json:
+        click.echo(json.dumps(facts, indent=2))
+    else:
+        for name, value in facts.items():
+            for i, line in enumerate(_lines_of(value, is_bytes=name.endswith("_bytes"))):
+                label = "" if i else name.removesuffix("_bytes").replace("_", " ")
+                click.echo(f"{label:<{_LABEL_WIDTH}}{line}")
+    return 0
+
+
+def _lines_of(value: Any, *, is_bytes: bool = False) -> list[str]:
+    """Returns a fact in words, one line each."""
+    if isinstance(value, bool):
+        return ["yes" if value else "no"]
+    if value is None:
+        return ["unknown"]
+    if is_bytes:
+        unit, name = next((unit, name) for unit, name in _BYTE_UNITS if value >= unit or unit == 1)
+        return [f"{value / unit:,.1f} {name}" if unit > 1 else f"{value} {name}"]
+    if isinstance(value, float):
+        return [f"{value:.3g}"]
+    if isinstance(value, dict):
+        return [f"{key}: {_lines_of(each)[0]}" for key, each in value.items()] or ["none"]
+    if isinstance(value, (list, tuple)):
+        return [str(each) for each in value] or ["none"]
+    return [f"{value:,}" if isinstance(value, int) else str(value)]
+
+
 @cli.group(cls=_VerbGroup)
 @_talkative
 def replay() -> None:
@@ -577,101 +672,6 @@ def _replay(
     for finding in result.findings:
         talk.say(f"  - {finding.text}")
     return 0
-
-
-@cli.command()
-@click.argument("traces", nargs=-1, required=True, metavar="TRACE...")
-@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-@_talkative
-@click.pass_context
-def check(context: click.Context, traces: tuple[str, ...], *, as_json: bool) -> int:
-    """Check that traces are whole and make sense.
-
-    Exits with 3 when one of them has an error; warnings and notes do not count.
-    """
-    from moeprof.trace.validator import check as check_trace
-
-    talk = context.ensure_object(Talk)
-    checked: list[dict[str, Any]] = []
-    for trace in traces:
-        try:
-            checked.append({"trace": trace, **_check_facts(check_trace(trace))})
-        except TraceError as error:
-            problem = {"code": "unreadable", "severity": "error", "message": error.message}
-            checked.append({"trace": trace, "ok": False, "problems": [problem]})
-    if as_json:
-        click.echo(json.dumps(checked, indent=2))
-    else:
-        for entry in checked:
-            for line in _check_lines(entry, talk):
-                click.echo(line)
-    return 0 if all(entry["ok"] for entry in checked) else EXIT_BAD_TRACE
-
-
-def _check_facts(result: CheckResult) -> dict[str, Any]:
-    from dataclasses import asdict
-
-    return {"ok": result.ok, "problems": [asdict(problem) for problem in result.problems]}
-
-
-def _check_lines(entry: dict[str, Any], talk: Talk) -> Iterator[str]:
-    counts: dict[str, int] = {}
-    for problem in entry["problems"]:
-        counts[problem["severity"]] = counts.get(problem["severity"], 0) + 1
-    said = ", ".join(f"{n} {name}{'s' * (n != 1)}" for name, n in counts.items())
-    verdict = "ok" if entry["ok"] else "not ok"
-    yield f"{entry['trace']}: {verdict}" + (f" ({said})" if said else "")
-    for problem in entry["problems"]:
-        if talk.quiet and problem["severity"] != "error":
-            continue
-        where = f" [{problem['where']}]" if problem.get("where") else ""
-        yield f"  {problem['severity']:<8}{problem['code']}: {problem['message']}{where}"
-
-
-@cli.command()
-@click.argument("trace", required=False)
-@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-@_talkative
-def info(trace: str | None, *, as_json: bool) -> int:
-    """Say what a trace holds, or what this machine can record.
-
-    Without TRACE: which parts of a recording are possible here, and what is missing for the rest.
-    """
-    if trace is None:
-        from moeprof.recording.hardware import capabilities
-
-        facts = capabilities()
-    else:
-        from moeprof.trace.facts import trace_facts
-        from moeprof.trace.reader import open_trace
-
-        facts = trace_facts(open_trace(trace))
-    if as_json:
-        click.echo(json.dumps(facts, indent=2))
-    else:
-        for name, value in facts.items():
-            for i, line in enumerate(_lines_of(value, is_bytes=name.endswith("_bytes"))):
-                label = "" if i else name.removesuffix("_bytes").replace("_", " ")
-                click.echo(f"{label:<{_LABEL_WIDTH}}{line}")
-    return 0
-
-
-def _lines_of(value: Any, *, is_bytes: bool = False) -> list[str]:
-    """Returns a fact in words, one line each."""
-    if isinstance(value, bool):
-        return ["yes" if value else "no"]
-    if value is None:
-        return ["unknown"]
-    if is_bytes:
-        unit, name = next((unit, name) for unit, name in _BYTE_UNITS if value >= unit or unit == 1)
-        return [f"{value / unit:,.1f} {name}" if unit > 1 else f"{value} {name}"]
-    if isinstance(value, float):
-        return [f"{value:.3g}"]
-    if isinstance(value, dict):
-        return [f"{key}: {_lines_of(each)[0]}" for key, each in value.items()] or ["none"]
-    if isinstance(value, (list, tuple)):
-        return [str(each) for each in value] or ["none"]
-    return [f"{value:,}" if isinstance(value, int) else str(value)]
 
 
 @contextmanager

@@ -9,6 +9,7 @@ from replay_tools import mark_trained
 
 from moeprof import replay
 from moeprof.replay.breakdown import COMPONENTS
+from moeprof.replay.stalls import stalled
 from moeprof.trace.synthetic import synthetic_trace
 
 COLUMNS = (
@@ -159,13 +160,33 @@ def test_throughput_is_tokens_over_time(trace):
     assert found.low < found.value < found.high
 
 
-def test_slow_first_steps_and_overlong_components_are_said(trace):
+def test_overlong_components_are_said(trace):
+    trace.steps["wall_ms"] = 4.0
+    assert any("components add up to" in note for note in replay.latency(trace).notes)
+
+
+def test_stalled_steps_are_told_apart(trace):
     decode = trace.steps.index[trace.steps["phase"] == "decode"]
-    trace.steps.loc[decode[0], "wall_ms"] = 100.0
-    trace.steps.loc[decode[1:], "wall_ms"] = 4.0
-    notes = " ".join(replay.latency(trace).notes)
-    assert "the first step took 100 ms" in notes
-    assert "components add up to" in notes
+    stalls = decode[:6]
+    trace.steps.loc[stalls, "wall_ms"] = 110.0
+    in_stall = trace.layers["step"].isin(trace.steps.loc[stalls, "step"])
+    trace.layers.loc[in_stall, "attention_ms"] = 51.0
+    result = replay.latency(trace)
+    assert shares(result)["attention"] == pytest.approx(0.2)
+    stalled = result.metric("latency/stalled_share/decoder/decode")
+    expected = 6 * 110 / (6 * 110 + 10 * (len(decode) - 6))
+    assert stalled.value == pytest.approx(expected)
+    assert stalled.low < stalled.value < stalled.high
+    assert result.metric("latency/stalled_share/decoder/prefill").value == 0
+    finding = next(f for f in result.findings if f.metric == stalled.name)
+    assert f"6 of {len(decode)} steps took over 3 times" in finding.text
+    assert "mostly in attention" in finding.text
+    assert any("medians and tokens per second do not" in note for note in result.notes)
+
+
+def test_long_prompts_are_no_stalls():
+    total, rows = np.array([10.0, 11, 12, 100, 100]), np.array([10.0, 10, 12, 100, 12])
+    assert stalled(total, rows).tolist() == [False, False, False, False, True]
 
 
 def test_no_times_at_all(trace):

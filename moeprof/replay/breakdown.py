@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
+from numpy.typing import NDArray
 
 from moeprof.replay import wording
 from moeprof.replay.access import Floats
@@ -22,11 +23,13 @@ from moeprof.replay.intervals import Interval
 from moeprof.replay.result import (
     SEVERITY_COST,
     SEVERITY_FACT,
+    SEVERITY_WARNING,
     FigureClass,
     Finding,
     Metric,
     Result,
 )
+from moeprof.replay.stalls import FACTOR, stalled
 from moeprof.replay.tokens import load
 from moeprof.trace import schema
 
@@ -78,7 +81,8 @@ _WORTH_NAMING = 0.01
 _QUANTILES = (0.5, 0.95)
 _MS_PER_S = 1000.0
 _OVERSHOOT = 1.02
-_SLOW_FIRST = 3.0
+_MANY_STALLS = 0.1
+_MOSTLY_STALLS = 0.25
 _HALF = 0.5
 
 
@@ -105,24 +109,26 @@ def latency(trace: Trace) -> Result:
         phases = tuple(p for p in schema.PHASES if (of_stack["phase"] == p).any())
         for phase in phases:
             chosen = of_stack[of_stack["phase"] == phase]
-            timed = _timed_steps(chosen, layers)
+            every = _timed_steps(chosen, layers)
             times, time_metrics = _step_times(stack, phase, chosen, causes(tokens, chosen))
             step_rows += times
             metrics += time_metrics
-            if timed is None:
+            if every is None:
                 continue
+            place = wording.place(stack, phase, num_stacks=len(stacks))
+            slow = stalled(every.total_ms, every.num_rows())
+            timed = every.only(~slow)
+            metrics += _stall_metrics(stack, phase, every, slow, causes(tokens, every.steps))
+            if phase == wording.main_phase(phases):
+                findings += _stall_findings(place, every, slow, metrics)
             parts = _components(timed, _kernel_shares(kernels, stack, phase))
             found, part_metrics = _shares(stack, phase, parts, causes(tokens, timed.steps))
             rows += found
             metrics += part_metrics
-            for caveat in _caveats(stack, chosen, timed, parts):
-                caveats.setdefault(caveat, []).append(
-                    wording.place(stack, phase, num_stacks=len(stacks)).removeprefix("the ")
-                )
+            for caveat in _caveats(stack, chosen, every, slow, parts):
+                caveats.setdefault(caveat, []).append(place.removeprefix("the "))
             if phase == wording.main_phase(phases) and part_metrics:
-                findings += _findings(
-                    stack, phase, found, part_metrics, times, num_stacks=len(stacks)
-                )
+                findings += _findings(place, found, part_metrics, times)
     notes = [f"{', '.join(places)}: {caveat}" for caveat, places in caveats.items()]
     if not rows:
         notes.insert(0, "No component times were recorded; unknown is not zero.")
@@ -173,6 +179,22 @@ class _Timed:
     part_ms: Mapping[str, Floats]
     moe_ms: Floats | None
     coverage: Mapping[str, float]
+
+    def num_rows(self) -> Floats:
+        """Returns [steps] rows of the batch, padding counted."""
+        rows = self.steps["num_tokens"] + self.steps["num_padded_tokens"]
+        return rows.to_numpy(np.float64)
+
+    def only(self, kept: NDArray[np.bool_]) -> _Timed:
+        """Returns the same of some of the steps."""
+        return _Timed(
+            steps=self.steps[kept],
+            total_ms=self.total_ms[kept],
+            clock=self.clock,
+            part_ms={name: values[kept] for name, values in self.part_ms.items()},
+            moe_ms=None if self.moe_ms is None else self.moe_ms[kept],
+            coverage=self.coverage,
+        )
 
 
 def _timed_steps(steps: pd.DataFrame, layers: pd.DataFrame) -> _Timed | None:
@@ -409,11 +431,58 @@ def _shares(
     return rows, metrics
 
 
-def _caveats(stack: str, steps: pd.DataFrame, timed: _Timed, parts: _Components) -> list[str]:
+def _stall_metrics(
+    stack: str, phase: str, every: _Timed, slow: NDArray[np.bool_], caused: Causes
+) -> list[Metric]:
+    everything = np.ones(len(slow), dtype=np.bool_)
+    (share,) = ratios([every.total_ms * slow], every.total_ms, caused, known=everything)
+    return [
+        wording.metric_of(
+            f"{NAME}/stalled_share/{stack}/{phase}",
+            share,
+            unit="share",
+            figure_class="measured",
+            better="lower",
+            note=f"{every.clock} time in steps that took over {FACTOR:g} times the median, in all "
+            "and per row; the breakdown leaves them out",
+        )
+    ]
+
+
+def _stall_findings(
+    place: str, every: _Timed, slow: NDArray[np.bool_], metrics: list[Metric]
+) -> list[Finding]:
+    share = metrics[-1]
+    if share.value is None or share.value < _MANY_STALLS:
+        return []
+    excess = {
+        name: float(values[slow].mean() - values[~slow].mean())
+        for name, values in every.part_ms.items()
+    }
+    largest = max(excess, key=lambda name: excess[name])
+    whole = float(every.total_ms[slow].mean() - every.total_ms[~slow].mean())
+    mostly = f", mostly in {_SPOKEN[largest]}" if excess[largest] > _HALF * whole else ""
+    interval = Interval(value=share.value, low=share.low, high=share.high)
+    text = (
+        f"In {place}, {int(slow.sum()):,} of {len(slow):,} steps took over {FACTOR:g} times as "
+        f"long as usual and hold {wording.share_with_interval(interval)} of the time{mostly}: "
+        "warm-up or stalls, which the breakdown leaves out."
+    )
+    severity = SEVERITY_WARNING - 10 if share.value >= _MOSTLY_STALLS else SEVERITY_FACT + 4
+    return [Finding(text=text, severity=severity, section=NAME, metric=share.name)]
+
+
+def _caveats(
+    stack: str,
+    steps: pd.DataFrame,
+    every: _Timed,
+    slow: NDArray[np.bool_],
+    parts: _Components,
+) -> list[str]:
     notes = []
-    if len(timed.steps) < len(steps):
+    if len(every.steps) < len(steps):
         notes.append(
-            f"component times of {len(timed.steps)} of {len(steps)} steps; the shares are of those."
+            f"component times of {len(every.steps)} of {len(steps)} steps; the shares are of those."
         )
     missing = [
         _SPOKEN[name]
@@ -440,23 +509,20 @@ def _caveats(stack: str, steps: pd.DataFrame, timed: _Timed, parts: _Components)
             f"components add up to {wording.percent(parts.overshoot)} of the step time; "
             "shares are of their sum."
         )
-    total = timed.total_ms
-    if len(total) > 1 and total[0] > _SLOW_FIRST * float(np.median(total)):
+    if slow.any():
         notes.append(
-            f"the first step took {wording.milliseconds(float(total[0]))}, the median "
-            f"{wording.milliseconds(float(np.median(total)))}; shares include it."
+            f"{int(slow.sum()):,} of {len(slow):,} steps took over {FACTOR:g} times the median "
+            f"({wording.percent(float(every.total_ms[slow].sum() / every.total_ms.sum()))} of the "
+            "time); the shares leave them out, medians and tokens per second do not."
         )
     return notes
 
 
 def _findings(
-    stack: str,
-    phase: str,
+    place: str,
     rows: list[dict[str, Any]],
     metrics: list[Metric],
     times: list[dict[str, Any]],
-    *,
-    num_stacks: int,
 ) -> list[Finding]:
     moe = metrics[0]
     if moe.value is None or not moe.name.startswith(f"{NAME}/moe_share/"):
@@ -478,7 +544,7 @@ def _findings(
     beside = f"; attention takes {wording.percent(attention)}" if attention is not None else ""
     heavy = moe.value >= _HALF
     text = (
-        f"In {wording.place(stack, phase, num_stacks=num_stacks)}, MoE blocks take "
+        f"In {place}, MoE blocks take "
         f"{wording.share_with_interval(interval)} of the {clock} time of a step{lasts}: {largest}"
         f"{beside}."
     )

@@ -63,8 +63,8 @@ def latency_content(trace: Trace, result: Result) -> Built:
         title="Time of a step by component",
         alt=f"Stacked bars of the share of step time per component. {alt}.",
         how_to_read=(
-            "Each bar is a whole step; warm colours are the MoE block, cool ones everything else. "
-            "Only the warm part can shrink by changing how experts are run."
+            "Each bar is an ordinary step, stalled ones left out; warm colours are the MoE block, "
+            "cool ones the rest, which no way of running experts can shrink."
         ),
         figure_class="estimate" if split else "measured",
         collapsed=False,

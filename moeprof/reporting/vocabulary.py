@@ -28,6 +28,7 @@ QUANTITIES: Mapping[str, str] = {
     "latency/device_p50_ms": "Median step, device time",
     "latency/device_p95_ms": "95th percentile step, device time",
     "latency/device_tokens_per_s": "Tokens per second, device time",
+    "latency/stalled_share": "Time in stalled steps",
     **{f"latency/{name}_share": f"{label}: share of step" for name, label in COMPONENTS.items()},
     "memory/static_bytes": "Parameters and buffers",
     "memory/expert_bytes": "Routed experts",

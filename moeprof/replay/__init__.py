@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from moeprof.replay.balance import balancing
     from moeprof.replay.breakdown import latency
+    from moeprof.replay.cache.study import BufferingResult, buffering
     from moeprof.replay.composition import compose
     from moeprof.replay.domains import transfer
     from moeprof.replay.flips import agreement
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from moeprof.replay.working_set import batching
 
 __all__ = [
+    "BufferingResult",
     "Finding",
     "Metric",
     "Result",
@@ -29,6 +31,7 @@ __all__ = [
     "agreement",
     "balancing",
     "batching",
+    "buffering",
     "compose",
     "gating",
     "latency",
@@ -38,6 +41,7 @@ __all__ = [
 ]
 
 _HOMES = {
+    "BufferingResult": "cache.study",
     "Finding": "result",
     "Metric": "result",
     "Result": "result",
@@ -45,6 +49,7 @@ _HOMES = {
     "agreement": "flips",
     "balancing": "balance",
     "batching": "working_set",
+    "buffering": "cache.study",
     "compose": "composition",
     "gating": "gates",
     "latency": "breakdown",

@@ -16,8 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moeprof.replay.cache import kernels
-from moeprof.replay.cache.loops import pop, popcount, push
-from moeprof.replay.compiled import compiled
+from moeprof.replay.cache.loops import lazily_compiled, pop, popcount, push
 
 if TYPE_CHECKING:
     from moeprof.replay.cache.streams import Stream
@@ -222,7 +221,7 @@ def lru_batch(
     )  # fmt: skip
 
 
-@compiled(
+@lazily_compiled(
     "void(int64[::1], int32[::1], int32[::1], uint64[::1], int64[::1], int32[::1], int64[::1],"
     " int64[::1], int32[::1], int32[::1])"
 )
@@ -270,7 +269,7 @@ def lru_flat(key: Int32s, num_keys: int, hit: Int32s) -> None:
     _lru_flat(key, state.words, state.groups, state.owner, state.newest, hit)
 
 
-@compiled("void(int32[::1], uint64[::1], int64[::1], int32[::1], int64[::1], int32[::1])")
+@lazily_compiled("void(int32[::1], uint64[::1], int64[::1], int32[::1], int64[::1], int32[::1])")
 def _lru_flat(
     key: Int32s,
     words: NDArray[np.uint64],
@@ -297,7 +296,7 @@ def _lru_flat(
         used += 1
 
 
-@compiled("void(int32[::1], int64, int32[::1])")
+@lazily_compiled("void(int32[::1], int64, int32[::1])")
 def lifo_flat(key: Int32s, num_keys: int, hit: Int32s) -> None:
     """Fills the reach of lifo, one lookup after another.
 
@@ -337,7 +336,7 @@ def lifo_flat(key: Int32s, num_keys: int, hit: Int32s) -> None:
         depth += 1
 
 
-@compiled("void(int64[::1], int32[::1], int64, int32[::1])")
+@lazily_compiled("void(int64[::1], int32[::1], int64, int32[::1])")
 def _lifo_kept(offset: Int64s, key: Int32s, num_keys: int, kept: Int32s) -> None:
     rank = np.full(num_keys, -1, np.int32)
     num_ranked = 0
@@ -423,7 +422,7 @@ def _to_front(  # type: ignore[no-untyped-def]
     _refresh_maxima(value, block_max, super_max, 0)
 
 
-@compiled("void(int32[::1], int64[::1], int64, boolean, int32[::1])")
+@lazily_compiled("void(int32[::1], int64[::1], int64, boolean, int32[::1])")
 def min_flat(key: Int32s, next_use: Int64s, num_keys: int, full: bool, hit: Int32s) -> None:
     """Fills the reach of min, one lookup after another (Mattson's priority stack).
 
@@ -469,7 +468,7 @@ def min_flat(key: Int32s, next_use: Int64s, num_keys: int, full: bool, hit: Int3
         _to_front(stack, value, place, block_max, super_max, chosen, own, at)
 
 
-@compiled("void(int64[::1], int32[::1], int64[::1], int64, boolean, int32[::1])")
+@lazily_compiled("void(int64[::1], int32[::1], int64[::1], int64, boolean, int32[::1])")
 def _min_kept(
     offset: Int64s, key: Int32s, next_use: Int64s, num_keys: int, full: bool, kept: Int32s
 ) -> None:
@@ -508,7 +507,7 @@ def _min_kept(
             kept[lookup] = place[key[lookup]] + 1
 
 
-@compiled(
+@lazily_compiled(
     "void(int64[::1], int32[::1], int64[::1], int64, boolean, boolean, int32[::1], int32[::1])"
 )
 def _min_batch(

@@ -66,6 +66,8 @@ def hits(
         cache: Number of the cache, which seeds its random numbers.
         curve: Use one pass for all capacities where that is exact.
     """
+    if policy in {"min", "min_bypass"} and semantics == "batch_hits_first":
+        semantics = "batch"  # the next use of an expert does not depend on the order of rows
     wanted = kernels.int64s(capacities)
     num_chunks = -(-len(wanted) // kernels.MAX_CAPACITIES)
     found = Hits(
@@ -181,13 +183,13 @@ def _replay_static(
 def _from_reach(stream: Stream, reached: curves.Reach, capacities: Int64s, found: Hits) -> None:
     """Fills hits and streamed bytes from the smallest capacities that hit and that keep."""
     first = np.searchsorted(capacities, reached.hit)
-    for chunk, mask in enumerate(found.mask):
+    for chunk, row in enumerate(found.mask):
         bit = np.clip(first - chunk * kernels.MAX_CAPACITIES, 0, kernels.MAX_CAPACITIES)
-        mask[:] = np.where(
+        reached_by = np.where(
             bit == kernels.MAX_CAPACITIES, np.uint64(0), _ALL << bit.astype(np.uint64)
         )
         asked = min(len(capacities) - chunk * kernels.MAX_CAPACITIES, kernels.MAX_CAPACITIES)
-        mask &= _ALL >> np.uint64(kernels.MAX_CAPACITIES - asked)
+        row[:] = reached_by & (_ALL >> np.uint64(kernels.MAX_CAPACITIES - asked))
     gone = np.searchsorted(capacities, np.minimum(reached.hit, reached.kept))
     num_phases = found.streamed.shape[1]
     cell = gone * num_phases + stream.lookup_phase()

@@ -15,8 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moeprof.replay.cache import policies
-from moeprof.replay.cache.loops import append, pop, push, unlink
-from moeprof.replay.compiled import compiled
+from moeprof.replay.cache.loops import append, lazily_compiled, pop, push, unlink
 
 Int32s = NDArray[np.int32]
 Int64s = NDArray[np.int64]
@@ -48,7 +47,7 @@ def _note(  # type: ignore[no-untyped-def]  # noqa: PLR0917
             streamed[row, phase] += bytes_of[chosen]
 
 
-@compiled("void" + _COMMON + ", int64)")
+@lazily_compiled("void" + _COMMON + ", int64)")
 def replay_list(  # noqa: PLR0912, PLR0915, PLR0917
     offset: Int64s,
     key: Int32s,
@@ -177,7 +176,7 @@ def replay_list(  # noqa: PLR0912, PLR0915, PLR0917
             _note(first, stop, key, bytes_of, inside, hit_mask, bit, streamed, row, phase[dispatch])
 
 
-@compiled("void" + _COMMON + ")")
+@lazily_compiled("void" + _COMMON + ")")
 def replay_lfu(  # noqa: PLR0912, PLR0915, PLR0917
     offset: Int64s,
     key: Int32s,
@@ -322,7 +321,7 @@ def replay_lfu(  # noqa: PLR0912, PLR0915, PLR0917
             _note(first, stop, key, bytes_of, inside, hit_mask, bit, streamed, row, phase[dispatch])
 
 
-@compiled("void" + _COMMON + ", int64[::1], int64[::1], int64[::1])")
+@lazily_compiled("void" + _COMMON + ", int64[::1], int64[::1], int64[::1])")
 def replay_s3fifo(  # noqa: PLR0912, PLR0915, PLR0917
     offset: Int64s,
     key: Int32s,
@@ -484,7 +483,7 @@ def replay_s3fifo(  # noqa: PLR0912, PLR0915, PLR0917
             _note(begin, end, key, bytes_of, inside, hit_mask, bit, streamed, row, phase[dispatch])
 
 
-@compiled("void" + _COMMON + ")")
+@lazily_compiled("void" + _COMMON + ")")
 def replay_arc(  # noqa: PLR0912, PLR0915, PLR0917
     offset: Int64s,
     key: Int32s,
@@ -633,7 +632,7 @@ def replay_arc(  # noqa: PLR0912, PLR0915, PLR0917
             _note(begin, end, key, bytes_of, inside, hit_mask, bit, streamed, row, phase[dispatch])
 
 
-@compiled("void" + _COMMON + ", uint64)")
+@lazily_compiled("void" + _COMMON + ", uint64)")
 def replay_random(  # noqa: PLR0912, PLR0917
     offset: Int64s,
     key: Int32s,
@@ -716,7 +715,7 @@ def replay_random(  # noqa: PLR0912, PLR0917
             _note(begin, end, key, bytes_of, inside, hit_mask, bit, streamed, row, phase[dispatch])
 
 
-@compiled(
+@lazily_compiled(
     "void(int64[::1], int32[::1], uint8[::1], int64[::1], int64[::1], int64, int64, boolean,"
     " uint64[::1], int64[:, ::1], boolean[::1])"
 )
@@ -764,7 +763,7 @@ def replay_static(  # noqa: PLR0917
         _note(first, stop, key, bytes_of, inside, hit_mask, bit, streamed, row, phase[dispatch])
 
 
-@compiled("void" + _COMMON + ", int64[::1], boolean)")
+@lazily_compiled("void" + _COMMON + ", int64[::1], boolean)")
 def replay_min(  # noqa: PLR0912, PLR0915, PLR0917
     offset: Int64s,
     key: Int32s,
@@ -860,7 +859,7 @@ def replay_min(  # noqa: PLR0912, PLR0915, PLR0917
             _note(begin, end, key, bytes_of, inside, hit_mask, bit, streamed, row, phase[dispatch])
 
 
-@compiled("void(int64[::1], int32[::1], boolean, int64, int64[::1])")
+@lazily_compiled("void(int64[::1], int32[::1], boolean, int64, int64[::1])")
 def fill_next_use(
     offset: Int64s, key: Int32s, one_by_one: bool, num_keys: int, next_use: Int64s
 ) -> None:

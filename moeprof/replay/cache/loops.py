@@ -1,10 +1,44 @@
-"""Small parts that the compiled loops share: linked lists, heaps, set bits."""
+"""What the compiled loops share: compilation on first use, linked lists, heaps, set bits."""
 
 from __future__ import annotations
 
-from typing import Any
+import functools
+import threading
+from collections.abc import Callable
+from typing import Any, TypeVar, cast
 
 import numba
+
+from moeprof.replay.compiled import compiled
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def lazily_compiled(signature: str) -> Callable[[Function], Function]:
+    """Returns a decorator like `compiled` that waits for the first call.
+
+    There are many policies, most runs use few of them, and each takes about two seconds to compile
+    where no cache is there yet.
+
+    Args:
+        signature: Numba signature.
+    """
+
+    def decorate(function: Function) -> Function:
+        lock = threading.Lock()
+        loops: list[Callable[..., Any]] = []
+
+        @functools.wraps(function)
+        def call(*arguments: Any) -> Any:
+            if not loops:
+                with lock:
+                    if not loops:
+                        loops.append(compiled(signature)(function))
+            return loops[0](*arguments)
+
+        return cast("Function", call)
+
+    return decorate
 
 
 @numba.njit

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moeprof.errors import TraceError, UsageError
-from moeprof.replay.compiled import compiled
+from moeprof.replay.cache.loops import lazily_compiled
 from moeprof.replay.tokens import RANK_SHIFT, Requests, load_requests
 from moeprof.trace import schema
 
@@ -514,7 +514,7 @@ def _read_stack(
     )
 
 
-@compiled("int64(int32[::1], int32[::1], int64)")
+@lazily_compiled("int64(int32[::1], int32[::1], int64)")
 def _max_causes(dispatch: Int32s, request: Int32s, num_requests: int) -> int:
     """Returns the most distinct requests that one dispatch has."""
     newest = np.full(num_requests, -1, np.int32)
@@ -532,7 +532,7 @@ def _max_causes(dispatch: Int32s, request: Int32s, num_requests: int) -> int:
     return most
 
 
-@compiled(
+@lazily_compiled(
     "UniTuple(int64, 2)(int32[::1], int32[::1], int32[:, ::1], int64, int64, int64, int64[::1],"
     " int32[::1], int32[::1], int32[::1], int32[::1], int32[::1])"
 )

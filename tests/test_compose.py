@@ -370,3 +370,38 @@ def test_agreement_finds_flips_and_their_roots(tmp_path):
     assert found.findings[0].severity > same.findings[0].severity
     with pytest.raises(UsageError, match="not of one model"):
         agreement(one, lm(tmp_path / "3.moeprof"))
+
+
+@pytest.mark.parametrize("name", ["zoo:lm", "zoo:mt"])
+def test_equals_a_fresh_recording_of_a_built_in_model(tmp_path, name):
+    pytest.importorskip("torch")
+    from moeprof.recording.session import RecordOptions, record_model
+
+    traces = []
+    for batch_size in (1, 8):
+        path = tmp_path / f"{batch_size}.moeprof"
+        record_model(
+            RecordOptions(
+                model=name,
+                output=str(path),
+                batch_size=batch_size,
+                limit=9,
+                max_new_tokens=4,
+                dtype="float32",
+                device="cpu",
+                profile=False,
+                scores=True,
+            )
+        )
+        traces.append(open_trace(path))
+    composed = compose(traces[0], "static", max_batch=8)
+    found = agreement(composed, traces[1])
+    flips = found.tables["flips"]
+    assert found.metric("agreement/untied_roots").value == 0, flips
+    assert found.metric("agreement/unmatched_tokens").value == 0
+    # Equal, or every difference follows from a tie.
+    if not len(flips):
+        assert found.metric("agreement/differing_dispatches").value == 0
+    columns = ["step", "stack", "phase", "batch", "num_tokens", "num_padded_tokens"]
+    assert composed.steps[columns].equals(traces[1].steps[columns])
+    assert check(composed).ok

@@ -17,6 +17,7 @@ import argparse
 import gettext
 import gzip
 import hashlib
+import itertools
 import json
 import re
 import subprocess
@@ -571,7 +572,7 @@ def translation_pairs(raw: Path) -> list[Document]:
 def bigrams(key: str) -> set[tuple[str, str]]:
     """Word bigrams of a normalized source, its ends included."""
     words = ["^", *key.split(), "$"]
-    return set(zip(words, words[1:], strict=False))
+    return set(itertools.pairwise(words))
 
 
 def split_pairs(pairs: list[Document]) -> tuple[list[Document], Counter[str]]:

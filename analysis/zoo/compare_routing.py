@@ -121,8 +121,8 @@ class Routes:
             elif kind == "NllbMoeTop2Router":
                 module.register_forward_hook(self._hook(name, nllb_choice))
 
-    def _hook(self, name, choose):  # noqa: ANN001, ANN202
-        def hook(module, inputs, output):  # noqa: ANN001, ANN202
+    def _hook(self, name, choose):
+        def hook(module, inputs, output):
             self.steps.setdefault(name, []).append(choose(output).cpu().numpy())
 
         return hook

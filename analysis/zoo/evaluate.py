@@ -142,7 +142,7 @@ def evaluate_lm(loaded: zoo.LoadedModel, pack: Path, every: int) -> dict[str, ob
             held[domain].append([0, *ids, 0])
             held_bytes[domain] += len(data)
         key = (domain, row["split"])
-        tokens.setdefault(key, []).append(np.array(ids + [0]))
+        tokens.setdefault(key, []).append(np.array([*ids, 0]))
         symbols.setdefault(key, []).append(np.frombuffer(data, np.uint8))
     routes = Routes(loaded.model)
     start = time.perf_counter()

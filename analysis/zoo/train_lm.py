@@ -19,6 +19,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from pace import adamw, balance, options, paced, summary, update, values
 from transformers import (
     AutoTokenizer,
     GenerationConfig,
@@ -70,15 +71,18 @@ class Forward:
         self.sin = torch.cat([angle, angle], -1).sin()
 
     def norm(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        """Normalize by the root mean square."""
         y = x.float()
         return weight * (y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + self.c.rms_norm_eps))
 
     def rotate(self, x: torch.Tensor) -> torch.Tensor:
+        """Apply rotary positions."""
         first, second = x.chunk(2, -1)
         length = x.shape[-2]
         return x * self.cos[:length] + torch.cat([-second, first], -1) * self.sin[:length]
 
     def attention(self, p: dict[str, torch.Tensor], at: str, x: torch.Tensor) -> torch.Tensor:
+        """Return causal self-attention with normalized queries and keys."""
         batch, length, _ = x.shape
         parts = []
         for name, heads in (("q", self.c.num_attention_heads), ("k", self.c.num_key_value_heads)):
@@ -126,6 +130,7 @@ class Forward:
         return y, balance * self.c.router_aux_loss_coef + 1e-4 * z_loss, counts
 
     def drop(self, x: torch.Tensor) -> torch.Tensor:
+        """Apply dropout in training."""
         return F.dropout(x, self.dropout) if self.dropout else x
 
     def __call__(
@@ -224,137 +229,122 @@ def export(model: Qwen3MoeForCausalLM, pack: Path, out: Path) -> None:
         shutil.copy(path, out / path.name)
 
 
-def main() -> None:
-    """Train within the time given, save, check against transformers."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
-    parser.add_argument("--pack", type=Path, default=Path(".zoo-pack"))
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument(
-        "--max-seconds", type=float, default=520.0, help="training time, set-up apart"
-    )
-    parser.add_argument("--deadline-s", type=float, help="stop this long after the start, at most")
-    parser.add_argument("--max-steps", type=int, default=10**9)
-    parser.add_argument("--batch", type=int, default=96, help="windows of 512 tokens")
-    parser.add_argument("--lr", type=float, default=3e-3)
-    parser.add_argument("--dropout", type=float, default=0.1)
-    parser.add_argument("--weight-decay", type=float, default=0.1)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--shape", type=json.loads, default={}, help="overrides, for a tiny test")
-    parser.add_argument("--every", type=int, default=None, help="keep every n-th document only")
-    parser.add_argument("--no-compile", action="store_true")
-    parser.add_argument("--bf16", action="store_true", help="autocast without a GPU too")
-    args = parser.parse_args()
-    began = time.perf_counter()
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    mixed = device.type == "cuda" or args.bf16
-    torch.manual_seed(args.seed)
-    torch.backends.cuda.matmul.allow_tf32 = True
-    config = build_config({**SHAPE, **args.shape})
+def initialize(config: Qwen3MoeConfig, device: torch.device) -> Qwen3MoeForCausalLM:
+    """Return a model with random weights."""
     model = Qwen3MoeForCausalLM(config).to(device)
-    p = dict(model.named_parameters())
-    for name, tensor in p.items():
+    for name, tensor in model.named_parameters():
         if tensor.dim() > 1:
             scale = 0.02 if "o_proj" not in name and "down_proj" not in name else 0.006
             torch.nn.init.normal_(tensor, std=scale)
-    num_parameters = sum(t.numel() for t in p.values())
-    tokens, held = tokenize(args.pack, args.every)
-    print(
-        f"lm: {num_parameters} parameters, {len(tokens)} training tokens, "
-        f"set-up {time.perf_counter() - began:.0f} s on {device}",
-        flush=True,
-    )
-    data = torch.from_numpy(tokens).to(torch.int32).to(device)
-    forward = Forward(config, args.dropout, device)
-    decay = [t for t in p.values() if t.dim() > 1]
-    plain = [t for t in p.values() if t.dim() <= 1]
-    optimizer = torch.optim.AdamW(
-        [
-            {"params": decay, "weight_decay": args.weight_decay},
-            {"params": plain, "weight_decay": 0},
-        ],
-        lr=args.lr,
-        betas=(0.9, 0.95),
-        fused=True,
-    )
+    return model
 
-    def losses(ids: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        with torch.autocast(device.type, torch.bfloat16, enabled=mixed):
-            logits, extra, usage = forward(p, ids)
+
+class Trainer:
+    """One training run: parameters, data, optimizer and the compiled step."""
+
+    def __init__(self, args: argparse.Namespace, device: torch.device) -> None:
+        """Build the model and read the data."""
+        self.args, self.device = args, device
+        self.mixed = device.type == "cuda" or args.bf16
+        config = build_config({**SHAPE, **args.shape})
+        self.model = initialize(config, device)
+        self.p = dict(self.model.named_parameters())
+        tokens, self.held = tokenize(args.pack, args.every)
+        self.data = torch.from_numpy(tokens).to(torch.int32).to(device)
+        self.forward = Forward(config, args.dropout, device)
+        decayed = {name for name, t in self.p.items() if t.dim() > 1}
+        self.optimizer = adamw(self.p, decayed, args.lr, args.weight_decay, betas=(0.9, 0.95))
+        self.losses = torch.compile(self.plain_losses, dynamic=False)
+        if args.no_compile:
+            self.losses = self.plain_losses
+        self.generator = torch.Generator(device=device).manual_seed(args.seed)
+        self.window = torch.arange(CONTEXT + 1, device=device)
+        self.usage = torch.zeros(config.num_hidden_layers, config.num_experts, device=device)
+
+    def plain_losses(self, ids: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Return the loss to minimize, the cross-entropy and the counts per expert."""
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.mixed):
+            logits, extra, usage = self.forward(self.p, ids)
         loss = F.cross_entropy(logits.float().flatten(0, 1), target.flatten())
         return loss + extra, loss.detach(), usage
 
-    step_losses = losses if args.no_compile else torch.compile(losses, dynamic=False)
-    generator = torch.Generator(device=device).manual_seed(args.seed)
-    window = torch.arange(CONTEXT + 1, device=device)
-    usage = torch.zeros(config.num_hidden_layers, config.num_experts, device=device)
-    curve: list[dict[str, object]] = []
-    step, start, last_look = 0, time.perf_counter(), time.perf_counter()
-    limit = args.max_seconds
-    if args.deadline_s is not None:
-        limit = min(limit, args.deadline_s - (start - began))
-    while True:
-        progress = max((time.perf_counter() - start) / limit, step / args.max_steps)
-        if progress >= 1:
-            break
-        rate = args.lr * min(1.0, (step + 1) / 200)
-        rate *= 0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * progress))
-        for group in optimizer.param_groups:
-            group["lr"] = rate
+    def step(self, lr: float) -> torch.Tensor:
+        """Take one step on random windows and return its cross-entropy."""
         at = torch.randint(
-            len(data) - CONTEXT - 1, (args.batch, 1), device=device, generator=generator
+            len(self.data) - CONTEXT - 1,
+            (self.args.batch, 1),
+            device=self.device,
+            generator=self.generator,
         )
-        batch = data[at + window].long()
+        batch = self.data[at + self.window].long()
         try:
-            total, loss, counts = step_losses(batch[:, :-1], batch[:, 1:])
+            total, loss, counts = self.losses(batch[:, :-1], batch[:, 1:])
         except Exception as error:  # a compiler that fails must not cost the run
-            if step_losses is losses:
+            if self.losses == self.plain_losses:
                 raise
             print(f"lm: compiling failed ({type(error).__name__}), going on without", flush=True)
-            step_losses = losses
-            continue
+            self.losses = self.plain_losses
+            total, loss, counts = self.losses(batch[:, :-1], batch[:, 1:])
         total.backward()
-        torch.nn.utils.clip_grad_norm_(list(p.values()), 1.0, foreach=True)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        usage.mul_(0.99).add_(counts)
-        step += 1
-        if time.perf_counter() - last_look > max(limit / 12, 5):
-            bits = held_out_bits(forward, p, held, device, 120_000)
-            seen = step * args.batch * CONTEXT
-            rare = (usage < 0.1 * usage.mean(1, keepdim=True)).float().mean(1).max()
-            print(
-                f"lm: step {step} epoch {seen / len(data):.1f} "
-                f"{seen / (time.perf_counter() - start):.0f} tokens/s loss {float(loss):.3f} "
-                f"rare {float(rare):.2f} max/mean {float((usage.amax(1) / usage.mean(1)).max()):.2f} "
-                + " ".join(f"{d} {b:.3f}" for d, b in bits.items()),
-                flush=True,
-            )
-            curve.append({"step": step, "tokens": seen, "loss": float(loss), **bits})
-            last_look = time.perf_counter()
-            export(model, args.pack, args.out)
-    export(model, args.pack, args.out)
-    bits = held_out_bits(forward, p, held, device, 10**9)
+        update(self.optimizer, self.p, lr)
+        self.usage.mul_(0.99).add_(counts)
+        return loss
+
+    def bits(self, max_bytes: int) -> dict[str, float]:
+        """Return held-out bits per byte by domain."""
+        return held_out_bits(self.forward, self.p, self.held, self.device, max_bytes)
+
+
+def main() -> None:
+    """Train within the time given, save, check against transformers."""
+    parser = options(__doc__)
+    parser.add_argument("--batch", type=int, default=96, help="windows of 512 tokens")
+    parser.add_argument("--weight-decay", type=float, default=0.1)
+    parser.add_argument("--no-compile", action="store_true")
+    args = parser.parse_args()
+    began = time.perf_counter()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    torch.manual_seed(args.seed)
+    torch.backends.cuda.matmul.allow_tf32 = True
+    run = Trainer(args, device)
+    num_parameters = sum(t.numel() for t in run.p.values())
+    num_tokens = len(run.data)
     print(
-        f"lm: {step} steps, {step * args.batch * CONTEXT / len(data):.1f} epochs, held out "
-        + " ".join(f"{d} {b:.3f}" for d, b in bits.items()),
+        f"lm: {num_parameters} parameters, {num_tokens} training tokens, "
+        f"set-up {time.perf_counter() - began:.0f} s on {device}",
         flush=True,
     )
-    summary = {
-        "arguments": {name: str(value) for name, value in vars(args).items()},
-        "parameters": num_parameters,
-        "steps": step,
-        "training_tokens": len(data),
-        "epochs": step * args.batch * CONTEXT / len(data),
-        "seconds": time.perf_counter() - start,
-        "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
-        "torch": torch.__version__,
-        "bits_per_byte_fast": bits,
-        "curve": curve,
-    }
-    (args.out / "training.json").write_text(json.dumps(summary, indent=1) + "\n")
-    check(model, forward, args.out, held, device)
+    curve: list[dict[str, object]] = []
+    pace = paced(args, began)
+    while pace.progress < 1:
+        loss = run.step(pace.rate(args.lr, 200))
+        pace.step += 1
+        if pace.look_due():
+            bits = run.bits(120_000)
+            seen = pace.step * args.batch * CONTEXT
+            print(
+                f"lm: step {pace.step} epoch {seen / num_tokens:.1f} "
+                f"{seen / pace.seconds:.0f} tokens/s loss {float(loss):.3f} "
+                f"{balance(run.usage)} {values(bits)}",
+                flush=True,
+            )
+            curve.append({"step": pace.step, "tokens": seen, "loss": float(loss), **bits})
+            export(run.model, args.pack, args.out)
+    export(run.model, args.pack, args.out)
+    epochs = pace.step * args.batch * CONTEXT / num_tokens
+    text = summary(
+        args,
+        pace,
+        device,
+        parameters=num_parameters,
+        training_tokens=num_tokens,
+        epochs=epochs,
+        bits_per_byte_fast=run.bits(10**9),
+        curve=curve,
+    )
+    (args.out / "training.json").write_text(text)
+    print(f"lm: {pace.step} steps, {epochs:.1f} epochs", flush=True)
+    check(run.model, run.forward, args.out, run.held, device)
 
 
 @torch.no_grad()
@@ -390,6 +380,7 @@ class PlainForward(Forward):
     def experts(
         self, p: dict[str, torch.Tensor], at: str, x: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Return the output; no losses, no counts."""
         weights, chosen = (
             F.linear(x, p[f"{at}gate.weight"]).softmax(-1).topk(self.c.num_experts_per_tok, -1)
         )

@@ -12,7 +12,6 @@ dispatch and asserts equal logits.
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import os
 import shutil
@@ -24,6 +23,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from pace import adamw, balance, options, paced, summary, update, values
 from tokenizers import Tokenizer
 from transformers import GenerationConfig, NllbMoeConfig, NllbMoeForConditionalGeneration
 from vocabulary import LANGUAGE_TAGS, read_rows
@@ -79,12 +79,15 @@ class Forward:
         self.extra: list[torch.Tensor] = []
 
     def drop(self, x: torch.Tensor) -> torch.Tensor:
+        """Apply dropout in training."""
         return F.dropout(x, self.dropout) if self.training and self.dropout else x
 
     def linear(self, p: Tensors, at: str, x: torch.Tensor) -> torch.Tensor:
+        """Apply a linear layer with bias."""
         return F.linear(x, p[f"{at}.weight"], p[f"{at}.bias"])
 
     def norm(self, p: Tensors, at: str, x: torch.Tensor) -> torch.Tensor:
+        """Apply a layer norm."""
         return F.layer_norm(x, (x.shape[-1],), p[f"{at}.weight"], p[f"{at}.bias"])
 
     def attention(
@@ -96,6 +99,7 @@ class Forward:
         mask: torch.Tensor | None,
         causal: bool,
     ) -> torch.Tensor:
+        """Return attention of `x` over `memory`."""
         batch, length, width = x.shape
         heads = self.c.encoder_attention_heads
         shape = (batch, -1, heads, width // heads)
@@ -106,6 +110,7 @@ class Forward:
         return self.linear(p, f"{at}.out_proj", y.transpose(1, 2).reshape(batch, length, width))
 
     def ffn(self, p: Tensors, at: str, x: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
+        """Return a dense or a sparse feed-forward layer; `keep` marks what is not padding."""
         if f"{at}.router.classifier.weight" not in p:
             return self.linear(p, f"{at}.fc2", F.relu(self.linear(p, f"{at}.fc1", x)))
         shape = x.shape
@@ -160,6 +165,7 @@ class Forward:
         return y + p[f"{at}.fc2.bias"].to(dtype)[ids]
 
     def embed(self, p: Tensors, ids: torch.Tensor) -> torch.Tensor:
+        """Embed ids and add their positions."""
         keep = ids != PAD
         positions = keep.cumsum(1) * keep + PAD
         x = F.embedding(ids, p["model.shared.weight"]) * math.sqrt(self.c.d_model)
@@ -205,6 +211,7 @@ class PlainForward(Forward):
         rows: torch.Tensor,
         ends: torch.Tensor,
     ) -> torch.Tensor:
+        """Run all experts over rows sorted by expert."""
         y = torch.zeros(len(rows), x.shape[-1], device=x.device)
         for expert in range(self.c.num_experts):
             at_expert = torch.where(ids == expert)[0]
@@ -351,35 +358,8 @@ def held_out_loss(
     return result
 
 
-def main() -> None:
-    """Train within the time given, save, check against transformers."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
-    parser.add_argument("--pack", type=Path, default=Path(".zoo-pack"))
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument(
-        "--max-seconds", type=float, default=520.0, help="training time, set-up apart"
-    )
-    parser.add_argument("--deadline-s", type=float, help="stop this long after the start, at most")
-    parser.add_argument("--max-steps", type=int, default=10**9)
-    parser.add_argument("--batch-tokens", type=int, default=40000, help="both sides, padded")
-    parser.add_argument("--lr", type=float, default=3e-3)
-    parser.add_argument("--dropout", type=float, default=0.1)
-    parser.add_argument("--bpe-dropout", type=float, default=0.05)
-    parser.add_argument("--smoothing", type=float, default=0.1)
-    parser.add_argument("--weight-decay", type=float, default=0.05)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--shape", type=json.loads, default={}, help="overrides, for a tiny test")
-    parser.add_argument("--every", type=int, default=None, help="keep every n-th pair only")
-    parser.add_argument("--bf16", action="store_true", help="autocast without a GPU too")
-    args = parser.parse_args()
-    began = time.perf_counter()
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    mixed = device.type == "cuda" or args.bf16
-    torch.manual_seed(args.seed)
-    torch.backends.cuda.matmul.allow_tf32 = True
-    config = build_config({**SHAPE, **args.shape})
+def initialize(config: NllbMoeConfig, device: torch.device) -> tuple[Tensors, torch.Tensor]:
+    """Return fused random parameters and the table of positions."""
     model = NllbMoeForConditionalGeneration(config)
     positions = model.model.encoder.embed_positions.weights.to(device)
     p = {name: t.to(device).requires_grad_() for name, t in fuse(model).items()}
@@ -393,152 +373,152 @@ def main() -> None:
                 std = config.d_model**-0.5 if "shared" in name else small * math.sqrt(2 / fan)
                 t.normal_(std=0.02 if "router" in name else std)
         p["model.shared.weight"][PAD] = 0
-    num_parameters = sum(t.numel() for t in p.values())
-    rows = read_rows(args.pack / "mt.jsonl.xz")[slice(None, None, args.every)]
-    train_rows = [r for r in rows if r["split"] == "train"]
-    tags = {tag: i + 4 for i, tag in enumerate(LANGUAGE_TAGS)}
-    train_tags = [tags[r["language"]] for r in train_rows]
+    return p, positions
 
-    def variant(dropout: float | None) -> Pairs:
-        return Pairs(*segment(args.pack / "mt", train_rows, dropout), train_tags)
 
-    held = {}
-    for domain in ("help", "interface", "scripture"):
-        group = [r for r in rows if r["split"] == "test" and r["domain"] == domain]
-        if group:
-            sides = segment(args.pack / "mt", group, None)
-            held[domain] = Pairs(*sides, [tags[r["language"]] for r in group])
-    pool = ThreadPoolExecutor(1)
-    pairs = variant(args.bpe_dropout)
-    segmented: Future[Pairs] = pool.submit(variant, None)
-    others = [pool.submit(variant, args.bpe_dropout) for _ in range(3)]
-    print(
-        f"mt: {num_parameters} parameters, {len(pairs.sources)} training pairs, "
-        f"{pairs.num_tokens} tokens, set-up {time.perf_counter() - began:.0f} s on {device}",
-        flush=True,
-    )
-    forward = (
-        Forward(config, positions, args.dropout)
-        if mixed
-        else PlainForward(config, positions, args.dropout)
-    )
-    names = list(p)
-    decay = [p[n] for n in names if p[n].dim() > 1 and not n.endswith("bias") and "shared" not in n]
-    chosen = {id(t) for t in decay}
-    plain = [p[n] for n in names if id(p[n]) not in chosen]
-    optimizer = torch.optim.AdamW(
-        [
-            {"params": decay, "weight_decay": args.weight_decay},
-            {"params": plain, "weight_decay": 0},
-        ],
-        lr=args.lr,
-        betas=(0.9, 0.98),
-        eps=1e-9,
-        fused=True,
-    )
+class Trainer:
+    """One training run: parameters, segmented pairs and optimizer."""
 
-    def losses(
-        source: torch.Tensor, target: torch.Tensor, labels: torch.Tensor
-    ) -> tuple[torch.Tensor, ...]:
-        with torch.autocast(device.type, torch.bfloat16, enabled=mixed):
-            logits = forward(p, source, target)
+    def __init__(self, args: argparse.Namespace, device: torch.device) -> None:
+        """Build the model, read and segment the pairs."""
+        self.args, self.device = args, device
+        self.mixed = device.type == "cuda" or args.bf16
+        self.config = build_config({**SHAPE, **args.shape})
+        self.p, self.positions = initialize(self.config, device)
+        kind = Forward if self.mixed else PlainForward
+        self.forward = kind(self.config, self.positions, args.dropout)
+        decayed = {
+            name
+            for name, t in self.p.items()
+            if t.dim() > 1 and not name.endswith("bias") and "shared" not in name
+        }
+        self.optimizer = adamw(
+            self.p, decayed, args.lr, args.weight_decay, betas=(0.9, 0.98), eps=1e-9
+        )
+        self.usage: torch.Tensor | None = None
+        rows = read_rows(args.pack / "mt.jsonl.xz")[slice(None, None, args.every)]
+        self.train_rows = [r for r in rows if r["split"] == "train"]
+        self.held = {}
+        for domain in ("help", "interface", "scripture"):
+            group = [r for r in rows if r["split"] == "test" and r["domain"] == domain]
+            if group:
+                self.held[domain] = self.segmented(group, None)
+        # Segmentations of the training text: one to start with, three more and the one without
+        # BPE dropout while training already runs.
+        self.pool = ThreadPoolExecutor(1)
+        self.first = self.segmented(self.train_rows, args.bpe_dropout)
+        submit = self.pool.submit
+        self.final: Future[Pairs] = submit(self.segmented, self.train_rows, None)
+        self.others = [submit(self.segmented, self.train_rows, args.bpe_dropout) for _ in range(3)]
+        self.queue: list[np.ndarray] = []
+        self.current = self.first
+        self.epoch = 0
+
+    def segmented(self, rows: list[dict[str, str]], dropout: float | None) -> Pairs:
+        """Tokenize pairs."""
+        tags = {tag: i + 4 for i, tag in enumerate(LANGUAGE_TAGS)}
+        sides = segment(self.args.pack / "mt", rows, dropout)
+        return Pairs(*sides, [tags[r["language"]] for r in rows])
+
+    def next_batch(self, progress: float) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return one batch; every epoch has another segmentation, the last ones the plain one."""
+        if not self.queue:
+            ready = [self.first, *(f.result() for f in self.others if f.done())]
+            self.current = ready[self.epoch % len(ready)]
+            if progress > 0.9 and self.final.done():
+                self.current = self.final.result()
+            self.epoch += 1
+            self.queue = self.current.batches(self.args.batch_tokens, self.epoch)
+        source, target = self.current.padded(self.queue.pop())
+        return (
+            source.to(self.device, non_blocking=True),
+            target.to(self.device, non_blocking=True),
+        )
+
+    def step(self, lr: float, progress: float) -> torch.Tensor:
+        """Take one step and return its cross-entropy."""
+        source, target = self.next_batch(progress)
+        labels = target[:, 1:].clone()
+        labels[:, 0] = PAD  # the language is given, not predicted
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.mixed):
+            logits = self.forward(self.p, source, target[:, :-1])
         loss = F.cross_entropy(
             logits.float().flatten(0, 1),
             labels.flatten(),
             ignore_index=PAD,
-            label_smoothing=args.smoothing,
+            label_smoothing=self.args.smoothing,
         )
-        total = loss + torch.stack(forward.extra).sum()
-        return total, loss.detach(), torch.stack(forward.usage)
+        (loss + torch.stack(self.forward.extra).sum()).backward()
+        update(self.optimizer, self.p, lr)
+        counts = torch.stack(self.forward.usage)
+        self.usage = counts if self.usage is None else self.usage * 0.99 + counts
+        return loss.detach()
 
-    step = epoch = 0
-    queue: list[np.ndarray] = []
-    curve: list[dict[str, object]] = []
-    usage = torch.zeros(1, device=device)
-    start = last_look = time.perf_counter()
-    limit = args.max_seconds
-    if args.deadline_s is not None:
-        limit = min(limit, args.deadline_s - (start - began))
-    while True:
-        progress = max((time.perf_counter() - start) / limit, step / args.max_steps)
-        if progress >= 1:
-            break
-        if not queue:
-            # the last tenth sees the segmentation that generation will see
-            ready = [pairs, *(f.result() for f in others if f.done())]
-            current = ready[epoch % len(ready)]
-            if progress > 0.9 and segmented.done():
-                current = segmented.result()
-            epoch += 1
-            queue = current.batches(args.batch_tokens, epoch)
-        source, target = current.padded(queue.pop())
-        source = source.to(device, non_blocking=True)
-        target = target.to(device, non_blocking=True)
-        rate = args.lr * min(1.0, (step + 1) / 800)
-        rate *= 0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * progress))
-        for group in optimizer.param_groups:
-            group["lr"] = rate
-        labels = target[:, 1:].clone()
-        labels[:, 0] = PAD  # the language is given, not predicted
-        total, loss, counts = losses(source, target[:, :-1], labels)
-        total.backward()
-        torch.nn.utils.clip_grad_norm_(list(p.values()), 1.0, foreach=True)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        usage = counts if usage.dim() == 1 else usage * 0.99 + counts
-        step += 1
-        if time.perf_counter() - last_look > max(limit / 12, 5):
-            last_look = time.perf_counter()
-            nats = held_out_loss(forward, p, held, device, mixed)
-            rare = (usage < 0.1 * usage.mean(1, keepdim=True)).float().mean(1).max()
-            print(
-                f"mt: step {step} epoch {epoch} at {last_look - start:.0f} s loss {float(loss.detach()):.3f} "
-                f"rare {float(rare):.2f} max/mean {float((usage.amax(1) / usage.mean(1)).max()):.2f} "
-                + " ".join(f"{d} {v:.3f}" for d, v in nats.items()),
-                flush=True,
-            )
-            curve.append({"step": step, "epoch": epoch, "loss": float(loss), **nats})
-            export(p, config, args.pack, args.out)
-    export(p, config, args.pack, args.out)
-    nats = held_out_loss(forward, p, held, device, mixed)
+    def nats(self) -> dict[str, float]:
+        """Return the held-out cross-entropy per target token by domain."""
+        return held_out_loss(self.forward, self.p, self.held, self.device, self.mixed)
+
+
+def main() -> None:
+    """Train within the time given, save, check against transformers."""
+    parser = options(__doc__)
+    parser.add_argument("--batch-tokens", type=int, default=40000, help="both sides, padded")
+    parser.add_argument("--bpe-dropout", type=float, default=0.05)
+    parser.add_argument("--smoothing", type=float, default=0.1)
+    parser.add_argument("--weight-decay", type=float, default=0.05)
+    args = parser.parse_args()
+    began = time.perf_counter()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    torch.manual_seed(args.seed)
+    torch.backends.cuda.matmul.allow_tf32 = True
+    run = Trainer(args, device)
+    num_parameters = sum(t.numel() for t in run.p.values())
     print(
-        f"mt: {step} steps, {epoch} epochs, held out nats per token "
-        + " ".join(f"{d} {v:.3f}" for d, v in nats.items()),
+        f"mt: {num_parameters} parameters, {len(run.first.sources)} training pairs, "
+        f"{run.first.num_tokens} tokens, set-up {time.perf_counter() - began:.0f} s on {device}",
         flush=True,
     )
-    summary = {
-        "arguments": {name: str(value) for name, value in vars(args).items()},
-        "parameters": num_parameters,
-        "steps": step,
-        "epochs": epoch,
-        "training_pairs": len(pairs.sources),
-        "seconds": time.perf_counter() - start,
-        "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
-        "torch": torch.__version__,
-        "held_out_nats_per_token": nats,
-        "curve": curve,
-    }
-    (args.out / "training.json").write_text(json.dumps(summary, indent=1) + "\n")
-    pool.shutdown(cancel_futures=True, wait=False)
-    check(p, config, positions, args.out, held, device)
+    curve: list[dict[str, object]] = []
+    pace = paced(args, began)
+    while pace.progress < 1:
+        loss = run.step(pace.rate(args.lr, 800), pace.progress)
+        pace.step += 1
+        if pace.look_due():
+            nats = run.nats()
+            assert run.usage is not None
+            print(
+                f"mt: step {pace.step} epoch {run.epoch} at {pace.seconds:.0f} s "
+                f"loss {float(loss):.3f} {balance(run.usage)} {values(nats)}",
+                flush=True,
+            )
+            curve.append({"step": pace.step, "epoch": run.epoch, "loss": float(loss), **nats})
+            export(run.p, run.config, args.pack, args.out)
+    export(run.p, run.config, args.pack, args.out)
+    text = summary(
+        args,
+        pace,
+        device,
+        parameters=num_parameters,
+        epochs=run.epoch,
+        training_pairs=len(run.first.sources),
+        held_out_nats_per_token=run.nats(),
+        curve=curve,
+    )
+    (args.out / "training.json").write_text(text)
+    print(f"mt: {pace.step} steps, {run.epoch} epochs", flush=True)
+    run.pool.shutdown(cancel_futures=True, wait=False)
+    check(run, args.out)
     sys.stdout.flush()
     os._exit(0)  # a segmentation still running in the background is of no use any more
 
 
 @torch.no_grad()
-def check(
-    p: Tensors,
-    config: NllbMoeConfig,
-    positions: torch.Tensor,
-    out: Path,
-    held: dict[str, Pairs],
-    device: torch.device,
-) -> None:
+def check(run: Trainer, out: Path) -> None:
     """Assert that transformers with the corrected dispatch computes what was trained."""
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
     from moeprof.zoo.dispatch import fix_nllb_dispatch
 
-    pairs = held["help"]
+    device, pairs = run.device, run.held["help"]
     source, target = (t.to(device) for t in pairs.padded(np.arange(min(16, len(pairs.sources)))))
     stock = (
         NllbMoeForConditionalGeneration.from_pretrained(
@@ -549,8 +529,8 @@ def check(
     )
     num_fixed = fix_nllb_dispatch(stock)
     torch.backends.cuda.matmul.allow_tf32 = False
-    half = {name: t.detach().to(torch.float16).float() for name, t in p.items()}
-    plain = PlainForward(config, positions, 0.0)
+    half = {name: t.detach().to(torch.float16).float() for name, t in run.p.items()}
+    plain = PlainForward(run.config, run.positions, 0.0)
     plain.training = False
     got = plain(half, source, target)
     expected = stock(

@@ -627,7 +627,7 @@ def _findings(
     elif popular:
         meaning = "so reuse comes from popular experts, and pinning those does as well as tracking"
     else:
-        meaning = "so reuse is about what chance gives at this number of tokens per step"
+        meaning = "so reuse is little more than chance gives at this number of tokens per step"
     text = (
         f"In {wording.place(stack, phase, num_stacks=num_stacks)}, "
         f"{wording.share_with_interval(overlap)} of the experts that a step needs were needed by "

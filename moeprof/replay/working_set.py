@@ -30,6 +30,8 @@ MAX_TOKENS_PER_SIZE = 131_072
 
 _HALF_OCTAVES = 2
 _HALF = 0.5
+_SATURATED = 0.9
+_AGREEING = 0.05
 
 
 def batching(trace: Trace) -> Result:
@@ -274,26 +276,29 @@ def _findings(
 ) -> list[Finding]:
     if not curve:
         return []
-    last = curve[-1]
-    share, uniform = last["distinct_share"], last["uniform_share"]
-    reach = next((row for row in curve if row["distinct_share"] >= _HALF), None)
-    tokens = "tokens" if last["num_tokens"] != 1 else "token"
+    # Where nearly every expert is needed anyway, a larger batch has nothing more to tell.
+    unsaturated = [row for row in curve if row["distinct_share"] <= _SATURATED]
+    shown = unsaturated[-1] if unsaturated else curve[0]
+    half = next((row for row in curve if row["distinct_share"] >= _HALF), None)
+    where = wording.place(stack, phase, num_stacks=num_stacks).removeprefix("the ")
+    article = "An" if where[0] in "aeiou" else "A"
+    tokens = "tokens" if shown["num_tokens"] != 1 else "token"
     text = (
-        f"A {wording.place(stack, phase, num_stacks=num_stacks)} batch of {last['num_tokens']} "
-        f"{tokens} needs "
-        f"{wording.share_with_interval(_interval(last))} of a layer's experts; uniform routing "
-        f"would need {wording.percent(uniform)}."
+        f"{article} {where} batch of {shown['num_tokens']} {tokens} needs "
+        f"{wording.share_with_interval(_interval(shown))} of a layer's experts, where uniform "
+        f"routing would need {wording.percent(shown['uniform_share'])}"
     )
-    if reach is not None and reach is not last:
-        text += f" Half of them are needed from a batch of {reach['num_tokens']} on."
-    elif share < uniform:
-        text += " Tokens of one batch agree more than chance would have them."
+    if half is not None and half is not shown:
+        text += f"; from {half['num_tokens']} tokens on it is more than half of them"
+    elif shown["uniform_share"] - shown["distinct_share"] > _AGREEING:
+        text += ": tokens of one batch agree more than chance would have them"
+    text += "."
     return [
         Finding(
             text=text,
             severity=SEVERITY_FACT - 5,
             section=NAME,
-            metric=f"{NAME}/distinct_share/{stack}/{phase}/{last['num_tokens']}",
+            metric=f"{NAME}/distinct_share/{stack}/{phase}/{shown['num_tokens']}",
         )
     ]
 

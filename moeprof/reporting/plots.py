@@ -27,6 +27,7 @@ _MAX_X_LABELS = 13
 _INLINE_LABEL_SHARE = 0.085
 _NUM_TICKS = 4
 _NEAR_ZERO = 0.2
+_FINE = 256
 _TICK_STEPS = (1, 2, 2.5, 5, 10)
 _BINARY_STEPS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 
@@ -318,7 +319,8 @@ def _heat(figure: FigureData) -> Markup:
             '<div class="heat-body" style="--rows:{}">{}<img alt="{}" src="{}"></div>'
             '<div class="heat-x"><span>expert 0</span><span>{}</span></div></div>'
         ).format(
-            " named" if named else "", panel["title"], panel["num_experts"], panel["top_k"],
+            (" named" if named else "") + (" fine" if panel["num_experts"] > _FINE else ""),
+            panel["title"], panel["num_experts"], panel["top_k"],
             len(rows), axis, f"{panel['title']}: {figure['alt']}", image,
             panel["num_experts"] - 1,
         )  # fmt: skip

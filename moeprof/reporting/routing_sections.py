@@ -432,6 +432,8 @@ def _pair_figure(trace: Trace, rows: Rows) -> FigureData:
             "key": _PAIR_KEYS[row["pair"]],
         }
         for (stack, phase), own in groups(rows, "stack", "phase").items()
+        # A translation's decoder prompt is a start and a language token: no neighbourhood.
+        if phase != "prefill" or "encoder" not in trace.info.stacks
         for row in own
     ]
     return FigureData(

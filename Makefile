@@ -21,6 +21,8 @@ $(STAMP): pyproject.toml constraints.txt
 
 setup: $(STAMP)  ## Make .venv with the pinned dependencies
 
+# One thread: the models are small, and threads that wait for each other cost more than they bring.
+demo: export OMP_NUM_THREADS = 1
 demo: $(STAMP)  ## Record both built-in models, check the traces, write demo/report.html
 	@mkdir -p demo
 	$(MOEPROF) record zoo:lm -o demo/lm.moeprof --force

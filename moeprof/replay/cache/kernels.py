@@ -416,6 +416,7 @@ def replay_s3fifo(  # noqa: PLR0912, PLR0915, PLR0917
                     spare = turn == 0 and semantics != SEQUENTIAL
                     small, main = following[small_head], following[main_head]
                     target = capacity - (0 if joined else missing)
+                    from_small = False
                     while used > target:
                         if spare:
                             while small != small_head and newest[small] == dispatch:
@@ -424,7 +425,9 @@ def replay_s3fifo(  # noqa: PLR0912, PLR0915, PLR0917
                                 main = following[main]
                         if small == small_head and main == main_head:
                             break
-                        if main != main_head and (main_used > main_capacity or small == small_head):
+                        if main != main_head and (
+                            small == small_head or (main_used > main_capacity and not from_small)
+                        ):
                             node = main
                             main = following[node]
                             unlink(following, before, node)
@@ -434,6 +437,7 @@ def replay_s3fifo(  # noqa: PLR0912, PLR0915, PLR0917
                                 if main == main_head:
                                     main = node
                                 continue
+                            from_small = False
                             main_used -= size[node]
                             inside[node] = False
                             used -= size[node]
@@ -446,9 +450,11 @@ def replay_s3fifo(  # noqa: PLR0912, PLR0915, PLR0917
                             append(following, before, main_head, node)
                             main_used += size[node]
                             frequency[node] = 0
+                            from_small = True
                             if main == main_head:
                                 main = node
                             continue
+                        from_small = False
                         inside[node] = False
                         used -= size[node]
                         if size[node] <= ghost_capacity:

@@ -85,7 +85,8 @@ TABLE: tuple[PolicyDefinition, ...] = (
         name="s3fifo",
         source="Yang et al., SOSP 2023: small queue 10 %, main queue 90 %, ghosts for 90 %",
         leaves="from main where it exceeds its 90 % or small is empty, else from small; small: "
-        "first in, looked up twice or more since = moved to main, else leaves into the ghosts; "
+        "first in, looked up twice or more since = moved to main, and the next of small is asked, "
+        "else leaves into the ghosts; "
         "main: first in, looked up since = to the back with one count less, else leaves",
         sets="ghosts are those at arrival; counts rise once per lookup, up to 3; experts of the "
         "dispatch are passed over while others leave, and new ones queue up after that; until the "
@@ -322,12 +323,15 @@ class S3Fifo(Machine):
         """Evicts one expert; see the table."""
         if not protected:
             self._join()
+        from_small = False
         while True:
             small = next((key for key in self._small if key not in protected), None)
             main = next((key for key in self._main if key not in protected), None)
             if small is None and main is None:
                 return None
-            if main is not None and (self._main_used > self._main_capacity or small is None):
+            if main is not None and (
+                small is None or (self._main_used > self._main_capacity and not from_small)
+            ):
                 if self._frequency[main]:
                     self._frequency[main] -= 1
                     self._main.move_to_end(main)
@@ -337,6 +341,7 @@ class S3Fifo(Machine):
                 self._gone(main)
                 return main
             assert small is not None
+            from_small = True
             size = self.sizes[small]
             del self._small[small]
             self._small_used -= size

@@ -8,6 +8,7 @@ The profiler slows the host, so these times are shares, not latencies.
 
 from __future__ import annotations
 
+import math
 import os
 import re
 from collections import defaultdict
@@ -33,20 +34,23 @@ _PRODUCTS = re.compile(
     r"::(_?grouped_mm\w*|mm|bmm|addmm|baddbmm|matmul|linear|_scaled_mm|addmv|mv|dot|einsum)$"
 )
 _ACTIVATIONS = re.compile(
-    r"::(silu|gelu|relu|relu_|sigmoid|tanh|softplus|hardtanh|clamp|clamp_min|clamp_max|native_dropout|"
-    r"dropout|silu_|gelu_|leaky_relu)$"
+    r"::(silu|gelu|relu|relu_|sigmoid|tanh|softplus|hardtanh|clamp_?|clamp_min|clamp_max|"
+    r"native_dropout|dropout|silu_|gelu_|leaky_relu)$"
 )
 _ROW_SEARCH = re.compile(
     r"::(one_hot|nonzero|nonzero_numpy|where|sort|argsort|histc|bincount|cumsum|repeat_interleave|"
     r"floor_divide|div|div_|remainder|eq|ne|gt|ge|lt|le|greater|bitwise_\w+|_local_scalar_dense|item|"
-    r"scatter_?|_unique2|unique|topk|searchsorted|arange|is_nonzero|any|all|max|min|scatter)$"
+    r"scatter_?|_unique2|unique|topk|_?softmax|searchsorted|arange|is_nonzero|any|all|max|min)$"
 )
 _ACCUMULATION = re.compile(
-    r"::(index_add_?|scatter_add_?|scatter_reduce\w*|index_put_?|_index_put_impl_|index_reduce_?)$"
+    r"::(index_add_?|index_copy_?|scatter_add_?|scatter_reduce\w*|index_put_?|_index_put_impl_|"
+    r"index_reduce_?)$"
 )
 _GATHERS = re.compile(r"::(index|index_select|gather|take_along_dim|_unsafe_index)$")
 _ALLOCATIONS = re.compile(r"::(zeros_like|zeros|zero_|fill_|new_zeros)$")
-_ELEMENTWISE = re.compile(r"::(mul|mul_|add|add_|sub|neg|_to_copy|copy_|to|clone|contiguous|cat)$")
+_ELEMENTWISE = re.compile(
+    r"::(mul|mul_|add|add_|sub|neg|masked_fill_?|_to_copy|copy_|to|clone|contiguous|cat)$"
+)
 _VIEWS = re.compile(
     r"::(view|reshape|select|as_strided|slice|narrow|t|transpose|permute|expand|unsqueeze|squeeze|"
     r"chunk|split|detach|alias|resolve_conj|resolve_neg|numpy_T|lift_fresh|unbind|flatten)$"
@@ -80,19 +84,17 @@ def classify(name: str, shapes: Sequence[Any], call: CallShape) -> str:
         call: Sizes of the call.
     """
     first = tuple(shapes[0]) if shapes and isinstance(shapes[0], (list, tuple)) else ()
-    if _PRODUCTS.search(name) or _ACTIVATIONS.search(name):
+    if _PRODUCTS.search(name):
         return EXPERTS
-    if _ACCUMULATION.search(name):
+    if _ACTIVATIONS.search(name):
+        return EXPERTS if len(first) >= MATRIX_DIM else DISPATCH  # Ids are clamped, too.
+    if any(pattern.search(name) for pattern in (_ACCUMULATION, _SUMS, _ALLOCATIONS)):
         # Writing ids into a mask is not accumulation of rows.
         return COMBINE if first and first[-1] == call.d_model else DISPATCH
     if _GATHERS.search(name):
         return _gather(first, call)
-    if _SUMS.search(name):
-        return COMBINE if first and first[-1] == call.d_model else DISPATCH
     if _ROW_SEARCH.search(name):
         return DISPATCH
-    if _ALLOCATIONS.search(name):
-        return COMBINE if first and first[-1] == call.d_model else DISPATCH
     if _ELEMENTWISE.search(name) or _VIEWS.search(name):
         return _elementwise(name, first, shapes, call)
     return UNCLASSIFIED
@@ -117,6 +119,8 @@ def _elementwise(name: str, first: tuple[int, ...], shapes: Sequence[Any], call:
     if not first:
         return DISPATCH
     last, product = first[-1], "mul" in name
+    weighs = product or "masked_fill" in name
+    num_rows = math.prod(first[:-1])
     wide, matrix = last == call.d_model, len(first) >= MATRIX_DIM
     index_like = last in (call.top_k, call.num_experts, 1) or not matrix
     rules = (
@@ -126,14 +130,16 @@ def _elementwise(name: str, first: tuple[int, ...], shapes: Sequence[Any], call:
             len(first) == FUSED_DIM and first[0] == call.num_experts and call.d_model in first,
             EXPERTS,
         ),
-        # Rows times their gate weight.
-        (product and wide and second[-1:] == (1,), COMBINE),
+        # Rows times their gate weight, or cleared where their slot is empty.
+        (weighs and wide and second[-1:] == (1,), COMBINE),
         (product and matrix and wide and second == first, EXPERTS),
         # The hidden width of an expert is neither of the others.
         (matrix and not wide and not index_like and last != call.num_rows, EXPERTS),
         (index_like or last == call.num_rows, DISPATCH),
-        # Bias of the output projection.
-        (wide and "add" in name and len(second) == 1, EXPERTS),
+        # Outputs of shared and routed experts of every row, added up.
+        (wide and "add" in name and second == first and num_rows == call.num_rows, COMBINE),
+        # Bias of the output projection, the same for all rows or one for each.
+        (wide and "add" in name and (len(second) == 1 or second == first), EXPERTS),
     )
     return next((component for fits, component in rules if fits), UNCLASSIFIED)
 

@@ -387,3 +387,44 @@ def test_bad_options_are_refused(tmp_path, options, message):
     trace = synthetic_trace(tmp_path / "t.moeprof", num_requests=2, num_sites=1)
     with pytest.raises(UsageError, match=message):
         gating(trace, **options)
+
+
+def test_intervals_cover_other_traffic_of_the_same_law(tmp_path, monkeypatch):
+    from moeprof.trace import synthetic
+
+    truth = synthetic.synthetic_truth
+
+    def one_law(info):
+        law = {**info.settings["synthetic"], "seed": 7}
+        return truth(replace(info, settings={"synthetic": law}))
+
+    monkeypatch.setattr(synthetic, "synthetic_truth", one_law)
+    inside: dict = defaultdict(list)
+    for batch in (1, 8, 32):
+        found: dict = defaultdict(list)
+        for seed in range(16):
+            trace = synthetic_trace(
+                tmp_path / "t.moeprof",
+                force=True,
+                num_requests=64,
+                num_sites=1,
+                seed=seed,
+                batch=batch,
+                prompt_tokens=16,
+                output_tokens=12,
+                weights=False,
+                executed=False,
+                timed=False,
+            )
+            for row in gating(trace, values=[0.25]).tables["stacks"].to_dict("records"):
+                for name in ("waste_factor", "dropped_share", "tile_ratio"):
+                    bounds = (row[name], row[f"{name}_low"], row[f"{name}_high"])
+                    found[name, row["phase"]].append(bounds)
+        for (name, _), rows in found.items():
+            values = np.array(rows, float)
+            if values[:, 0].std() > 0:
+                centre = values[:, 0].mean()
+                known = values[np.isfinite(values[:, 1])]
+                inside[name].append((known[:, 1] <= centre) & (centre <= known[:, 2]))
+    for name, hits in inside.items():
+        assert 0.80 <= np.concatenate(hits).mean() <= 0.99, name

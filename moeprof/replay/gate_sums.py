@@ -119,14 +119,7 @@ class SiteSums:
 
     def _add_static(self, here: _Counted, static: StaticDispatches, index: int) -> None:
         demand, sums, phase = here.demand, self.sums, here.demand.phase
-        slots = static.slots.reshape(-1)
-        over = here.place >= slots[here.group]
-        num_tokens = len(demand.dispatch)
-        dropped = np.bincount(here.token, weights=over, minlength=num_tokens)
-        asked = (demand.expert >= 0).sum(axis=1)
-        sums["dropped"][:, :, index] += here.by_request(dropped)
-        sums["clipped"][:, :, index] += here.by_request(dropped > 0)
-        sums["lost"][:, :, index] += here.by_request((dropped > 0) & (dropped == asked))
+        self._add_drops(here, static.slots.reshape(-1), index)
         exact = static.exact_slots * self.site.num_experts
         # A token is what gives every expert its share of a slot; padding, rounding and fixed
         # slots have no single cause.
@@ -154,6 +147,41 @@ class SiteSums:
         for name, values in maxima.items():
             np.maximum.at(sums[name][:, index], phase, values)
 
+    def _add_drops(self, here: _Counted, slots: Ints, index: int) -> None:
+        """Adds what finds no slot, as a whole and shared among the requests that cause it.
+
+        A request causes what its own tokens lose, and it crowds others out: at an expert that
+        overflows it adds the rows it sends there and takes off the slots that its tokens bring.
+        What it crowds out beyond its own losses may be negative, and sums to nothing over all.
+        """
+        demand, sums = here.demand, self.sums
+        over = here.place >= slots[here.group]
+        if not over.any():
+            return
+        num_tokens, num_cells = len(demand.dispatch), len(here.cell_group)
+        dropped = np.bincount(here.token, weights=over, minlength=num_tokens)
+        lost = (dropped > 0) & (dropped == (demand.expert >= 0).sum(axis=1))
+        overflow = np.maximum(np.bincount(here.cell, weights=over, minlength=num_cells), 1)
+        per_token = slots / np.maximum(np.bincount(here.token_group, minlength=len(slots)), 1)
+        every = np.ones(num_tokens, bool)
+        # Own losses, and of which drops one more makes one more loss.
+        kinds = {
+            "dropped": (dropped, every),
+            "clipped": (dropped > 0, dropped == 1),
+            "lost": (lost, lost),
+        }
+        for name, (own, marginal) in kinds.items():
+            counted = np.bincount(
+                here.cell, weights=over & marginal[here.token], minlength=num_cells
+            )
+            factor = counted / overflow
+            crowding = np.bincount(
+                here.token, weights=factor[here.cell] * ~over, minlength=num_tokens
+            )
+            brought = np.bincount(here.cell_group, weights=factor, minlength=len(slots))
+            relief = (brought * per_token)[here.token_group]
+            sums[name][:, :, index] += here.by_request(own + crowding - relief)
+
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class _Counted:
@@ -166,6 +194,8 @@ class _Counted:
         expert: [decisions].
         group: [decisions] dispatch and device.
         place: [decisions] decisions of the same expert and group before it.
+        cell: [decisions] index of the pair of group and expert.
+        cell_group: [cells] group of each such pair.
         happened: [dispatches] the site saw a token.
         cause_group: [causes] distinct (group, request) pairs.
         cause_request: [causes].
@@ -177,6 +207,8 @@ class _Counted:
     expert: Ints
     group: Ints
     place: Ints
+    cell: Ints
+    cell_group: Ints
     happened: NDArray[np.bool_]
     cause_group: Ints
     cause_request: Ints
@@ -188,6 +220,9 @@ class _Counted:
         expert = demand.expert[token, slot]
         token_group = demand.dispatch * demand.devices + demand.device
         group = token_group[token]
+        place, cell = places(group * demand.site.num_experts + expert)
+        cell_group = np.zeros(int(cell.max(initial=-1)) + 1, np.int64)
+        cell_group[cell] = group
         causes = _distinct(token_group, demand.request, demand.num_requests)
         return cls(
             demand=demand,
@@ -195,7 +230,9 @@ class _Counted:
             token=token,
             expert=expert,
             group=group,
-            place=places(group * demand.site.num_experts + expert),
+            place=place,
+            cell=cell,
+            cell_group=cell_group,
             happened=demand.num_tokens.sum(axis=1) > 0,
             cause_group=causes[0],
             cause_request=causes[1],
@@ -233,15 +270,16 @@ class _Counted:
         return _tallied(index, each[self.cause_group], (NUM_PHASES, demand.num_requests))
 
 
-def places(key: Ints) -> Ints:
-    """Returns how many equal keys come before each."""
+def places(key: Ints) -> tuple[Ints, Ints]:
+    """Returns how many equal keys come before each, and the rank of each key."""
     order = np.argsort(key, kind="stable")
     ordered = key[order]
     index = np.arange(len(key))
-    starts = np.where(np.diff(ordered, prepend=-1) != 0, index, 0)
-    found = np.empty(len(key), np.int64)
-    found[order] = index - np.maximum.accumulate(starts)
-    return found
+    fresh = np.diff(ordered, prepend=-1) != 0
+    place, cell = np.empty(len(key), np.int64), np.empty(len(key), np.int64)
+    place[order] = index - np.maximum.accumulate(np.where(fresh, index, 0))
+    cell[order] = np.cumsum(fresh) - 1
+    return place, cell
 
 
 def _distinct(first: Ints, second: Ints, width: int) -> tuple[Ints, Ints]:

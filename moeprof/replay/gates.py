@@ -8,7 +8,7 @@ takes a calibrated machine.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -35,6 +35,8 @@ MODEL_RULE = "model"
 GATING_RULES = ("token_fraction", "capacity_factor", MODEL_RULE)
 DEFAULT_VALUES = {"token_fraction": (0.05, 1.0), "capacity_factor": (1.0, 1.25, 2.0)}
 ALL_PHASES = "all"
+MIN_EVENTS = 10
+"""Fewer losses than this carry no interval."""
 
 _RATIOS = {
     "waste_factor": ("slots", "decisions"),
@@ -138,6 +140,22 @@ class _Pool:
     def dispatches(self) -> list[int]:
         """Dispatches of each site."""
         return [int(sums.sums["num_dispatches"][list(self.codes)].sum()) for sums in self.sites]
+
+    def knows(self, name: str) -> bool:
+        """Returns True where a count of losses carries an interval.
+
+        Where fewer than 10 were lost there is no telling how many will be; where the rule can
+        never drop, there is nothing to tell.
+        """
+        if not any(
+            capacity.may_drop(
+                replace(sums.site, capacity_rule=schema.CapacityRule(rule=r, value=v))
+            )
+            for sums in self.sites
+            for r, v in [sums.rules[self.index]]
+        ):
+            return True
+        return (self.total(name) or 0.0) >= MIN_EVENTS
 
     def per_request(self, name: str) -> Floats:
         """Returns [requests] sums of a quantity over sites and phases."""
@@ -307,6 +325,13 @@ def _ratios(pools: list[_Pool], requests: Requests) -> dict[str, Estimates]:
             np.stack([pool.per_request(bottom) for pool in pools], axis=1),
             halves=requests.half,
         )
+        if name in _SHARES:
+            known = np.array([pool.knows(top) for pool in pools])
+            found[name] = replace(
+                found[name],
+                low=np.where(known, found[name].low, np.nan),
+                high=np.where(known, found[name].high, np.nan),
+            )
     return found
 
 

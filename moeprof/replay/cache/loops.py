@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any, TypeVar, cast
 
 import numba
+from llvmlite import ir
 
 from moeprof.replay.compiled import compiled
 
@@ -103,3 +104,15 @@ def _popcount(typing_context: Any, value: Any) -> Any:
 
 
 popcount: Any = numba.extending.intrinsic(_popcount)
+
+
+def _leading_zeros(typing_context: Any, value: Any) -> Any:
+    """Returns the number of zeros above the highest set bit; the number must not be 0."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.ctlz(arguments[0], ir.Constant(ir.IntType(1), 1))
+
+    return value(value), generate
+
+
+leading_zeros: Any = numba.extending.intrinsic(_leading_zeros)

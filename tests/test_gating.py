@@ -428,3 +428,18 @@ def test_intervals_cover_other_traffic_of_the_same_law(tmp_path, monkeypatch):
                 inside[name].append((known[:, 1] <= centre) & (centre <= known[:, 2]))
     for name, hits in inside.items():
         assert 0.80 <= np.concatenate(hits).mean() <= 0.99, name
+
+
+def test_a_trace_without_tokens_has_nothing_to_say(tmp_path):
+    info = schema.TraceInfo(model=schema.ModelInfo(name="empty"), sites=PAPER_LM.sites)
+    TraceWriter.create(tmp_path / "t.moeprof", info).close()
+    result = gating(open_trace(tmp_path / "t.moeprof"))
+    assert result.table.empty
+    assert not result.metrics
+
+
+def test_unknown_shapes_leave_bytes_unknown(tmp_path):
+    tokens = [HandToken(request=r, position=0, experts=[(r,)]) for r in range(3)]
+    row = gating(hand_trace(tmp_path / "t.moeprof", [tokens]), values=[1.0]).table.iloc[0]
+    assert row["dispatched_bytes"] is None and row["flops"] is None
+    assert row["weight_bytes"] == 8 << 20 and row["dynamic_weight_bytes"] == 3 << 20

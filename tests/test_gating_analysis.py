@@ -106,3 +106,13 @@ def test_composing_is_compared_with_a_recording(traces):
         assert any("0.4 %" in note for note in compose(lm).info.notes)
     finally:
         lm.info = before
+
+
+def test_buffering_on_the_command_line(traces, capsys):
+    path = str(traces[0].path)
+    command = ["replay", "buffering", path, "--policies", "lru,min", "--capacities"]
+    assert main([*command, "2,25%", "--csv"]) == 0
+    table = pd.read_csv(io.StringIO(capsys.readouterr().out))
+    assert set(table["policy"]) == {"lru", "min"}
+    assert main([*command, "0.25"]) != 0
+    assert "hint:" in capsys.readouterr().err

@@ -317,8 +317,8 @@ def _result(
 
 
 def _ratios(pools: list[_Pool], requests: Requests) -> dict[str, Estimates]:
-    found = {}
-    for name, (top, bottom) in _RATIOS.items():
+    found: dict[str, Estimates] = {}
+    for name, (top, bottom) in _RATIOS.items() if pools else ():
         estimate = intervals.share if name in _SHARES else intervals.ratio
         found[name] = estimate(
             np.stack([pool.per_request(top) for pool in pools], axis=1),

@@ -195,14 +195,14 @@ def _print_version(context: click.Context, _: click.Parameter, value: bool) -> N
 )
 @_talkative
 def cli() -> None:
-    r"""Characterize Mixture-of-Experts inference.
+    """Characterize Mixture-of-Experts inference.
 
     Record what the experts of a language or translation model do, check the trace, report on it:
 
     \b
       moeprof record zoo:lm
       moeprof report zoo-lm.moeprof
-    """
+    """  # noqa: D301
 
 
 @cli.command(cls=_RecordCommand)
@@ -248,7 +248,7 @@ def record(
     dry_run: bool,
     **options: Any,
 ) -> int:
-    r"""Record a model into a trace.
+    """Record a model into a trace.
 
     MODEL is zoo:lm, zoo:mt, a local folder or a hub id. A program that builds a model itself is
     recorded with:
@@ -258,7 +258,7 @@ def record(
 
     A trace is as sensitive as the text it was made from, although it stores no text: expert
     choices give tokens away.
-    """
+    """  # noqa: D301
     talk = context.ensure_object(Talk)
     script: list[str] | None = context.meta.get(_SCRIPT_KEY)
     if script is not None:

@@ -24,6 +24,8 @@ def test_loads_by_hand():
     assert loads.device_loads(rows, where, "round_robin").tolist() == [[4, 4]]
     assert loads.max_over_mean(np.array([[3.5, 4.5], [0, 0]]))[0] == 4.5 / 4
     assert np.isnan(loads.max_over_mean(np.array([[0, 0]]))[0])
+    for rule in loads.REPLICA_RULES:
+        assert loads.device_loads(rows[:0], where, rule).shape == (0, 2)
 
 
 def test_round_robin_equals_dealing_rows_one_by_one():

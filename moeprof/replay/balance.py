@@ -329,21 +329,21 @@ def _ceilings(study: Study, scores: Scores, hindsight: float, table: pd.DataFram
 
 
 def _choice(study: Study, passes: Passes, sites: Sequence[SiteRows]) -> pd.DataFrame:
-    """Returns the planners compared within window A: its first half plans, its second judges."""
+    """Returns the planners compared within window A: either half judges what the other planned."""
     planning = ~passes.judged
     late = np.zeros(len(passes), bool)
     for label in np.unique(passes.label[planning]).tolist():
         members = np.flatnonzero(planning & (passes.label == label))
         late[members[len(members) // 2 :]] = True
-    early = planning & ~late
-    if not early.any() or not all(rows.passes[early].sum() for rows in sites):
-        return pd.DataFrame({"planner": list(study.names), "mean_max_over_mean": np.nan})
-    plans = plans_of(study, passes, sites, early)
-    _, dispatches = _headline(passes, sites, late)
-    scores = scored(study, sites, plans, dispatches)
-    return pd.DataFrame(
-        {"planner": list(study.names), "mean_max_over_mean": scores.ratio.mean(axis=1)}
-    )
+    halves = (planning & ~late, late)
+    unknown = pd.DataFrame({"planner": list(study.names), "mean_max_over_mean": np.nan})
+    if not all(rows.passes[half].sum() for half in halves for rows in sites):
+        return unknown
+    ratios = []
+    for shown, judging in (halves, halves[::-1]):
+        _, dispatches = _headline(passes, sites, judging)
+        ratios.append(scored(study, sites, plans_of(study, passes, sites, shown), dispatches).ratio)
+    return unknown.assign(mean_max_over_mean=np.concatenate(ratios, axis=1).mean(axis=1))
 
 
 def _metrics(study: Study, judged: _Judged) -> list[Metric]:

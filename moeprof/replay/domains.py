@@ -25,7 +25,9 @@ ALL = "(all)"
 OTHERS = "(others)"
 """Planned on all domains but the one that judges."""
 ALL_SITES = -1
-TRANSFER_PLANNERS = (NOTHING, "greedy", "eplb", "second_moment", "robust")
+ROBUST = "robust"
+"""The planner that is about several domains: it is not asked to plan on a single one."""
+TRANSFER_PLANNERS = (NOTHING, "greedy", "eplb", "second_moment", ROBUST)
 
 _COLUMNS = (
     "planner",
@@ -215,6 +217,8 @@ def _matrix(
     rows = []
     for name in names:
         for source, targets in _plannings(domains):
+            if name == ROBUST and len(source.domains) == 1:
+                continue
             layouts = [
                 planners.plan(name, each.history(source.domains), machine) for each in traffic
             ]

@@ -106,9 +106,9 @@ def device_loads(rows: Array, where: Layout, rule: ReplicaRule = "even") -> Floa
         return even
     whole = np.asarray(rows, np.int64)[:, where.expert]
     each = (whole - where.replica + counts - 1) // counts
-    per_device: Floats = each.reshape(len(each), where.num_devices, -1).sum(
-        axis=-1, dtype=np.float64
-    )
+    per_device: Floats = each.reshape(
+        len(each), where.num_devices, len(counts) // where.num_devices
+    ).sum(axis=-1, dtype=np.float64)
     return per_device
 
 

@@ -18,6 +18,8 @@ Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]
 
 _MIN_GAIN = 1e-12
+_FEW_SLOTS = 64
+_MAX_SWEEPS = 3
 
 
 def replicate(load: Array, num_slots: int) -> tuple[Ints, Ints, Ints]:
@@ -79,6 +81,8 @@ def swap_by_peak(
     load: Floats, weight: Floats, group: Ints, device: Ints, num_devices: int
 ) -> float:
     """Swaps slots until no swap lowers the peak of the worst group.
+
+    With more than 64 slots it ends after three sweeps over all pairs.
 
     The peak of a group is the weighted mean, over its rows, of the fullest device's load. A
     hundredth of the mean over groups is added, so that the others are not neglected.
@@ -275,8 +279,10 @@ def _swap_by_peak(
     objective = _objective(peaks, share)
     tried = np.empty(num_groups)
     improved = True
-    while improved:
+    sweeps = 0
+    while improved and (num_slots <= _FEW_SLOTS or sweeps < _MAX_SWEEPS):
         improved = False
+        sweeps += 1
         for slot in range(num_slots):
             for other in range(slot + 1, num_slots):
                 here = device[slot]

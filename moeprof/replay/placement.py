@@ -43,7 +43,8 @@ NUM_STARTS = 8
 MANY_SLOTS = 64
 """More slots than this are searched from fewer starts, over fewer dispatches."""
 MAX_PEAK_ROWS = 512
-"""Dispatches that `peak` and `robust` look at, spread evenly; a quarter with many slots."""
+"""Dispatches that `peak` and `robust` look at, spread evenly; fewer the more slots there are."""
+MIN_PEAK_ROWS = 64
 NUM_WEIGHTINGS = 12
 """Weightings of the domains that `robust` tries; a quarter with many slots."""
 WEIGHTING_RATE = 8.0
@@ -415,7 +416,8 @@ def _starts(device: Ints) -> list[Ints]:
 def _most_rows(counts: Floats, num_replicas: int | None) -> int:
     """Returns how many dispatches a search by peaks can afford to look at."""
     num_slots = counts.shape[1] if num_replicas is None else num_replicas
-    return MAX_PEAK_ROWS if num_slots <= MANY_SLOTS else MAX_PEAK_ROWS // 4
+    affordable = MAX_PEAK_ROWS * MANY_SLOTS // (2 * num_slots)
+    return min(max(affordable, MIN_PEAK_ROWS), MAX_PEAK_ROWS)
 
 
 def _spread(group: Array, most: int) -> Ints:

@@ -1,7 +1,8 @@
 """The planners that `balancing` compares, by name, and what each of them is shown.
 
 A planner sees window A only. The paper's planners and EPLB see the dispatches as recorded; ours see
-them merged to 256 tokens where they were smaller, so that chance does not pass for structure.
+them merged to 256 tokens where they were smaller, so that chance does not pass for structure, and
+mixed anew from each domain's tokens where dispatches mix domains.
 """
 
 from __future__ import annotations
@@ -50,7 +51,8 @@ class History:
 
     Attributes:
         recorded: [dispatches, experts] rows, as recorded.
-        merged: [groups, experts] rows of dispatches merged to a size that means something.
+        merged: [groups, experts] rows of dispatches merged to a size that means something, or
+            mixed anew.
         parts: [parts, experts] the same within each domain.
         domain: [parts] domain of each.
         site: Id of the site; seeds the random placement.

@@ -20,6 +20,8 @@ Bools = NDArray[np.bool_]
 
 MIN_MERGED = 64
 """Dispatches that a planner is shown at least, merged less where tokens are few."""
+NUM_REMIXED = 1024
+"""Dispatches mixed anew where passes hold several domains."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -94,15 +96,43 @@ def history(rows: SiteRows, passes: Passes, chosen: Bools, *, min_tokens: int) -
     kept = chosen & (rows.pass_tokens > 0)
     enough = int(rows.pass_tokens[kept].sum()) // MIN_MERGED
     min_tokens = max(min(min_tokens, enough), 1)
-    merged = merged_dispatches(rows, passes, chosen, min_tokens=min_tokens, all_groups=True)
     parts = merged_parts(rows, passes, chosen, min_tokens=min_tokens, all_groups=True)
+    num_mixed = _parts_per_pass(rows, passes, kept)
+    if num_mixed > 1:
+        merged = _remixed(parts, num_mixed, seed=rows.site.site)
+    else:
+        found = merged_dispatches(rows, passes, chosen, min_tokens=min_tokens, all_groups=True)
+        merged = found.rows
     return History(
         recorded=rows.passes[kept],
-        merged=merged.rows,
+        merged=merged,
         parts=parts.rows,
         domain=parts.label,
         site=rows.site.site,
     )
+
+
+def _parts_per_pass(rows: SiteRows, passes: Passes, kept: Bools) -> int:
+    """Returns how many equal parts the passes consist of on average, rounded."""
+    if not kept.any():
+        return 1
+    squares = np.bincount(
+        passes.part_pass, rows.part_tokens.astype(np.float64) ** 2, minlength=len(passes)
+    )
+    return round(float((rows.pass_tokens[kept] ** 2 / squares[kept]).mean()))
+
+
+def _remixed(parts: Dispatches, num_mixed: int, *, seed: int) -> Ints:
+    """Returns dispatches mixed anew from the domains' parts, drawn by their tokens.
+
+    Where a dispatch mixes domains, there are far more parts than dispatches, and which of them met
+    is chance: mixing them anew shows a planner more of what may come.
+    """
+    generator = np.random.default_rng(seed)
+    chance = parts.num_tokens / parts.num_tokens.sum()
+    drawn = generator.choice(len(parts.rows), size=(NUM_REMIXED, num_mixed), p=chance)
+    mixed: Ints = parts.rows[drawn].sum(axis=1)
+    return mixed
 
 
 def recorded_dispatches(

@@ -132,7 +132,7 @@ def _main(evidence: Evidence, best: str, nothing: str, section: str, of_stack: s
     hindsight = _limit(evidence, "hindsight")
     said = (
         f"{decided} placing experts by {best}{of_stack} on {evidence.num_devices} devices: the "
-        f"fullest device of a dispatch carries {_gain(row, 'nothing')} less than with experts in "
+        f"fullest device of a dispatch carries {_gain(row, 'nothing')} than with experts in "
         f"the order of their ids (max/mean {wording.number(row['mean_max_over_mean'])} instead of "
         f"{wording.number(_row(evidence, nothing)['mean_max_over_mean'])}). With hindsight it "
         f"would be {_percent(hindsight)} less, and no placement can save more than "
@@ -147,7 +147,7 @@ def _main(evidence: Evidence, best: str, nothing: str, section: str, of_stack: s
 def _against_eplb(evidence: Evidence, best: str, section: str, of_stack: str) -> Finding:
     row = _row(evidence, best)
     said = (
-        f"against EPLB{of_stack}, {best} loads the fullest device {_gain(row, 'eplb')} less on "
+        f"against EPLB{of_stack}, {best} loads the fullest device {_gain(row, 'eplb')} on "
         "dispatches it has not seen."
     )
     return _finding(said, SEVERITY_FACT, section, evidence, best)
@@ -164,7 +164,7 @@ def _on(evidence: Evidence, planner: str, section: str, of_stack: str) -> Findin
     between = " on" if decided == NOT_ENOUGH else ""
     said = (
         f"{decided}{between} EPLB{of_stack}: it loads the fullest device of a dispatch "
-        f"{_gain(row, 'nothing')} less than doing nothing."
+        f"{_gain(row, 'nothing')} than doing nothing."
     )
     return _finding(said, SEVERITY_FACT - 1, section, evidence, planner)
 
@@ -241,11 +241,15 @@ def _size(evidence: Evidence, section: str, of_stack: str) -> Finding:
 
 
 def _gain(row: dict[str, Any], reference: str) -> str:
-    value = _percent(row[f"gain_over_{reference}"])
+    """Returns, for example, ``14.7% (95%: 14.1 to 15.4%) less``."""
+    value = row[f"gain_over_{reference}"]
     low, high = row[f"gain_over_{reference}_low"], row[f"gain_over_{reference}_high"]
+    word = "less"
+    if value < 0:
+        value, low, high, word = -value, -high, -low, "more"
     if np.isnan(low):
-        return value
-    return f"{value} (95%: {_percent(low).rstrip('%')} to {_percent(high)})"
+        return f"{_percent(value)} {word}"
+    return f"{_percent(value)} (95%: {_percent(low).removesuffix('%')} to {_percent(high)}) {word}"
 
 
 def _percent(share: float) -> str:

@@ -65,8 +65,8 @@ def test_an_lru_curve_can_be_continued() -> None:
     found = []
     for first in range(0, 400, 130):
         part = stream_of(rows[first : first + 130], num_keys=90)
-        hit, kept = np.empty((2, part.num_lookups), np.int32)
-        curves.lru_batch(part.offset, part.key, part.last, 90, hit, kept, state)
+        hit = np.empty(part.num_lookups, np.int32)
+        curves.lru_batch(part.offset, part.key, part.last, 90, hit, state)
         found.append(hit)
     np.testing.assert_array_equal(np.concatenate(found), reached.hit)
 

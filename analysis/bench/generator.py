@@ -66,6 +66,7 @@ def routing_trace(
     prompt_tokens: int = 32,
     seed: int = 1,
     with_prefill: bool = True,
+    repeats: int = 1,
 ) -> Trace:
     """Writes a trace of about ``num_decisions`` routing decisions.
 
@@ -83,10 +84,11 @@ def routing_trace(
         prompt_tokens: Prompt length.
         seed: Seed.
         with_prefill: False leaves the prompts out.
+        repeats: Write the same decode steps so many times over; ``num_decisions`` counts all.
     """
     rng = np.random.default_rng(seed)
     prompt = prompt_tokens if with_prefill else 0
-    tokens = num_decisions // (num_sites * top_k)
+    tokens = num_decisions // (num_sites * top_k * repeats)
     num_steps = max(tokens // num_requests - prompt, 1)
     sites = tuple(
         schema.Site(
@@ -131,13 +133,15 @@ def routing_trace(
                 experts = np.concatenate(
                     [_pick(base, _drifted(state, rng), top_k) for _ in range(count)]
                 )
-                writer.append(
-                    _unit(
-                        np.repeat(step + np.arange(count), len(own)), np.tile(own, count),
-                        np.repeat(prompt + start + np.arange(count), len(own)), experts, "decode",
-                    )
-                )  # fmt: skip
-                step += count
+                for _ in range(repeats):
+                    writer.append(
+                        _unit(
+                            np.repeat(step + np.arange(count), len(own)), np.tile(own, count),
+                            np.repeat(prompt + start + np.arange(count), len(own)), experts,
+                            "decode",
+                        )
+                    )  # fmt: skip
+                    step += count
     return open_trace(path)
 
 

@@ -34,8 +34,8 @@ _CURVES = {
 _FROM_FULL = {("min", "batch"), ("min", "sequential"), ("min_bypass", "batch")}
 
 _WORD_BITS = 64
-_GROUP_WORDS = 16
-_WINDOW_PER_KEY = 4
+_GROUP_WORDS = 8
+_WINDOW_PER_KEY = 2
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -75,7 +75,9 @@ def reach(
     )
     if semantics == "batch":
         if policy == "lru":
-            lru_batch(stream.offset, stream.key, stream.last, stream.num_keys, *_both(found))
+            lru_batch(stream.offset, stream.key, stream.last, stream.num_keys, found.hit)
+            ends = np.repeat(stream.offset[1:], np.diff(stream.offset))
+            found.kept[stream.last] = ends - np.arange(stream.num_lookups)
             return found
         next_use = kernels.next_uses(
             stream.offset, stream.key, one_by_one=False, num_keys=stream.num_keys
@@ -132,9 +134,10 @@ def _above(words, groups, slot, end_word):  # type: ignore[no-untyped-def]
     stop = min((group + 1) * _GROUP_WORDS, end_word)
     for index in range(word + 1, stop):
         total += np.int64(popcount(words[index]))
-    for index in range(group + 1, len(groups)):
-        total += groups[index]
-    return total
+    in_groups = np.int32(0)
+    for index in range(group + 1, (end_word - 1) // _GROUP_WORDS + 1):
+        in_groups += groups[index]
+    return total + np.int64(in_groups)
 
 
 @numba.njit
@@ -153,8 +156,12 @@ def _clear(words, groups, slot):  # type: ignore[no-untyped-def]
 def _pack(words, groups, owner, newest, used):  # type: ignore[no-untyped-def]
     """Moves the set slots to the front, in order, and returns how many there are."""
     place = 0
-    for slot in range(used):
-        if words[slot >> 6] >> np.uint64(slot & 63) & np.uint64(1):
+    one = np.uint64(1)
+    for word in range((used + 63) >> 6):
+        rest = words[word]
+        while rest:
+            slot = (word << 6) + np.int64(popcount((rest & (~rest + one)) - one))
+            rest &= rest - one
             owner[place] = owner[slot]
             newest[owner[slot]] = place
             place += 1
@@ -176,7 +183,7 @@ class LruState:
     """An lru stack between calls, so that traces can be streamed; see `lru_batch`."""
 
     words: NDArray[np.uint64]
-    groups: Int64s
+    groups: Int32s
     owner: Int32s
     newest: Int64s
     used: Int64s
@@ -187,7 +194,7 @@ class LruState:
         window = _window(num_keys, num_keys)
         return cls(
             np.zeros(window // _WORD_BITS, np.uint64),
-            np.zeros(window // _WORD_BITS // _GROUP_WORDS, np.int64),
+            np.zeros(window // _WORD_BITS // _GROUP_WORDS, np.int32),
             np.zeros(window, np.int32),
             np.full(num_keys, -1, np.int64),
             np.zeros(1, np.int64),
@@ -200,7 +207,6 @@ def lru_batch(
     last: Int32s,
     num_keys: int,
     hit: Int32s,
-    kept: Int32s,
     state: LruState | None = None,
 ) -> None:
     """Fills the reach of lru under ``batch``.
@@ -211,31 +217,28 @@ def lru_batch(
         last: [lookups] as in `Stream`.
         num_keys: Keys.
         hit: [lookups] to fill.
-        kept: [lookups] to fill.
         state: Where to go on from; changed in place.
     """
     state = state or LruState.empty(num_keys)
     _lru_batch(
-        offset, key, last, state.words, state.groups, state.owner, state.newest, state.used,
-        hit, kept,
-    )  # fmt: skip
+        offset, key, last, state.words, state.groups, state.owner, state.newest, state.used, hit
+    )
 
 
 @lazily_compiled(
-    "void(int64[::1], int32[::1], int32[::1], uint64[::1], int64[::1], int32[::1], int64[::1],"
-    " int64[::1], int32[::1], int32[::1])"
+    "void(int64[::1], int32[::1], int32[::1], uint64[::1], int32[::1], int32[::1], int64[::1],"
+    " int64[::1], int32[::1])"
 )
 def _lru_batch(  # noqa: PLR0917
     offset: Int64s,
     key: Int32s,
     last: Int32s,
     words: NDArray[np.uint64],
-    groups: Int64s,
+    groups: Int32s,
     owner: Int32s,
     newest: Int64s,
     state_used: Int64s,
     hit: Int32s,
-    kept: Int32s,
 ) -> None:
     window = len(owner)
     used = state_used[0]
@@ -251,9 +254,7 @@ def _lru_batch(  # noqa: PLR0917
             else:
                 hit[lookup] = _above(words, groups, slot, end_word) + 1
         for index in range(first, stop):
-            lookup = last[index]
-            kept[lookup] = stop - index
-            chosen = key[lookup]
+            chosen = key[last[index]]
             if newest[chosen] >= 0:
                 _clear(words, groups, newest[chosen])
             _set(words, groups, used)
@@ -269,11 +270,11 @@ def lru_flat(key: Int32s, num_keys: int, hit: Int32s) -> None:
     _lru_flat(key, state.words, state.groups, state.owner, state.newest, hit)
 
 
-@lazily_compiled("void(int32[::1], uint64[::1], int64[::1], int32[::1], int64[::1], int32[::1])")
+@lazily_compiled("void(int32[::1], uint64[::1], int32[::1], int32[::1], int64[::1], int32[::1])")
 def _lru_flat(
     key: Int32s,
     words: NDArray[np.uint64],
-    groups: Int64s,
+    groups: Int32s,
     owner: Int32s,
     newest: Int64s,
     hit: Int32s,

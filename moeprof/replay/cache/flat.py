@@ -7,6 +7,8 @@ itself is the queue. min keeps no keys: a lookup hits where its own time is mark
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -18,6 +20,10 @@ Int64s = NDArray[np.int64]
 
 POLICIES = ("lru", "fifo", "lifo", "lfu", "s3fifo", "arc", "min")
 CURVES = ("lru", "lifo", "min")
+
+_GHOST, _RESIDENT = 1, 2
+_T1, _T2, _B1, _B2 = 1, 2, 3, 4
+_PROMOTION, _MOST = policies.S3_PROMOTION, policies.S3_MAX_FREQUENCY
 
 
 def num_misses(policy: str, key: Int32s, *, num_keys: int, capacity: int) -> int:
@@ -187,7 +193,7 @@ def lfu(key: Int32s, num_keys: int, capacity: int) -> int:
 
 
 @lazily_compiled("int64(int32[::1], int64, int64, int64, int64, int64)")
-def s3fifo(  # noqa: PLR0912, PLR0915, PLR0917
+def s3fifo(  # noqa: PLR0912, PLR0915
     key: Int32s,
     num_keys: int,
     capacity: int,
@@ -203,19 +209,19 @@ def s3fifo(  # noqa: PLR0912, PLR0915, PLR0917
     ghost_head = num_keys
     ghost_next = np.full(num_keys + 1, ghost_head, np.int32)
     ghost_before = np.full(num_keys + 1, ghost_head, np.int32)
-    # 0 absent, 1 ghost, 2 and more: resident with that less 2 lookups since.
+    # 0 absent, 1 ghost, 2 and more: resident, with lookups since on top.
     state = np.zeros(num_keys, np.uint8)
     has_evicted = False
     num_misses = 0
     for lookup in range(len(key)):
         chosen = key[lookup]
         own = state[chosen]
-        if own >= 2:
-            if own < 5:
+        if own >= _RESIDENT:
+            if own < _RESIDENT + _MOST:
                 state[chosen] = own + 1
             continue
         num_misses += 1
-        if own == 1:
+        if own == _GHOST:
             unlink(ghost_next, ghost_before, chosen)
             ghosts -= 1
         if small_used + main_used >= capacity:
@@ -228,8 +234,8 @@ def s3fifo(  # noqa: PLR0912, PLR0915, PLR0917
                     if small_first == ring:
                         small_first = 0
                     small_used -= 1
-                    if state[node] >= 4:
-                        state[node] = 2
+                    if state[node] >= _RESIDENT + _PROMOTION:
+                        state[node] = _RESIDENT
                         last = main_first + main_used
                         main[last - ring if last >= ring else last] = node
                         main_used += 1
@@ -243,14 +249,14 @@ def s3fifo(  # noqa: PLR0912, PLR0915, PLR0917
                             state[oldest] = 0
                             ghosts -= 1
                         append(ghost_next, ghost_before, ghost_head, node)
-                        state[node] = 1
+                        state[node] = _GHOST
                         ghosts += 1
             while not evicted:
                 node = main[main_first]
                 main_first += 1
                 if main_first == ring:
                     main_first = 0
-                if state[node] > 2:
+                if state[node] > _RESIDENT:
                     state[node] -= 1
                     last = main_first + main_used - 1
                     main[last - ring if last >= ring else last] = node
@@ -258,8 +264,8 @@ def s3fifo(  # noqa: PLR0912, PLR0915, PLR0917
                 main_used -= 1
                 state[node] = 0
                 evicted = True
-        state[chosen] = 2
-        if own == 1 or (not has_evicted and small_used >= small_capacity):
+        state[chosen] = _RESIDENT
+        if own == _GHOST or (not has_evicted and small_used >= small_capacity):
             last = main_first + main_used
             main[last - ring if last >= ring else last] = chosen
             main_used += 1
@@ -271,61 +277,61 @@ def s3fifo(  # noqa: PLR0912, PLR0915, PLR0917
 
 
 @lazily_compiled("int64(int32[::1], int64, int64)")
-def arc(key: Int32s, num_keys: int, capacity: int) -> int:  # noqa: PLR0912, PLR0915
+def arc(key: Int32s, num_keys: int, capacity: int) -> int:  # noqa: PLR0915
     """Counts misses of arc: four lists, T1, T2 and their ghosts B1, B2."""
     t1, t2, b1, b2 = num_keys, num_keys + 1, num_keys + 2, num_keys + 3
     following = np.arange(num_keys + 4).astype(np.int32)
     before = np.arange(num_keys + 4).astype(np.int32)
-    where = np.zeros(num_keys, np.uint8)  # 0 nowhere, 1 T1, 2 T2, 3 B1, 4 B2
+    where = np.zeros(num_keys, np.uint8)
     first = second = ghosts_1 = ghosts_2 = 0
     target = 0.0
     num_misses = 0
     for lookup in range(len(key)):
         chosen = key[lookup]
         place = where[chosen]
-        if place == 2:
+        if place == _T2:
             unlink(following, before, chosen)
             append(following, before, t2, chosen)
             continue
-        if place == 1:
+        if place == _T1:
             unlink(following, before, chosen)
             append(following, before, t2, chosen)
-            where[chosen] = 2
+            where[chosen] = _T2
             first -= 1
             second += 1
             continue
         num_misses += 1
-        if place == 3:
+        if place == _B1:
             target = min(target + max(1.0, ghosts_2 / ghosts_1), float(capacity))
             unlink(following, before, chosen)
             ghosts_1 -= 1
-        elif place == 4:
+        elif place == _B2:
             target = max(target - max(1.0, ghosts_1 / ghosts_2), 0.0)
             unlink(following, before, chosen)
             ghosts_2 -= 1
         if first + second == capacity:
-            too_large = first > target or (first == target and place == 4)
+            too_large = first > target or (first == target and place == _B2)
             if (first > 0 and too_large) or second == 0:
                 node = following[t1]
                 unlink(following, before, node)
                 append(following, before, b1, node)
-                where[node] = 3
+                where[node] = _B1
                 first -= 1
                 ghosts_1 += 1
             else:
                 node = following[t2]
                 unlink(following, before, node)
                 append(following, before, b2, node)
-                where[node] = 4
+                where[node] = _B2
                 second -= 1
                 ghosts_2 += 1
-        if place >= 3:
+        if place >= _B1:
             append(following, before, t2, chosen)
-            where[chosen] = 2
+            where[chosen] = _T2
             second += 1
             continue
         append(following, before, t1, chosen)
-        where[chosen] = 1
+        where[chosen] = _T1
         first += 1
         if first + ghosts_1 > capacity and ghosts_1:
             node = following[b1]
@@ -376,11 +382,11 @@ def minimum(next_use: Int32s, num_keys: int, capacity: int) -> int:
             if used < capacity:
                 used += 1
             else:
-                top = len(blocks) - 1
+                top: Any = len(blocks) - 1
                 while blocks[top] == 0:
                     top -= 1
                 group = (top << 6) + 63 - np.int64(leading_zeros(blocks[top]))
-                word = (group << 6) + 63 - np.int64(leading_zeros(groups[group]))
+                word = int((group << 6) + 63 - np.int64(leading_zeros(groups[group])))
                 marks[word] ^= one << (np.uint64(63) - leading_zeros(marks[word]))
                 if marks[word] == 0:
                     groups[group] ^= one << np.uint64(word & 63)

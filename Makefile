@@ -7,7 +7,7 @@ STAMP := .venv/.installed
 MOEPROF := $(BIN)/python -m moeprof
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check format wheel clean
+.PHONY: help setup demo test check format bench wheel clean
 
 help:  ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "%-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -46,6 +46,9 @@ check: $(STAMP)  ## Lint, format check, types, import rules
 format: $(STAMP)  ## Format the code and fix what the linter can
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
+
+bench: $(STAMP)  ## Measure the speed of the buffering replay
+	$(BIN)/python -m analysis.bench.buffering
 
 wheel: $(STAMP)  ## Build dist/*.whl
 	@rm -rf dist

@@ -488,6 +488,34 @@ def _check_lines(entry: dict[str, Any], talk: Talk) -> Iterator[str]:
         yield f"  {problem['severity']:<8}{problem['code']}: {problem['message']}{where}"
 
 
+@cli.command("import")
+@click.argument("source_format", metavar="FORMAT", type=click.Choice(("bigmoeonedge",)))
+@click.argument("source", type=click.Path(), metavar="FILE")
+@click.option("-o", "--output", type=click.Path(), help="The trace; named after the file.")
+@click.option("--force", is_flag=True, help="Replace an existing trace.")
+@_talkative
+@click.pass_context
+def import_command(
+    context: click.Context,
+    /,
+    source_format: str,
+    source: str,
+    *,
+    output: str | None,
+    force: bool,
+) -> int:
+    """Turn another tool's trace into one of this project.
+
+    bigmoeonedge: a ROUTE_CSV (route_trace v1) of a run on a device.
+    """
+    from moeprof.trace.foreign import import_trace
+
+    trace = import_trace(source, output, source_format=source_format, force=force)
+    context.ensure_object(Talk).say(f"Next: moeprof check {trace.path}")
+    click.echo(str(trace.path))
+    return 0
+
+
 @cli.command()
 @click.argument("trace", required=False)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")

@@ -67,8 +67,9 @@ class Counts:
         lookup_shares: [phases, requests].
         hit_shares: [policies + 1, capacities, phases, requests]; the last policy is the ceiling,
             known for equal sizes and all phases.
-        cycles: [capacities] caches smaller than what one forward pass asks of them.
-        num_caches: Caches added up.
+        cycles: [capacities, phases] caches smaller than what one forward pass of that phase asks
+            of them.
+        num_caches: [phases] caches that are asked for anything.
         exact_ceiling: The ceiling's shares are those of an optimal policy.
     """
 
@@ -83,7 +84,7 @@ class Counts:
     lookup_shares: Floats
     hit_shares: Floats
     cycles: Int64s
-    num_caches: int
+    num_caches: Int64s
     exact_ceiling: bool
 
 
@@ -110,8 +111,8 @@ def count(stream: Stream, question: Question, cache: int) -> Counts:
         bound_hit_bytes=np.zeros(shape[1:], np.int64),
         lookup_shares=np.zeros((NUM_PHASES + 1, question.num_requests)),
         hit_shares=np.zeros((num_policies + 1, *shape[1:], question.num_requests)),
-        cycles=np.zeros(num_capacities, np.int64),
-        num_caches=1,
+        cycles=np.zeros((num_capacities, NUM_PHASES), np.int64),
+        num_caches=(_by_phase(phase) > 0).astype(np.int64)[:NUM_PHASES],
         exact_ceiling=True,
     )
     part = 1.0 / stream.num_wanting
@@ -127,7 +128,7 @@ def count(stream: Stream, question: Question, cache: int) -> Counts:
             found.streamed[row, index, :NUM_PHASES] = done.streamed
             _count_hits(stream, done, phase, weight, part, group, found, row)
         exact &= _count_bounds(stream, group, question, phase, weight, part, found)
-        found.cycles[index] = np.array(group.capacities) < _cycle(stream, group.sizes)
+        found.cycles[index] = np.array(group.capacities)[:, None] < _cycle(stream, group.sizes)
     for totals in (found.hits, found.hit_bytes, found.streamed):
         totals[..., ALL] = totals[..., :NUM_PHASES].sum(axis=-1)
     found.hit_shares[:-1, :, ALL] = found.hit_shares[:-1, :, :NUM_PHASES].sum(axis=2)
@@ -140,11 +141,10 @@ def add(total: Counts, more: Counts) -> Counts:
     """Adds counts in place to ``total`` and returns the sum."""
     for name in (
         "lookups", "lookup_bytes", "compulsory", "hits", "hit_bytes", "streamed", "bound_hits",
-        "bound_hit_bytes", "lookup_shares", "hit_shares", "cycles",
+        "bound_hit_bytes", "lookup_shares", "hit_shares", "cycles", "num_caches",
     ):  # fmt: skip
         array = getattr(total, name)
         array += getattr(more, name)
-    object.__setattr__(total, "num_caches", total.num_caches + more.num_caches)
     object.__setattr__(total, "exact_ceiling", total.exact_ceiling and more.exact_ceiling)
     return total
 
@@ -251,11 +251,18 @@ def _by_phase(phase: NDArray[np.uint8], weight: Int64s | None = None) -> Int64s:
     return counts
 
 
-def _cycle(stream: Stream, size: Int64s) -> float:
-    """Returns the median size of what one forward pass asks of the cache."""
+def _cycle(stream: Stream, size: Int64s) -> Floats:
+    """Returns [phases] the median size of what a forward pass asks of the cache; 0 for none."""
     asked = np.add.reduceat(size[stream.key], stream.offset[:-1])
-    _, step = np.unique((stream.rank.astype(np.int64) << 32) | stream.step, return_inverse=True)
-    return float(np.median(np.bincount(step, weights=asked)))
+    _, first, step = np.unique(
+        (stream.rank.astype(np.int64) << 32) | stream.step, return_index=True, return_inverse=True
+    )
+    of_pass = np.bincount(step, weights=asked)
+    phase = stream.phase[first]
+    median = np.zeros(NUM_PHASES)
+    for each in np.unique(phase).tolist():
+        median[each] = np.median(of_pass[phase == each])
+    return median
 
 
 @lazily_compiled("void(int32[::1], int32[::1], uint8[::1], float64[::1], float64[:, ::1])")

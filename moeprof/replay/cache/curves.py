@@ -160,10 +160,10 @@ def _pack(words, groups, owner, newest, used):  # type: ignore[no-untyped-def]
     for word in range((used + 63) >> 6):
         rest = words[word]
         while rest:
-            slot = (word << 6) + np.int64(popcount((rest & (~rest + one)) - one))
+            found = (word << 6) + np.int64(popcount((rest & (~rest + one)) - one))
             rest &= rest - one
-            owner[place] = owner[slot]
-            newest[owner[slot]] = place
+            owner[place] = owner[found]
+            newest[owner[found]] = place
             place += 1
     words[:] = 0
     groups[:] = 0

@@ -91,7 +91,7 @@ def judge(
     if runnable:
         findings += _whether_to_buffer(trace, runnable, question, phase)
         findings += _which_policy(trace, runnable, total, question, halves, phase)
-    findings += _cliff(runnable, total, question, scope)
+    findings += _cliff(runnable, total, question, scope, phase)
     return Judged(
         metrics=tuple(_metrics(table, rows)),
         findings=tuple(
@@ -294,28 +294,35 @@ def _which_policy(
     return [Finding(text=text, severity=severity, section=SECTION, metric=metric)]
 
 
-def _cliff(rows: list[_Row], total: Counts, question: Question, scope: str) -> list[Finding]:
-    """Returns the warning where a cache is smaller than one forward pass asks for."""
-    small = [index for index in range(len(question.capacities)) if total.cycles[index]]
-    if not small:
+def _cliff(
+    rows: list[_Row], total: Counts, question: Question, scope: str, phase: int
+) -> list[Finding]:
+    """Returns the warning where most caches are smaller than one forward pass asks for."""
+    asked = total.num_caches[phase]
+    small = [
+        index for index in range(len(question.capacities)) if 2 * total.cycles[index, phase] > asked
+    ]
+    own = [row for row in rows if row.index in small]
+    if not own:
         return []
-    largest = max(small, key=lambda index: (total.cycles[index] < total.num_caches, index))
-    labels = [_label(question.capacities[index].asked) for index in small]
+    largest = max(own, key=lambda row: row.num_bytes)
+    fewer = " and fewer" if len({row.index for row in own}) > 1 else ""
     hit = [
         f"{row.policy} hits {wording.percent(row.rate.value or 0)}"
-        for row in rows
-        if row.index == largest and row.policy in {"lru", "fifo"}
+        for row in own
+        if row.index == largest.index and row.policy in {"lru", "fifo"}
     ]
-    numbers = f" (at {_label(question.capacities[largest].asked)}: {', '.join(hit)})" if hit else ""
-    what = {"layer": "one dispatch of its layer", "stack": "one pass of its stack"}.get(
-        scope, "one forward pass"
+    numbers = f": {', '.join(hit)} at {largest.label}" if hit else ""
+    what = {"layer": "a dispatch of its layer", "stack": "a pass of its stack"}.get(
+        scope, "a forward pass"
     )
+    name = schema.PHASES[phase]
     return [
         Finding(
-            text=f"Cliff: at {', '.join(labels)} a cache is smaller than what {what} asks of it "
-            f"(median), in {int(total.cycles[largest])} of {total.num_caches} caches at "
-            f"{_label(question.capacities[largest].asked)}. lru and fifo then evict experts just "
-            f"before they are needed again{numbers}.",
+            text=f"Cliff: at {largest.label}{fewer} a cache holds less than what {what} "
+            f"asks of it in {name} (median), in {int(total.cycles[largest.index, phase])} of "
+            f"{int(asked)} caches. lru and fifo then evict experts just before they are needed "
+            f"again{numbers}.",
             severity=SEVERITY_WARNING, section=SECTION,
         )
     ]  # fmt: skip

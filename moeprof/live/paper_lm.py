@@ -16,10 +16,17 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from moeprof.errors import UsageError
 
 EXPERT_KERNELS = ("auto", "grouped", "loop")
+# Without cuDNN's, which plans anew, for some 30 ms, at each length of the cache it has not seen.
+ATTENTION_KERNELS = [
+    SDPBackend.FLASH_ATTENTION,
+    SDPBackend.EFFICIENT_ATTENTION,
+    SDPBackend.MATH,
+]
 _ROW_ALIGNMENT_BYTES = 16
 _GROUPED_CAPABILITY = (9, 0)
 _POSITION_BASE = 10000.0
@@ -473,8 +480,9 @@ class PaperLm(nn.Module):
             )
         scale = math.sqrt(self.config.d_model)
         hidden = self.embedding(input_ids) * scale + self.positions[start:end]
-        for layer in self.layers:
-            hidden = layer(hidden, past)
+        with sdpa_kernel(ATTENTION_KERNELS):
+            for layer in self.layers:
+                hidden = layer(hidden, past)
         if past is not None:
             past.advance(input_ids.shape[1])
         if last_only:

@@ -114,7 +114,7 @@ def test_memory_of_a_machine_without_a_device(lm: Any, tmp_path: Path) -> None:
     assert run.trace.info.settings["device_meter"]
 
 
-@pytest.mark.parametrize("name", ["mixtral", "qwen2_moe", "switch", "nllb_moe", "dbrx", "aria"])
+@pytest.mark.parametrize("name", ["mixtral", "nllb_moe", "dbrx"])
 def test_kernels_say_what_the_experts_call_hides(name: str, tmp_path: Path) -> None:
     from moeprof.zoo.dispatch import fix_nllb_dispatch
 
@@ -126,7 +126,7 @@ def test_kernels_say_what_the_experts_call_hides(name: str, tmp_path: Path) -> N
     path = tmp_path / "t.moeprof"
 
     def generate() -> Any:
-        return model.generate(**batch, **GREEDY)
+        return model.generate(**batch, **{**GREEDY, "max_new_tokens": 4})
 
     with moeprof.record(model, path) as recorder:
         expected = generate()

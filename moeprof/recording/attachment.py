@@ -7,12 +7,15 @@ runs and holds MoE sites is recorded; how it went is left in a status file for `
 from __future__ import annotations
 
 import atexit
+import functools
 import importlib.abc
 import importlib.machinery
 import json
 import os
 import shlex
+import signal
 import sys
+import weakref
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -65,73 +68,74 @@ class Attachment:
     def __init__(self, settings: dict[str, Any]) -> None:
         self._settings = settings
         self._recorder: Recorder | None = None
-        self._handle: Any = None
-        self._dense: set[int] = set()
-        self._others: set[int] = set()
-        self._failed = False
+        self._pid = os.getpid()
+        self._dense: weakref.WeakSet[Any] = weakref.WeakSet()
+        self._others: set[str] = set()
+        self._restore_call: Any = None
         self._busy = False
 
     def arm(self) -> None:
         """Waits for torch and transformers to be imported."""
-        callbacks = {TORCH_MODULE: self._torch_imported, GENERATION_MODULE: self._wrap_generate}
+        callbacks = {TORCH_MODULE: self._watch_calls, GENERATION_MODULE: self._wrap_generate}
         sys.meta_path.insert(0, _AfterImport(callbacks))
-        hook = sys.excepthook
-
-        def failed(kind: Any, error: Any, traceback: Any) -> None:
-            self._failed = True
-            hook(kind, error, traceback)
-
-        sys.excepthook = failed
         atexit.register(self._finish)
 
-    def _torch_imported(self, module: Any) -> None:
-        self._handle = module.register_module_forward_pre_hook(self._module_runs)
+    def _watch_calls(self, module: Any) -> None:
+        """Looks at every module that is called, until one is recorded.
+
+        Before the call and not by a hook in it: a hook attached during a call misses that call.
+        """
+        module_class = module.Module
+        original = module_class.__call__
+
+        @functools.wraps(original)
+        def call(called: Any, *args: Any, **kwargs: Any) -> Any:
+            if not self._busy and called not in self._dense:
+                self._consider(called)
+            return original(called, *args, **kwargs)
+
+        module_class.__call__ = call
+        self._restore_call = functools.partial(setattr, module_class, "__call__", original)
 
     def _wrap_generate(self, module: Any) -> None:
         mixin = module.GenerationMixin
         original = mixin.generate
 
+        @functools.wraps(original)
         def generate(model: Any, *args: Any, **kwargs: Any) -> Any:
-            self._consider(model)
+            if not self._busy and model not in self._dense:
+                self._consider(model)
             # The recorder wraps `generate` on the instance it was just attached to.
-            own = model.__dict__.get("generate")
+            own = vars(model).get("generate")
             if own is not None and not getattr(own, "moeprof_entered", False):
                 own.moeprof_entered = True
                 return own(*args, **kwargs)
             return original(model, *args, **kwargs)
 
-        generate.__doc__ = original.__doc__
         mixin.generate = generate
-
-    def _module_runs(self, module: Any, args: Any) -> None:
-        if self._recorder is None and not self._busy:
-            self._consider(module)
 
     def _consider(self, model: Any) -> None:
         """Attaches to ``model`` if it holds MoE sites and nothing is attached yet."""
-        if id(model) in self._dense or self._busy:
-            return
-        if self._recorder is not None:
-            if model is not self._recorder.model:
-                self._others.add(id(model))
-            return
         from moeprof.errors import CaptureError, MoeprofError
         from moeprof.recording.recorder import Recorder, RecorderOptions
 
+        if self._recorder is not None:
+            if model is not self._recorder.model:
+                self._note_other(model)
+            return
         self._busy = True
         try:
             settings = self._settings
-            fixes = _apply_fixes(model, settings["fixes"])
             options = RecorderOptions(
                 scores=settings["scores"],
                 force=settings["force"],
-                fixes=fixes,
+                fixes=_apply_fixes(model, settings["fixes"]),
                 command=settings["command"],
             )
             recorder = Recorder(model, settings["output"], options)
             recorder.start()
         except CaptureError:
-            self._dense.add(id(model))
+            self._dense.add(model)
             return
         except MoeprofError as error:
             self._report(error)
@@ -139,25 +143,48 @@ class Attachment:
         finally:
             self._busy = False
         self._recorder = recorder
-        if self._handle is not None:
-            self._handle.remove()
+        if self._restore_call is not None:
+            self._restore_call()
+        self._write_status({"attached": type(model).__name__, "finished": False})
+
+    def _note_other(self, model: Any) -> None:
+        """Notes a model that generates besides the one that is recorded."""
+        from moeprof.errors import CaptureError
+        from moeprof.recording.sites import find_sites
+
+        try:
+            find_sites(model)
+        except CaptureError:
+            self._dense.add(model)
+        else:
+            self._others.add(type(model).__name__)
 
     def _finish(self) -> None:
         """Ends the recording when the program ends."""
+        recorder = self._recorder
+        if recorder is None or os.getpid() != self._pid:
+            return
         from moeprof.errors import MoeprofError
 
-        recorder = self._recorder
-        if recorder is None:
-            return
+        # Python keeps the exception that ended the program, whatever hook showed it.
+        ended_by = getattr(sys, "last_type", None)
         try:
-            if self._failed:
+            if ended_by is not None:
                 recorder.abort()
             else:
                 recorder.stop()
         except MoeprofError as error:
             self._report(error)
             return
-        self._write_status({"attached": type(recorder.model).__name__, "failed": self._failed})
+        self._write_status(
+            {
+                "attached": type(recorder.model).__name__,
+                "finished": True,
+                "others": sorted(self._others),
+            }
+        )
+        if ended_by is KeyboardInterrupt:
+            _die_of_interrupt()
 
     def _report(self, error: Any) -> None:
         self._write_status(
@@ -167,6 +194,15 @@ class Attachment:
     def _write_status(self, status: dict[str, Any]) -> None:
         with suppress(OSError):
             Path(self._settings["status"]).write_text(json.dumps(status), encoding="utf-8")
+
+
+def _die_of_interrupt() -> None:
+    """Ends the process as Python does after Ctrl-C; code that ran since makes it forget."""
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError, ValueError):
+            stream.flush()
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    os.kill(os.getpid(), signal.SIGINT)
 
 
 def _apply_fixes(model: Any, fixes: Sequence[str]) -> tuple[str, ...]:

@@ -8,15 +8,16 @@ models and prompts (`session`).
 from __future__ import annotations
 
 import logging
+import signal
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from types import TracebackType
+from types import FrameType, TracebackType
 from typing import Any
 
 import numpy as np
@@ -42,6 +43,7 @@ logger = logging.getLogger(__name__)
 DRAIN_BYTES = 32 << 20
 MAX_RUNNING = 4096
 NS_PER_S = 1e9
+MIN_WAIT_S = 0.02
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -185,6 +187,11 @@ class Recorder:
     def num_requests(self) -> int:
         """Requests started so far."""
         return self._instrument.tracker.num_requests
+
+    @property
+    def num_committed_steps(self) -> int:
+        """Steps that are safe on the disk."""
+        return self._writer.num_committed_steps if self._writer is not None else 0
 
     @property
     def observed(self) -> Observation:
@@ -361,7 +368,7 @@ class Recorder:
     def _watch(self) -> None:
         """Commits what waits when the model pauses or one pass takes long."""
         interval = self.options.flush_interval_s
-        while not self._wake.wait(interval / 5):
+        while not self._wake.wait(max(interval / 5, MIN_WAIT_S)):
             if time.perf_counter() - self._last_drain < interval * 0.8:
                 continue
             try:
@@ -371,8 +378,8 @@ class Recorder:
                 return
 
     def _drain(self, *, closing: bool = False) -> None:
-        """Writes every queued step and commits."""
-        with self._drain_lock:
+        """Writes every queued step and commits; an interrupt waits, so that no step is torn."""
+        with _uninterrupted(), self._drain_lock:
             if self._error is not None:
                 self._raise_pending()
             self._last_drain = time.perf_counter()
@@ -644,6 +651,23 @@ def record(model: nn.Module, path: str | Path, **options: Any) -> Recorder:
             hint=f"options are: {', '.join(RecorderOptions.__dataclass_fields__)}",
         ) from error
     return Recorder(model, path, settings)
+
+
+@contextmanager
+def _uninterrupted() -> Iterator[None]:
+    """Puts off Ctrl-C until the block ends; other threads get none anyway."""
+    handler = signal.getsignal(signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread() or not callable(handler):
+        yield
+        return
+    waiting: list[tuple[int, FrameType | None]] = []
+    signal.signal(signal.SIGINT, lambda number, frame: waiting.append((number, frame)))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, handler)
+        if waiting:
+            handler(*waiting[0])
 
 
 def _columns(rows: Any) -> dict[str, Any]:

@@ -8,7 +8,8 @@ from __future__ import annotations
 import shlex
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,7 @@ from moeprof.errors import MoeprofError, UsageError
 from moeprof.recording.summary import recording_lines
 
 if TYPE_CHECKING:
+    from moeprof.recording.recorder import Recorder
     from moeprof.zoo.batching import Batch
     from moeprof.zoo.loader import LoadedModel
     from moeprof.zoo.prompts import Prompt
@@ -28,6 +30,7 @@ PROFILED_PASSES = 10
 BYTES_PER_DECISION = 2.6
 DRY_RUN_TOKENS = 4
 SECONDS_PER_HOUR = 3600
+EXIT_INTERRUPTED = 130
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,7 +141,7 @@ def record_model(options: RecordOptions) -> RecordSummary:
         ),
     )
     run = _score if options.score else _generate
-    with recorder, torch.inference_mode():
+    with _telling_of_interrupts(recorder), recorder, torch.inference_mode():
         for done, batch in enumerate(groups):
             tell("recording", done, len(groups))
             recorder.announce([_label(prompt) for prompt in batch.prompts])
@@ -149,6 +152,20 @@ def record_model(options: RecordOptions) -> RecordSummary:
             recorder.profile(lambda: run(loaded, groups[0], short))
         tell("recording", len(groups), len(groups))
     return RecordSummary(path=str(recorder.path), text=tuple(recording_lines(recorder.path)))
+
+
+@contextmanager
+def _telling_of_interrupts(recorder: Recorder) -> Iterator[None]:
+    """Turns Ctrl-C into an error that says what was kept."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        steps = recorder.num_committed_steps
+        kept = f"{steps} steps are safe in {recorder.path}, marked incomplete"
+        raise MoeprofError(
+            f"interrupted: {kept if steps else 'nothing was recorded yet'}",
+            exit_code=EXIT_INTERRUPTED,
+        ) from None
 
 
 def _silent(what: str, done: int, total: int) -> None:

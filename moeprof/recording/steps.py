@@ -169,6 +169,8 @@ def to_host(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
 
 def _host_arrays(capture: StepCapture) -> StepCapture:
     """Moves everything a capture holds to the host, in as few copies as possible."""
+    if capture.device_end is not None:
+        capture.device_end.synchronize()  # The pass may have run on a stream of its own.
     flat: list[torch.Tensor] = []
     for raws in capture.routing.values():
         flat.extend(t for raw in raws for t in raw)

@@ -224,9 +224,22 @@ def _scan(path: Path) -> None:
     wall, cpu = time.perf_counter(), time.process_time()
     curve = scan.lru_curve(trace)
     wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+    peak = _peak_kib() * 1024 / 1e9
     lookups = int(curve.drop_duplicates("site")["num_lookups"].sum())
     print(json.dumps({"wall_s": wall, "cpu_s": cpu, "peak_gb": peak, "lookups": lookups}))
+
+
+def _peak_kib() -> int:
+    """Returns the most memory this program has held.
+
+    The kernel's own counter goes through fork and exec, so it may be that of the parent.
+    """
+    status = Path("/proc/self/status")
+    if status.is_file():
+        for line in status.read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1])
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def _oracle_file(key: np.ndarray, path: Path) -> None:

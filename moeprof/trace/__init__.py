@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from moeprof.trace.blocks import Dispatch, RoutingBlock
+    from moeprof.trace.foreign import import_trace
     from moeprof.trace.reader import Trace, open_trace
     from moeprof.trace.schema import SlotStatus, TraceInfo
     from moeprof.trace.synthetic import synthetic_trace
@@ -26,6 +27,7 @@ _HOME = {
     "TraceInfo": "schema",
     "TraceWriter": "writer",
     "check": "validator",
+    "import_trace": "foreign",
     "open_trace": "reader",
     "synthetic_trace": "synthetic",
 }
@@ -40,6 +42,7 @@ __all__ = [
     "TraceInfo",
     "TraceWriter",
     "check",
+    "import_trace",
     "open_trace",
     "synthetic_trace",
 ]

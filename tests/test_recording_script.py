@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import subprocess
@@ -18,6 +17,7 @@ pytest.importorskip("torch")
 
 import moeprof
 from moeprof.cli import main
+from moeprof.recording.script import record_script
 from moeprof.trace.validator import check
 
 TESTS = Path(__file__).parent
@@ -50,6 +50,11 @@ def _record(*arguments: str, options: tuple[str, ...] = ()) -> int:
     return main(["record", *options, "--", *arguments])
 
 
+def _record_only(output: str, *arguments: str) -> int:
+    """Records without the findings that the command line ends with."""
+    return record_script(list(arguments), output)
+
+
 def _trace(name: str) -> Any:
     return moeprof.open(name)
 
@@ -58,8 +63,10 @@ def test_a_script_with_arguments(capfd: pytest.CaptureFixture[str]) -> None:
     _write(
         "run.py",
         """
+        import os, subprocess
         print("arguments", sys.argv, __name__)
         print("told", file=sys.stderr)
+        print("children get", subprocess.check_output(["env"], text=True).count("MOEPROF_ATTACH"))
         # The first call is recorded, too, although nothing could be attached before it.
         for _ in range(3):
             model(ids)
@@ -68,6 +75,7 @@ def test_a_script_with_arguments(capfd: pytest.CaptureFixture[str]) -> None:
     assert _record(sys.executable, "run.py", "--flag", "a b", options=("--scores",)) == 0
     out, err = capfd.readouterr()
     assert "arguments ['run.py', '--flag', 'a b'] __main__" in out
+    assert "children get 0" in out
     assert "told" in err
     assert "Next: moeprof report run.moeprof" in err
     trace = _trace("run.moeprof")
@@ -102,7 +110,7 @@ warnings.simplefilter("ignore")
         """,
         head=head,
     )
-    assert _record(sys.executable, "generate.py") == 0
+    assert _record_only("generate.moeprof", sys.executable, "generate.py") == 0
     trace = _trace("generate.moeprof")
     assert trace.model.architecture == "MixtralForCausalLM"
     assert trace.steps["phase"].tolist() == ["prefill", "decode", "decode"] * 2
@@ -111,13 +119,18 @@ warnings.simplefilter("ignore")
     assert "not recorded: OlmoeForCausalLM" in capfd.readouterr().err
 
 
-def test_a_module(capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_module_that_exits_with_a_code_of_its_own(capfd: pytest.CaptureFixture[str]) -> None:
     Path("package").mkdir()
     Path("package/__init__.py").write_text("")
-    _write("package/work.py", "model(ids)\nprint(sys.argv[1:])\n")
-    assert _record(sys.executable, "-m", "package.work", "x", options=("-o", "m.moeprof")) == 0
-    assert "['x']" in capfd.readouterr().out
-    assert len(_trace("m.moeprof").steps) == 1
+    _write("package/work.py", "model(ids)\nprint(sys.argv[1:])\nsys.exit(7)\n")
+    assert _record(sys.executable, "-m", "package.work", "x") == 7
+    out, err = capfd.readouterr()
+    assert "['x']" in out
+    last = err.strip().splitlines()[-1]
+    assert last == (
+        "the program ended with exit code 7; what was recorded is in package-work.moeprof"
+    )
+    assert _trace("package-work.moeprof").complete
 
 
 def test_a_script_that_fails(capfd: pytest.CaptureFixture[str]) -> None:
@@ -140,14 +153,6 @@ def test_a_script_that_fails(capfd: pytest.CaptureFixture[str]) -> None:
     assert not trace.complete
     assert len(trace.steps) == 1
     assert check(trace).ok
-
-
-def test_a_script_that_exits_with_a_code_of_its_own(capfd: pytest.CaptureFixture[str]) -> None:
-    _write("exits.py", "model(ids)\nsys.exit(7)\n")
-    assert _record(sys.executable, "exits.py") == 7
-    last = capfd.readouterr().err.strip().splitlines()[-1]
-    assert last == "the program ended with exit code 7; what was recorded is in exits.moeprof"
-    assert _trace("exits.moeprof").complete
 
 
 def test_a_script_that_leaves_no_time(capfd: pytest.CaptureFixture[str]) -> None:
@@ -216,21 +221,6 @@ def test_interrupted(capfd: pytest.CaptureFixture[str]) -> None:
     assert not trace.complete
     assert len(trace.steps) > 20
     assert check(trace).ok
-
-
-def test_nothing_is_left_in_the_environment_of_children() -> None:
-    _write(
-        "parent.py",
-        """
-        import json, os, subprocess
-        model(ids)
-        code = "import json, os; print(json.dumps(sorted(os.environ)))"
-        names = subprocess.check_output([sys.executable, "-c", code], text=True)
-        open("names.json", "w").write(names)
-        """,
-    )
-    assert _record(sys.executable, "parent.py") == 0
-    assert "MOEPROF_ATTACH" not in json.loads(Path("names.json").read_text())
 
 
 def test_an_output_that_exists_is_refused_before_the_program_starts(

@@ -7,7 +7,7 @@ STAMP := .venv/.installed
 MOEPROF := $(BIN)/python -m moeprof
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check format bench wheel clean
+.PHONY: help setup demo test analysis check format bench wheel clean
 
 help:  ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "%-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -36,6 +36,11 @@ demo: $(STAMP)  ## Record both built-in models, check the traces, write demo/rep
 
 test: $(STAMP)  ## Run the tests
 	$(BIN)/python -m pytest -n 2
+
+analysis: $(STAMP)  ## Replay the sample traces into pages, demo/analysis/
+	$(BIN)/python -m analysis.gating -o demo/analysis/gating
+	$(BIN)/python -m analysis.buffering -o demo/analysis/buffering
+	$(BIN)/python -m analysis.balancing -o demo/analysis/balancing
 
 check: $(STAMP)  ## Lint, format check, types, import rules
 	$(BIN)/ruff check

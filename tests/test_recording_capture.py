@@ -196,6 +196,37 @@ def test_a_site_that_is_silent(model: Any, tmp_path: Path) -> None:
     assert not check(trace).ok
 
 
+def test_recorders_that_end_in_another_order(model: Any, tmp_path: Path) -> None:
+    from transformers import cache_utils
+
+    method = cache_utils.Cache.reorder_cache
+    recorders = [moeprof.record(model, tmp_path / f"{i}.moeprof") for i in range(2)]
+    for recorder in recorders:
+        recorder.start()
+    model.generate(**BATCH, **GREEDY)
+    recorders[0].stop()
+    expected = model.generate(**BATCH, **GREEDY, num_beams=2)
+    recorders[1].stop()
+    assert hook_count(model) == 0
+    assert torch.equal(model.generate(**BATCH, **GREEDY, num_beams=2), expected)
+    assert [len(moeprof.open(recorder.path).requests) for recorder in recorders] == [3, 6]
+    assert cache_utils.Cache.reorder_cache is method
+    vars(model).pop("generate", None)  # The wrapper of the first passes calls on.
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_several_sequences_in_one_row(model: Any, tmp_path: Path) -> None:
+    """Continuous batching, and packed rows in training: whose token is whose cannot be told."""
+    ids = BATCH["input_ids"]
+    with (
+        pytest.raises(CaptureError, match="1 forward passes held several sequences") as caught,
+        moeprof.record(model, tmp_path / "t.moeprof"),
+        torch.no_grad(),
+    ):
+        model(ids[:1], cu_seq_lens_q=torch.tensor([0, 3, 7]))
+    assert "padded batches" in caught.value.hint
+
+
 def test_an_output_that_exists(model: Any, tmp_path: Path) -> None:
     path = tmp_path / "t.moeprof"
     record_run(model, path, lambda: _forward(model))

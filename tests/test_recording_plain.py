@@ -18,11 +18,11 @@ from recording_plain import (  # noqa: E402
     OddExperts,
     OddModel,
 )
-from recording_runs import record_run  # noqa: E402
+from recording_runs import hook_count, record_run  # noqa: E402
 from torch import nn  # noqa: E402
 
 import moeprof  # noqa: E402
-from moeprof.errors import CaptureError, UsageError  # noqa: E402
+from moeprof.errors import CaptureError, MoeprofError, UsageError  # noqa: E402
 from moeprof.trace.schema import SlotStatus  # noqa: E402
 from moeprof.trace.validator import check  # noqa: E402
 
@@ -149,6 +149,108 @@ def test_buffers_used_again_for_the_next_pass(tmp_path: Path) -> None:
 
     with torch.no_grad():
         record_run(model, tmp_path / "t.moeprof", passes)
+
+
+def test_tokens_that_choose_fewer_experts(tmp_path: Path) -> None:
+    """Adaptive k: an id of -1 is a slot that holds none."""
+
+    class Adaptive(OddBlock):
+        def forward(self, x: Any) -> Any:
+            weights, ids = torch.softmax(self.gate(x.reshape(-1, WIDTH)), dim=-1).topk(TOP_K)
+            ids[weights[:, 0] > 0.3, 1] = -1
+            self.last = ids, weights
+            return x
+
+    moeprof.register(Adaptive, ids=lambda module, *_: module.last, num_experts=NUM_EXPERTS)
+    model: Any = OddModel()
+    model.layers = nn.ModuleList([Adaptive()])
+    with torch.no_grad(), moeprof.record(model, tmp_path / "t.moeprof") as recorder:
+        model(_ids())
+    trace: Any = moeprof.open(recorder.path)
+    assert check(trace).ok, check(trace).problems
+    ids = model.layers[0].last[0]
+    routing = trace.routing(columns=["row", "slot", "expert", "status", "weight"])
+    empty = routing["expert"] == -1
+    assert 0 < empty.sum() < len(ids)
+    assert routing["expert"].tolist() == ids.reshape(-1).tolist()
+    assert (routing[empty]["status"] == SlotStatus.UNUSED).all()
+    assert (routing[empty]["weight"] == 0).all()
+
+
+def test_a_width_that_grows_is_an_error(tmp_path: Path) -> None:
+    moeprof.register(
+        OddBlock,
+        ids=lambda module, args, *_: module.gate(args[0].reshape(-1, WIDTH)).topk(module.k)[::-1],
+        num_experts=NUM_EXPERTS,
+    )
+    model: Any = OddModel()
+    with (
+        pytest.raises(CaptureError, match="chose 3 experts a token, after 2") as caught,
+        torch.no_grad(),
+        moeprof.record(model, tmp_path / "t.moeprof"),
+    ):
+        for k in (2, 3):
+            for layer in model.layers:
+                layer.k = k
+            model(_ids())
+    assert "-1" in caught.value.hint
+
+
+def test_a_silent_site_that_declares_nothing(tmp_path: Path) -> None:
+    moeprof.register(OddExperts, ids="which", weights="how_much")
+    model: Any = OddModel()
+    model.layers[1].forward = lambda x: x
+    with (
+        pytest.raises(
+            CaptureError, match=r"2 of 3 MoE calls were seen \(silent: layers.1 \(1 step"
+        ),
+        torch.no_grad(),
+        moeprof.record(model, tmp_path / "t.moeprof"),
+    ):
+        model(_ids())
+    assert len(moeprof.open(tmp_path / "t.moeprof").steps) == 1
+
+
+def test_two_threads_at_once(tmp_path: Path) -> None:
+    import threading
+
+    moeprof.register(OddExperts, ids="which", weights="how_much")
+    model: Any = OddModel()
+    inside, leave = threading.Event(), threading.Event()
+
+    def wait(*_: Any) -> None:
+        if threading.current_thread() is not threading.main_thread():
+            inside.set()
+            leave.wait(20)
+
+    model.layers[0].register_forward_pre_hook(wait)
+    with torch.no_grad(), moeprof.record(model, tmp_path / "t.moeprof") as recorder:
+        other = threading.Thread(target=model, args=(_ids(),))
+        other.start()
+        inside.wait(20)
+        with pytest.raises(MoeprofError, match="two threads at once"):
+            model(_ids())
+        leave.set()
+        other.join()
+        model(_ids())
+    trace: Any = moeprof.open(recorder.path)
+    assert len(trace.steps) == 2
+    assert check(trace).ok
+
+
+def test_recorders_that_end_in_another_order(tmp_path: Path) -> None:
+    moeprof.register(OddExperts, ids="which", weights="how_much")
+    model = OddModel()
+    recorders = [moeprof.record(model, tmp_path / f"{i}.moeprof") for i in range(2)]
+    for recorder in recorders:
+        recorder.start()
+    with torch.no_grad():
+        model(_ids())
+        recorders[0].stop()
+        model(_ids())
+    recorders[1].stop()
+    assert hook_count(model) == 0
+    assert [len(moeprof.open(recorder.path).steps) for recorder in recorders] == [1, 2]
 
 
 @pytest.mark.parametrize(

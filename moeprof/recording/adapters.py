@@ -62,12 +62,14 @@ class Adapter:
     decode: Callable[[Tensors, SiteModules], SlotTable]
 
 
-def _all_routed(experts: torch.Tensor, weights: torch.Tensor) -> SlotTable:
+def _routed(experts: torch.Tensor, weights: torch.Tensor) -> SlotTable:
+    """Returns a table of slots that all hold an expert, save those with a negative id."""
     ids = experts.to(torch.int64).numpy()
+    empty = ids < 0
     return SlotTable(
-        experts=ids,
-        weights=weights.to(torch.float32).numpy(),
-        status=np.zeros(ids.shape, dtype=np.uint8),
+        experts=np.where(empty, NO_EXPERT, ids),
+        weights=np.where(empty, 0.0, weights.to(torch.float32).numpy()).astype(np.float32),
+        status=np.where(empty, SlotStatus.UNUSED, SlotStatus.ROUTED).astype(np.uint8),
     )
 
 
@@ -96,7 +98,7 @@ def argument_adapter(ids: str | int, weights: str | int, parameters: list[str]) 
     def decode(raw: Tensors, modules: SiteModules) -> SlotTable:
         experts, applied = raw
         k = experts.shape[-1]
-        table = _all_routed(experts.reshape(-1, k), _gathered(applied, experts).reshape(-1, k))
+        table = _routed(experts.reshape(-1, k), _gathered(applied, experts).reshape(-1, k))
         # Expert parallelism marks slots of other ranks with an id past the last expert.
         count = getattr(modules.experts, "num_experts", None)
         if isinstance(count, int) and (outside := table.experts >= count).any():
@@ -111,7 +113,7 @@ def _gathered(weights: torch.Tensor, experts: torch.Tensor) -> torch.Tensor:
     """Returns [T, k] weights; some blocks hand over weights for all E experts."""
     if weights.shape == experts.shape:
         return weights
-    return weights.reshape(experts.shape[0], -1).gather(1, experts.to(torch.int64))
+    return weights.reshape(experts.shape[0], -1).gather(1, experts.to(torch.int64).clamp(min=0))
 
 
 def callable_adapter(
@@ -131,7 +133,7 @@ def callable_adapter(
     def decode(raw: Tensors, modules: SiteModules) -> SlotTable:
         experts, weights = raw
         k = experts.shape[-1]
-        return _all_routed(experts.reshape(-1, k), weights.reshape(-1, k))
+        return _routed(experts.reshape(-1, k), weights.reshape(-1, k))
 
     return Adapter(name="function", source="module", capture=capture, decode=decode)
 
@@ -243,13 +245,13 @@ def _decode_jetmoe(raw: Tensors, modules: SiteModules) -> SlotTable:
     experts[order] = sorted_ids
     weights[order] = gates.float()
     k = int(_need(modules.router).top_k)
-    return _all_routed(experts.view(-1, k), weights.view(-1, k))
+    return _routed(experts.view(-1, k), weights.view(-1, k))
 
 
 def _decode_llama4(raw: Tensors, modules: SiteModules) -> SlotTable:
     """Reads Llama4Router's scores [T, E]: unselected experts have exactly sigmoid(-inf) = 0."""
     weights, experts = raw[0].float().topk(int(_need(modules.router).top_k), dim=-1)
-    return _all_routed(experts, weights)
+    return _routed(experts, weights)
 
 
 def _capture_aria(
@@ -264,7 +266,7 @@ def _capture_aria(
 
 def _decode_aria(raw: Tensors, modules: SiteModules) -> SlotTable:
     experts, weights = raw
-    return _all_routed(experts, weights)
+    return _routed(experts, weights)
 
 
 NLLB = Adapter(

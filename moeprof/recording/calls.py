@@ -19,6 +19,9 @@ from moeprof.recording.tokens import Episode, Generation
 
 MATRIX_DIM = 2
 CACHE_ARGUMENTS = ("past_key_values", "past", "cache", "kv_cache", "past_key_value")
+PACKED_ARGUMENTS = ("cu_seq_lens_q", "cu_seqlens_q", "cu_seqlens")
+"""Given where several sequences lie in one row, one after another."""
+
 TOKEN_ARGUMENTS = ("input_ids", "inputs_embeds", "decoder_input_ids", "hidden_states", "x")
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import sys
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,8 +17,10 @@ import numpy as np
 import torch
 from torch import nn
 
+from moeprof.errors import MoeprofError
 from moeprof.recording.anatomy import Anatomy
 from moeprof.recording.calls import (
+    PACKED_ARGUMENTS,
     cache_argument,
     describe_generation,
     is_matrix,
@@ -119,6 +122,7 @@ class Instrument:
         self.tracker = Tracker(encoder_decoder=len(anatomy.stacks) > 1)
         self.num_steps = 0
         self.num_unfinished = 0
+        self.num_packed = 0
         self.kernels: dict[str, set[str]] = {}
         self._handles: list[Any] = []
         self._restore: list[Callable[[], None]] = []
@@ -140,7 +144,7 @@ class Instrument:
             self._attach_site(site, found)
         self._attach_parts()
         self._wrap_generate()
-        self._wrap_reorder()
+        self._watch_reordering()
 
     def _pre(self, module: nn.Module, hook: Callable[..., None]) -> None:
         self._handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
@@ -303,7 +307,8 @@ class Instrument:
 
     def _top_ends(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         self._top_depth = max(0, self._top_depth - 1)
-        if self._top_depth == 0 and self._current is not None:
+        step = self._current
+        if self._top_depth == 0 and step is not None and step.thread == threading.get_ident():
             if output is None:
                 self._discard_open_step()
             else:
@@ -312,6 +317,11 @@ class Instrument:
     def _stack_begins(self, stack: str, module: nn.Module, args: Any, kwargs: Any) -> None:
         self._sink.before_step()
         if self._current is not None:
+            if self._current.thread != threading.get_ident():
+                raise MoeprofError(
+                    "the recorded model was called in two threads at once",
+                    hint="call it from one thread at a time while it is recorded",
+                )
             if stack in self._open:
                 self._discard_open_step()
             else:
@@ -321,6 +331,9 @@ class Instrument:
             return
         shape = token_shape(tokens)
         named = named_arguments(module, args, kwargs)
+        if any(named.get(name) is not None for name in PACKED_ARGUMENTS):
+            self.num_packed += 1
+            return
         generating = self.tracker.generation is not None
         past, past_length = cache_argument(named, columns=shape[1], generating=generating)
         if stack == "encoder":
@@ -345,6 +358,7 @@ class Instrument:
             token_ids=tokens.detach() if generating and is_matrix(tokens) else None,
             beam_index=beam_index if stack == "decoder" else None,
             start_s=time.perf_counter() - self._t0,
+            thread=threading.get_ident(),
             probed=bool(probe_every) and order % probe_every == 0,
             score=self._settings.score,
         )
@@ -361,6 +375,8 @@ class Instrument:
     ) -> None:
         capture = self._open.get(stack)
         if capture is None or capture is not self._current:
+            return
+        if capture.thread != threading.get_ident():
             return
         if output is None:
             self._discard_open_step()
@@ -402,7 +418,7 @@ class Instrument:
 
         @functools.wraps(original)
         def generate(*args: Any, **kwargs: Any) -> Any:
-            if self.tracker.generation is not None:
+            if self.tracker.generation is not None or not self._handles:
                 return original(*args, **kwargs)
             self.tracker.begin_generation(describe_generation(self._model, args, kwargs))
             result = None
@@ -421,37 +437,66 @@ class Instrument:
                         GenerationEnd(generation=ended, sequences=tensor, end_s=end_s)
                     )
 
-        had_own = "generate" in self._model.__dict__
-        self._model.__dict__["generate"] = generate
+        own = vars(self._model)
+        had_own = "generate" in own
+        own["generate"] = generate
 
         def undo() -> None:
+            # Another recorder may have come and not gone; this wrapper then passes calls on.
+            if own.get("generate") is not generate:
+                return
             if had_own:
-                self._model.__dict__["generate"] = original
+                own["generate"] = original
             else:
-                self._model.__dict__.pop("generate", None)
+                own.pop("generate")
 
         self._restore.append(undo)
 
-    def _wrap_reorder(self) -> None:
+    def _watch_reordering(self) -> None:
         """Notes which beam each row continues, where the cache is reordered."""
-        cache_utils = sys.modules.get("transformers.cache_utils")
-        if cache_utils is None:
-            return
+
+        def note(beam_idx: torch.Tensor) -> None:
+            if self.tracker.generation is not None:
+                self._beam_index = beam_idx.detach().reshape(-1)
+
+        self._restore.append(watch_reordering(note))
+
+
+_reorder_watchers: list[Callable[[torch.Tensor], None]] = []
+_reorder_originals: list[tuple[Any, Any]] = []
+
+
+def watch_reordering(watcher: Callable[[torch.Tensor], None]) -> Callable[[], None]:
+    """Calls ``watcher`` with the index whenever a cache is reordered; returns what ends that.
+
+    The classes are patched once, however many recorders watch, and restored after the last.
+    """
+    cache_utils = sys.modules.get("transformers.cache_utils")
+    if not _reorder_originals and cache_utils is not None:
         for name in ("Cache", "EncoderDecoderCache"):
             owner = getattr(cache_utils, name, None)
-            original = owner.__dict__.get("reorder_cache") if owner is not None else None
-            if original is None:
-                continue
-            self._wrap_method(owner, original)
+            if owner is not None and "reorder_cache" in vars(owner):
+                _patch_reordering(owner)
+    _reorder_watchers.append(watcher)
 
-    def _wrap_method(self, owner: Any, original: Any) -> None:
-        instrument = self
+    def undo() -> None:
+        _reorder_watchers.remove(watcher)
+        if not _reorder_watchers:
+            for owner, original in _reorder_originals:
+                owner.reorder_cache = original
+            _reorder_originals.clear()
 
-        @functools.wraps(original)
-        def reorder_cache(cache: Any, beam_idx: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-            if instrument.tracker.generation is not None:
-                instrument._beam_index = beam_idx.detach().reshape(-1)
-            return original(cache, beam_idx, *args, **kwargs)
+    return undo
 
-        owner.reorder_cache = reorder_cache
-        self._restore.append(lambda: setattr(owner, "reorder_cache", original))
+
+def _patch_reordering(owner: Any) -> None:
+    original = vars(owner)["reorder_cache"]
+
+    @functools.wraps(original)
+    def reorder_cache(cache: Any, beam_idx: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        for watcher in _reorder_watchers:
+            watcher(beam_idx)
+        return original(cache, beam_idx, *args, **kwargs)
+
+    _reorder_originals.append((owner, original))
+    owner.reorder_cache = reorder_cache

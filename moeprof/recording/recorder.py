@@ -41,6 +41,7 @@ from moeprof.trace.writer import TraceWriter
 logger = logging.getLogger(__name__)
 
 DRAIN_BYTES = 32 << 20
+MAX_QUEUED_BYTES = 4 * DRAIN_BYTES
 MAX_RUNNING = 4096
 NS_PER_S = 1e9
 MIN_WAIT_S = 0.02
@@ -309,6 +310,12 @@ class Recorder:
     def _capture_problem(self) -> CaptureError | None:
         observed = self._observed
         where = f"; the incomplete trace is {self.path}" if self._writer is not None else ""
+        if self._instrument.num_packed:
+            return CaptureError(
+                f"{self._instrument.num_packed} forward passes held several sequences in one row, "
+                f"which cannot be told apart{where}",
+                hint="record padded batches: generate, not generate_batch or packed rows",
+            )
         if observed.num_calls_seen == 0:
             ran = self._instrument.num_steps + self._instrument.num_unfinished
             if ran == 0:
@@ -401,18 +408,14 @@ class Recorder:
 
     def _ready(self, closing: bool) -> bool:
         """Says whether the geometry of every site is known, so that the trace can be opened."""
-        if closing:
+        if closing or self._queued_bytes > MAX_QUEUED_BYTES:
             return True
         seen = {site for item in self._queue if isinstance(item, StepCapture)
                 for site in item.routing}  # fmt: skip
-        for site, found in enumerate(self.found):
-            if site in seen:
-                continue
-            try:
-                site_search.declared_top_k(self.model, found)
-            except CaptureError:
-                return False
-        return True
+        return all(
+            site in seen or site_search.declared_top_k(self.model, found) is not None
+            for site, found in enumerate(self.found)
+        )
 
     def _open_writer(self, first: StepCapture) -> TraceWriter:
         top_k: dict[int, int] = {}

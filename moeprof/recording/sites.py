@@ -136,8 +136,9 @@ def register(
 
     Args:
         module_class: A module that is called once per forward pass of its layer.
-        ids: Name or position of the forward argument with the expert ids, integer [T, k]; or a
-            function ``(module, args, kwargs, output) -> (ids, weights)``, called after forward.
+        ids: Name or position of the forward argument with the expert ids, integer [T, k], -1
+            where a slot is empty; or a function ``(module, args, kwargs, output) -> (ids,
+            weights)``, called after forward.
         weights: Name or position of the forward argument with the weights applied, [T, k]; None
             when ``ids`` is a function.
         num_experts: Number of experts, or the name of the attribute that holds it; by default
@@ -360,23 +361,28 @@ def geometry(model: nn.Module, found: list[FoundSite], top_k: Mapping[int, int])
         found: Its sites; the index is the site id.
         top_k: Slots per token by site id, as captured; sites missing there fall back to what
             the modules declare.
+
+    Raises:
+        CaptureError: Neither is known.
     """
     next_slot: dict[str, int] = {}
     sites = []
     for index, site in enumerate(found):
-        k = top_k.get(index) or declared_top_k(model, site)
+        # A site that is silent and tells nothing is taken for one like the others.
+        k = top_k.get(index) or declared_top_k(model, site) or max(top_k.values(), default=0)
+        if k == 0:
+            raise CaptureError(
+                f"top_k of {site.name} is neither declared nor was it seen",
+                hint="run at least one forward pass while recording",
+            )
         first_slot = next_slot.get(site.stack, 0)
         next_slot[site.stack] = first_slot + k
         sites.append(_geometry(model, index, site, k, first_slot))
     return sites
 
 
-def declared_top_k(model: nn.Module, site: FoundSite) -> int:
-    """Returns the routing slots per token the modules declare.
-
-    Raises:
-        CaptureError: None of them does.
-    """
+def declared_top_k(model: nn.Module, site: FoundSite) -> int | None:
+    """Returns the routing slots per token the modules declare; None where none of them does."""
     if site.adapter is adapters.NLLB:
         return 2
     if site.adapter is adapters.SWITCH:
@@ -387,10 +393,7 @@ def declared_top_k(model: nn.Module, site: FoundSite) -> int:
             value = getattr(owner, name, None)
             if isinstance(value, int) and value > 0:
                 return value
-    raise CaptureError(
-        f"top_k of {site.name} is neither declared nor was it seen",
-        hint="run at least one forward pass while recording",
-    )
+    return None
 
 
 def _geometry(model: nn.Module, index: int, site: FoundSite, top_k: int, first_slot: int) -> Site:

@@ -48,6 +48,7 @@ class StepCapture:
         token_ids: Input ids as given, inside `generate`; None when the model got embeddings.
         beam_index: Rows each row continued from; None when unchanged.
         start_s: Host seconds since the trace started.
+        thread: The thread it ran in.
         probed: Executed rows and per-layer memory are watched.
         routing: Captured tensors by site id; more than one entry where a site ran in pieces.
         logits: Router logits by site id, where they were asked for.
@@ -70,6 +71,7 @@ class StepCapture:
     token_ids: torch.Tensor | None
     beam_index: torch.Tensor | None
     start_s: float
+    thread: int
     probed: bool
     host_start: int = 0
     host_end: int = 0
@@ -92,6 +94,7 @@ class StepCapture:
         """Bytes the kept tensors hold, views counted by what they show."""
         tensors = [t for raws in self.routing.values() for raw in raws for t in raw]
         tensors += [t for kept in self.logits.values() for t in kept]
+        tensors += [t for t in (self.mask, self.token_ids) if t is not None]
         return sum(t.numel() * t.element_size() for t in tensors)
 
 
@@ -286,7 +289,12 @@ def _routing(
         table = tables.get(site.site)
         if table is None:
             continue
-        width = min(site.top_k, table.experts.shape[1])
+        width = table.experts.shape[1]
+        if width > site.top_k:
+            raise CaptureError(
+                f"{site.name} chose {width} experts a token, after {site.top_k}",
+                hint="show ids of one width, -1 where a slot is empty (moeprof.register)",
+            )
         slots = slice(site.first_slot, site.first_slot + width)
         rows = tokens.row
         where: Any = slice(None)
@@ -303,9 +311,9 @@ def _routing(
             if isinstance(where, slice)
             else np.ix_(where, np.arange(slots.start, slots.stop))
         )
-        expert[block] = table.experts[rows, :width]
-        status[block] = table.status[rows, :width]
-        weight[block] = table.weights[rows, :width]
+        expert[block] = table.experts[rows]
+        status[block] = table.status[rows]
+        weight[block] = table.weights[rows]
         kept = capture.logits.get(site.site)
         logits = None
         if kept and kept[0].shape[0] == table.experts.shape[0]:
@@ -314,7 +322,7 @@ def _routing(
         _learn(site, observed, table, rows, logits, eps=_spacing(capture.routing[site.site][0]))
         rule = observed.scoring.get(site.site)
         if view.with_scores and logits is not None and rule is not None:
-            ids = np.maximum(table.experts[rows, :width], 0).astype(np.int64)
+            ids = np.maximum(table.experts[rows], 0).astype(np.int64)
             values = affinity(logits[rows], ids, rule.scoring)
             score[block] = values
             bias = site.selection_bias

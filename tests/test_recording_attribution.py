@@ -358,14 +358,18 @@ def test_translation_through_forward(nllb: Any, tmp_path: Path) -> None:
     assert run.phases[:6] == ["encode", "prefill", "encode", "prefill", "decode", "decode"]
 
 
-def test_speculation_says_what_it_took_back(lm: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize("guess", ["prompt lookup", "assistant"])
+def test_speculation_says_what_it_took_back(lm: Any, guess: str, tmp_path: Path) -> None:
+    how: dict[str, Any] = {"prompt_lookup_num_tokens": 3}
+    if guess == "assistant":
+        how = {"assistant_model": tiny_models.qwen2_moe()}
     ids = torch.tensor([[5, 6, 7, 8, 5, 6, 7, 8, 5, 6, 7]])
     settings = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 8, **GREEDY}
     plain = lm.generate(ids, **settings)
     run = record_run(
         lm,
         tmp_path / "t.moeprof",
-        lambda: lm.generate(ids, prompt_lookup_num_tokens=3, **settings),
+        lambda: lm.generate(ids, **how, **settings),
     )
     assert torch.equal(run.result, plain)
     table = run.tokens

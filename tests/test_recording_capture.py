@@ -214,6 +214,19 @@ def test_recorders_that_end_in_another_order(model: Any, tmp_path: Path) -> None
     vars(model).pop("generate", None)  # The wrapper of the first passes calls on.
 
 
+def test_generate_does_not_compile_while_it_is_recorded(model: Any, tmp_path: Path) -> None:
+    """On a GPU it would, by itself, wherever the cache is static."""
+    from transformers import CompileConfig
+
+    config: Any = CompileConfig(backend="eager", fullgraph=True)
+    config._compile_all_devices = True
+    settings = {**GREEDY, "cache_implementation": "static", "compile_config": config}
+    expected = model.generate(**BATCH, **GREEDY)
+    run = record_run(model, tmp_path / "t.moeprof", lambda: model.generate(**BATCH, **settings))
+    assert torch.equal(run.result, expected)
+    assert run.trace.requests["num_prompt_tokens"].tolist() == [7, 3, 5]
+
+
 @pytest.mark.filterwarnings("ignore")
 def test_several_sequences_in_one_row(model: Any, tmp_path: Path) -> None:
     """Continuous batching, and packed rows in training: whose token is whose cannot be told."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import sys
 from collections.abc import Callable, Mapping
 from typing import Any, TypeGuard
 
@@ -107,6 +108,12 @@ def router_logits(output: Any, num_experts: int) -> torch.Tensor | None:
     # Routers that also return combine weights return logits last among those of this width.
     chosen = candidates[-1] if type(output) is tuple and len(candidates) > 1 else candidates[0]
     return chosen.detach().reshape(-1, num_experts)
+
+
+def compiles_by_itself(model: Any) -> bool:
+    """Says whether the model's `generate` is the one of transformers."""
+    library = sys.modules.get("transformers.generation.utils")
+    return library is not None and isinstance(model, library.GenerationMixin)
 
 
 def describe_generation(model: Any, args: Any, kwargs: Mapping[str, Any]) -> Generation:

@@ -22,6 +22,7 @@ from moeprof.recording.anatomy import Anatomy
 from moeprof.recording.calls import (
     PACKED_ARGUMENTS,
     cache_argument,
+    compiles_by_itself,
     describe_generation,
     is_matrix,
     named_arguments,
@@ -420,6 +421,9 @@ class Instrument:
         def generate(*args: Any, **kwargs: Any) -> Any:
             if self.tracker.generation is not None or not self._handles:
                 return original(*args, **kwargs)
+            if compiles_by_itself(self._model):
+                # On a GPU `generate` compiles what runs on a static cache; hooks need it eager.
+                kwargs = {**kwargs, "disable_compile": True}
             self.tracker.begin_generation(describe_generation(self._model, args, kwargs))
             result = None
             try:

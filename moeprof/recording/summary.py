@@ -56,9 +56,9 @@ def _kind(site: Site) -> str:
 def _requests_line(trace: Trace) -> str:
     requests = trace.requests
     labels = [
-        f"{requests[name].nunique()} {name}s"
+        f"{count} {name}{'s' * (count != 1)}"
         for name in ("domain", "language")
-        if requests[name].notna().any()
+        if (count := requests[name].nunique())
     ]
     batches = trace.steps["step"].size
     detail = f" of {', '.join(labels)}" if labels else ""

@@ -1,0 +1,70 @@
+"""Dynamic gating as moeprof runs it: a few Triton kernels that read each active expert once.
+
+Up to `FEW_TOKENS` tokens, two launches stream the weights of the active experts (`few`); beyond,
+rows are brought into expert order and two persistent grouped products follow (`many`). Nothing
+waits for the device, nothing is sized by what the router chose: both can be captured as CUDA graphs.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+
+import torch
+
+from moeprof.live.experts import ExpertWeights
+from moeprof.live.kernels.dynamic import dynamic_grouped
+from moeprof.live.kernels.slots import within_capacity
+
+FEW_TOKENS = 64
+_CAPABILITY = (9, 0)
+_ALIGNMENT = 8
+_TYPES = (torch.bfloat16, torch.float16)
+
+
+def dynamic(
+    hidden: torch.Tensor,
+    expert_ids: torch.Tensor,
+    weights: torch.Tensor,
+    experts: ExpertWeights,
+    *,
+    capacity: int | None = None,
+) -> torch.Tensor:
+    """Dynamic gating with moeprof's kernels; bit-reproducible.
+
+    Falls back to `dynamic_grouped` where they cannot run (see `can_fuse`). Products are summed in
+    single precision, the hidden layer is rounded once to the dtype of ``hidden``.
+    """
+    if not can_fuse(hidden, experts):
+        return dynamic_grouped(hidden, expert_ids, weights, experts, capacity=capacity)
+    kept = within_capacity(expert_ids, experts.num_experts, capacity)
+    hidden, kept, weights = hidden.contiguous(), kept.contiguous(), weights.contiguous()
+    if hidden.shape[0] == 0:
+        return torch.empty_like(hidden)
+    if hidden.shape[0] <= FEW_TOKENS:
+        from moeprof.live.kernels.few import run_few
+
+        return run_few(hidden, kept, weights, experts)
+    from moeprof.live.kernels.many import run_many
+
+    return run_many(hidden, kept, weights, experts)
+
+
+def can_fuse(hidden: torch.Tensor, experts: ExpertWeights) -> bool:
+    """Returns True where the Triton kernels run.
+
+    They need Triton, a GPU of compute capability 9.0 or later, half precision, contiguous
+    weights, and widths that are multiples of 8 (the copy engine moves 16 bytes at least).
+    """
+    if hidden.device.type != "cuda" or hidden.dtype not in _TYPES:
+        return False
+    if importlib.util.find_spec("triton") is None:
+        return False
+    if torch.cuda.get_device_capability(hidden.device) < _CAPABILITY:
+        return False
+    return fits(experts)
+
+
+def fits(experts: ExpertWeights) -> bool:
+    """Returns True where the shapes and strides of ``experts`` suit the kernels."""
+    aligned = experts.d_model % _ALIGNMENT == 0 and experts.d_ff % _ALIGNMENT == 0
+    return aligned and all(tensor.is_contiguous() for tensor in experts.tensors())

@@ -70,9 +70,9 @@ class Estimates:
         )
 
     def within(self, lowest: float, highest: float) -> Estimates:
-        """Returns the same with intervals and halves cut to the values that are possible."""
+        """Returns the same cut to the values that are possible."""
         return Estimates(
-            value=self.value,
+            value=np.clip(self.value, lowest, highest),
             low=np.clip(self.low, lowest, highest),
             high=np.clip(self.high, lowest, highest),
             first_half=np.clip(self.first_half, lowest, highest),

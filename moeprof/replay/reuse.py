@@ -16,7 +16,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from moeprof.replay import intervals, wording
+from moeprof.replay import affinity, intervals, wording
 from moeprof.replay.access import Accesses, Floats, Int32s, accesses
 from moeprof.replay.compiled import compiled
 from moeprof.replay.intervals import Interval
@@ -44,12 +44,14 @@ def locality(trace: Trace) -> Result:
     """Returns reuse distances, overlap of consecutive dispatches and working sets.
 
     The table has one row per site and phase; tables ``reuse``, ``working_set`` and ``tokens`` hold
-    the curves per stack and phase.
+    the curves per stack and phase, ``affinity`` what each MoE layer says about the next, and
+    ``prefetch`` what fetching by it would find.
     """
     sites, reuse, windows, tokens_table = [], [], [], []
     metrics: list[Metric] = []
     findings: list[Finding] = []
     stacks = wording.stacks_of(trace)
+    next_layers = []
     for stack, tokens in stacks:
         halves = tokens.requests.half
         per_site = [(site, accesses(tokens, site)) for site in tokens.sites]
@@ -73,6 +75,10 @@ def locality(trace: Trace) -> Result:
             rows, found_metrics = _token_overlap(tokens, phase)
             tokens_table += rows
             metrics += found_metrics
+        found_next = affinity.layer_affinity(tokens, num_stacks=len(stacks))
+        next_layers.append(found_next)
+        metrics += found_next.metrics
+        findings += found_next.findings
     return Result(
         name=NAME,
         title="Temporal locality",
@@ -83,6 +89,7 @@ def locality(trace: Trace) -> Result:
             "reuse": _concatenated(reuse),
             "working_set": _concatenated(windows),
             "tokens": pd.DataFrame(tokens_table),
+            **affinity.frames(next_layers),
         },
         notes=(
             "Each phase by itself: distances and overlaps skip dispatches of other phases. A first "
@@ -90,6 +97,7 @@ def locality(trace: Trace) -> Result:
             f"Shuffled: mean of {NUM_SHUFFLES} random orders of the same dispatches, exchanged "
             "only with dispatches of similar size.",
             "Uniform: every token picks its experts at random, dispatch sizes as recorded.",
+            *affinity.NOTES,
         ),
     )
 

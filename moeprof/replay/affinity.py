@@ -138,8 +138,8 @@ class _Pair:
 
     sites: tuple[schema.Site, ...]
     num_tokens: int
-    fetched: NDArray[np.int64]
-    """[token or dispatch, multiples] experts fetched."""
+    fetched: NDArray[Any]
+    """[token or dispatch, multiples] experts fetched; their mean where pairs are pooled."""
     units: Floats
     """[token or dispatch, requests] experts needed (by tokens), and lookups (of dispatches)."""
     hits: Floats
@@ -463,7 +463,7 @@ def _add_pairs(first: Int32s, second: Int32s, request: Int32s, value: Floats, su
 
 
 def _pooled(pairs: Sequence[_Pair]) -> _Pair:
-    """Returns all pairs of a stack together; sites and fetches are those of the first."""
+    """Returns all pairs of a stack together; the sites are those of the first."""
 
     def total(name: str) -> Floats:
         summed: Floats = np.sum([getattr(pair, name) for pair in pairs], axis=0)
@@ -472,7 +472,7 @@ def _pooled(pairs: Sequence[_Pair]) -> _Pair:
     return _Pair(
         sites=pairs[0].sites,
         num_tokens=sum(pair.num_tokens for pair in pairs),
-        fetched=np.max([pair.fetched for pair in pairs], axis=0),
+        fetched=np.mean([pair.fetched for pair in pairs], axis=0),
         **{
             name: total(name)
             for name in ("units", "hits", "popular", "shuffled", "uniform", "information")
@@ -529,6 +529,7 @@ def _curve(whole: _Pair, halves: NDArray[np.int8]) -> list[dict[str, Any]]:
     for index, multiple in enumerate(MULTIPLES):
         row: dict[str, Any] = {"multiple": multiple}
         for level, prefix in ((_TOKEN, "token"), (_DISPATCH, "dispatch")):
+            row[f"{prefix}_num_fetched"] = float(whole.fetched[level, index])
             row |= _spread(f"{prefix}_share", found["hits", level][index])
             for name in ("popular", "shuffled", "uniform"):
                 row[f"{prefix}_{name}_share"] = found[name, level][index].value

@@ -242,6 +242,7 @@ def locality_content(trace: Trace, result: Result) -> Built:
     reuse = records(result.tables["reuse"])
     windows = records(result.tables["working_set"])
     tokens = records(result.tables["tokens"])
+    pairs = records(result.tables["affinity"])
     rows = records(result.table)
     by_place = groups(reuse, "stack", "phase")
     reuse_panels = [
@@ -310,6 +311,7 @@ def locality_content(trace: Trace, result: Result) -> Built:
         ),
         _overlap_figure(trace, rows),
         _pair_figure(trace, tokens),
+        *_affinity_figures(trace, pairs, records(result.tables["prefetch"])),
     ]
     headline = headline_of(
         trace,
@@ -317,6 +319,7 @@ def locality_content(trace: Trace, result: Result) -> Built:
         "locality/excess_overlap_share",
         "locality/median_reuse_distance",
         "locality/next_token_share",
+        *(("locality/affinity_share", "locality/prefetch_share") if pairs else ()),
     )
     tables = [
         TableData(
@@ -343,6 +346,26 @@ def locality_content(trace: Trace, result: Result) -> Built:
                 ["shared_share", "Experts shared", "share"],
             ],
             rows=tokens,
+        ),
+        TableData(
+            title="What a layer says about the next",
+            figure_class="exact",
+            columns=[
+                ["stack", "Stack", "text"],
+                ["phase", "Phase", "text"],
+                ["layer", "Layer", "count"],
+                ["next_layer", "Next", "count"],
+                ["token_share", "Told, per token", "share"],
+                ["token_popular_share", "by popularity", "share"],
+                ["token_shuffled_share", "by another token", "share"],
+                ["token_uniform_share", "uniform", "share"],
+                ["dispatch_num_fetched", "Fetched per step", "count"],
+                ["dispatch_share", "Found", "share"],
+                ["dispatch_popular_share", "by popularity", "share"],
+                ["dispatch_gain", "Gain", "points"],
+                ["information_share", "Information", "share"],
+            ],
+            rows=pairs[:_MAX_DETAIL_ROWS],
         ),
     ]
     return headline, figures, tables
@@ -413,6 +436,108 @@ def _overlap_figure(trace: Trace, rows: Rows) -> FigureData:
         collapsed=False,
         panels=panels,
     )
+
+
+def _affinity_figures(trace: Trace, pairs: Rows, curve: Rows) -> list[FigureData]:
+    """Returns affinity layer by layer, and what fetching by it finds; none for a single site."""
+    if not pairs:
+        return []
+    yardsticks = (
+        ("popular", "popularity", "most popular experts"),
+        ("shuffled", "shuffled", "after another token's experts"),
+        ("uniform", "uniform", "uniform routing"),
+    )
+    main = main_places(trace)
+    layer_panels, fetch_panels = [], []
+    for (stack, phase), own in groups(pairs, "stack", "phase").items():
+        layer_panels.append(
+            {
+                "title": place_label(trace, (stack, phase)),
+                "x_label": "layer whose experts are told, from the one before",
+                "y_label": "experts of a token told",
+                "y_unit": "share",
+                "categories": [str(row["next_layer"]) for row in own],
+                "series": [
+                    {
+                        "key": "recorded",
+                        "label": "after the token's own experts",
+                        "values": [row["token_share"] for row in own],
+                        "low": [row["token_share_low"] for row in own],
+                        "high": [row["token_share_high"] for row in own],
+                    },
+                    *(
+                        {
+                            "key": key,
+                            "label": label,
+                            "values": [row[f"token_{name}_share"] for row in own],
+                            "low": None,
+                            "high": None,
+                        }
+                        for name, key, label in yardsticks
+                    ),
+                ],
+            }
+        )
+    for (stack, phase), own in groups(curve, "stack", "phase").items():
+        if f"{stack}/{phase}" not in main:
+            continue
+        x = "dispatch_num_fetched"
+        fetch_panels.append(
+            {
+                "title": place_label(trace, (stack, phase)),
+                "x_label": "experts fetched per layer and step",
+                "x_scale": "log2",
+                "y_label": "experts of a step fetched",
+                "y_unit": "share",
+                "series": [
+                    _series(
+                        own, x, "dispatch_share", "recorded", "after the step's experts", band=True
+                    ),
+                    *(
+                        _series(own, x, f"dispatch_{name}_share", key, label)
+                        for name, key, label in yardsticks
+                        if name != "shuffled"
+                    ),
+                ],
+            }
+        )
+    told = listed_items(
+        f"{place_label(trace, (row['stack'], row['phase']))} layer {row['next_layer']} "
+        f"{percent(row['token_share'])}, by popularity {percent(row['token_popular_share'])}"
+        for row in pairs
+        if f"{row['stack']}/{row['phase']}" in main
+    )
+    return [
+        FigureData(
+            id="affinity",
+            kind="layers",
+            title="What a layer says about the next",
+            alt="Share of a token's experts found among as many that are most likely after its "
+            f"experts at the layer before, by layer, beside popularity and controls: {told}.",
+            how_to_read=(
+                "Solid marks far above the popular ones: the experts of a layer tell those of the "
+                "next, which prefetching and placement can use. Marks of another token's experts "
+                "at the height of the popular ones: it is the token that links them, not the step."
+            ),
+            figure_class="exact",
+            collapsed=False,
+            panels=layer_panels,
+        ),
+        FigureData(
+            id="prefetch",
+            kind="lines",
+            title="Fetching a layer ahead",
+            alt="Share of the experts of a step found among those fetched by the experts of the "
+            "layer before, against how many are fetched, beside popularity and uniform routing.",
+            how_to_read=(
+                "Read off what fetching so many experts before the next layer runs would find; the "
+                "gap to the popular ones is what a table of next experts is worth."
+            ),
+            figure_class="exact",
+            collapsed=False,
+            panels=fetch_panels,
+        ),
+    ]
 
 
 def _pair_figure(trace: Trace, rows: Rows) -> FigureData:

@@ -52,6 +52,17 @@ QUANTITIES: Mapping[str, str] = {
     "locality/excess_overlap_share": "What order in time adds",
     "locality/median_reuse_distance": "Median reuse distance",
     "locality/next_token_share": "Experts shared with the next token",
+    "locality/affinity_share": "Next layer's experts told by a token's own",
+    "locality/affinity_popular_share": "Next layer's experts among the most popular, per token",
+    "locality/affinity_shuffled_share": "Told by another token of the step",
+    "locality/affinity_uniform_share": "Told under uniform routing",
+    "locality/affinity_gain": "What a token's experts add to popularity",
+    "locality/affinity_information": "Information about the next layer",
+    "locality/prefetch_share": "Next layer's experts fetched by likelihood",
+    "locality/prefetch_popular_share": "The same, fetched by popularity",
+    "locality/prefetch_shuffled_share": "The same, tokens exchanged",
+    "locality/prefetch_uniform_share": "The same, uniform routing",
+    "locality/prefetch_gain": "What likelihood adds to popularity",
     "batching/distinct_share": "Experts needed by a batch",
 }
 QUESTIONS: Mapping[str, str] = {
@@ -71,6 +82,8 @@ _YARDSTICKS = {
     "activation/usage_entropy": ("activation/uniform_usage_entropy", "uniform routing"),
     "activation/label_distance": ("activation/chance_label_distance", "by chance"),
     "locality/overlap_share": ("locality/shuffled_overlap_share", "steps shuffled"),
+    "locality/affinity_share": ("locality/affinity_popular_share", "most popular"),
+    "locality/prefetch_share": ("locality/prefetch_popular_share", "most popular"),
 }  # fmt: skip
 
 

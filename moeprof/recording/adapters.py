@@ -46,6 +46,45 @@ class SiteModules:
 
 
 @dataclass(frozen=True)
+class RoutingArguments:
+    """The arguments of a forward that carry the routing.
+
+    Attributes:
+        ids: Name of the argument with expert ids, int [T, k].
+        weights: Name of the argument with weights, float [T, k] or [T, num_experts].
+        parameters: The forward's parameter names, self left out.
+    """
+
+    ids: str
+    weights: str
+    parameters: tuple[str, ...]
+
+    def pick(self, name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> torch.Tensor:
+        """Returns the tensor given for an argument."""
+        position = self.parameters.index(name)
+        value = args[position] if len(args) > position else kwargs[name]
+        if not isinstance(value, torch.Tensor):
+            raise TypeError(f"argument {name!r} holds {type(value).__name__}, not a tensor")
+        return value.detach()
+
+    def replaced(
+        self,
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+        values: Mapping[str, torch.Tensor],
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Returns the call with other tensors for some arguments."""
+        positional, named = list(args), dict(kwargs)
+        for name, value in values.items():
+            position = self.parameters.index(name)
+            if len(positional) > position:
+                positional[position] = value
+            else:
+                named[name] = value
+        return tuple(positional), named
+
+
+@dataclass(frozen=True)
 class Adapter:
     """How to read one kind of site.
 
@@ -54,12 +93,15 @@ class Adapter:
         source: Module whose call is watched: ``experts`` (before it runs) or ``router`` (after).
         capture: Picks the tensors to keep.
         decode: Turns host copies of them into a `SlotTable`; told the site's modules.
+        arguments: Where the watched call carries the routing; None where its output does, or
+            the choice is made inside.
     """
 
     name: str
     source: str
     capture: Hook
     decode: Callable[[Tensors, SiteModules], SlotTable]
+    arguments: RoutingArguments | None = None
 
 
 def _routed(experts: torch.Tensor, weights: torch.Tensor) -> SlotTable:
@@ -82,18 +124,18 @@ def argument_adapter(ids: str | int, weights: str | int, parameters: list[str]) 
         parameters: The forward's parameter names, self left out.
     """
 
-    def pick(key: str | int, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> torch.Tensor:
-        name = parameters[key] if isinstance(key, int) else key
-        position = key if isinstance(key, int) else parameters.index(key)
-        value = args[position] if len(args) > position else kwargs[name]
-        if not isinstance(value, torch.Tensor):
-            raise TypeError(f"argument {name!r} holds {type(value).__name__}, not a tensor")
-        return value.detach()
+    def named(key: str | int) -> str:
+        return parameters[key] if isinstance(key, int) else key
+
+    arguments = RoutingArguments(named(ids), named(weights), tuple(parameters))
 
     def capture(
         module: torch.nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any
     ) -> Tensors:
-        return pick(ids, args, kwargs), pick(weights, args, kwargs)
+        return (
+            arguments.pick(arguments.ids, args, kwargs),
+            arguments.pick(arguments.weights, args, kwargs),
+        )
 
     def decode(raw: Tensors, modules: SiteModules) -> SlotTable:
         experts, applied = raw
@@ -106,7 +148,13 @@ def argument_adapter(ids: str | int, weights: str | int, parameters: list[str]) 
             table.experts[outside] = NO_EXPERT
         return table
 
-    return Adapter(name="experts_arguments", source="experts", capture=capture, decode=decode)
+    return Adapter(
+        name="experts_arguments",
+        source="experts",
+        capture=capture,
+        decode=decode,
+        arguments=arguments,
+    )
 
 
 def _gathered(weights: torch.Tensor, experts: torch.Tensor) -> torch.Tensor:

@@ -29,6 +29,7 @@ from moeprof.recording import sites as site_search
 from moeprof.recording.anatomy import Anatomy, anatomy, static_bytes
 from moeprof.recording.calls import kept_columns, output_tokens
 from moeprof.recording.devices import DeviceSampler, open_meter
+from moeprof.recording.forced import forced_source
 from moeprof.recording.hardware import hardware, versions
 from moeprof.recording.hooks import GenerationEnd, Instrument, InstrumentSettings
 from moeprof.recording.memory import MemoryMeter
@@ -139,6 +140,7 @@ class Recorder:
         self._observed = Observation()
         self._running: dict[int, _Running] = {}
         self._held: StepCapture | None = None
+        self._forced_by: dict[str, int] = {}
         self._sites: list[Site] | None = None
         self._writer: TraceWriter | None = None
         self._sampler: DeviceSampler | None = None
@@ -364,8 +366,11 @@ class Recorder:
             self._queue.append(ended)
 
     def before_step(self) -> None:
-        """Raises what went wrong in the background."""
+        """Raises what went wrong in the background; notes routing that was forced."""
         self._raise_pending()
+        source = forced_source(found.watched for found in self.found)
+        if source is not None:
+            self._forced_by[source] = self._forced_by.get(source, 0) + 1
 
     def _raise_pending(self) -> None:
         if self._error is not None:
@@ -495,7 +500,14 @@ class Recorder:
                     "scaling_factor": rule.scaling_factor,
                 }
             sites.append(replace(site, **changes))
-        notes = list(self.options.notes)
+        notes = [
+            *self.options.notes,
+            *(
+                f"In {count} of {self._instrument.num_steps} forward passes the routing is not the "
+                f"model's own choice: it was driven by {source}."
+                for source, count in self._forced_by.items()
+            ),
+        ]
         if observed.execution_note is not None:
             notes.append(
                 f"Executed rows disagree with routed rows in {observed.num_executed_disagreeing} "

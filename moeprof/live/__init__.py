@@ -7,12 +7,51 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from moeprof.live.experts import ExpertWeights, random_experts
+    from moeprof.live.forcing import ForcedRouting, force_routing
+    from moeprof.live.routing_controls import (
+        RoutingShape,
+        rebatched_routing,
+        skewed_routing,
+        staggered_routing,
+        uniform_routing,
+    )
+    from moeprof.live.routing_schedules import DeviceRouting, RoutingBuffers, routing_of
+    from moeprof.live.routing_sources import Routing, RoutingSource, read_routing
 
-__all__ = ["ExpertWeights", "random_experts"]
+__all__ = [
+    "DeviceRouting",
+    "ExpertWeights",
+    "ForcedRouting",
+    "Routing",
+    "RoutingBuffers",
+    "RoutingShape",
+    "RoutingSource",
+    "force_routing",
+    "random_experts",
+    "read_routing",
+    "rebatched_routing",
+    "routing_of",
+    "skewed_routing",
+    "staggered_routing",
+    "uniform_routing",
+]
 
 _HOMES = {
+    "DeviceRouting": "routing_schedules",
     "ExpertWeights": "experts",
+    "ForcedRouting": "forcing",
+    "Routing": "routing_sources",
+    "RoutingBuffers": "routing_schedules",
+    "RoutingShape": "routing_controls",
+    "RoutingSource": "routing_sources",
+    "force_routing": "forcing",
     "random_experts": "experts",
+    "read_routing": "routing_sources",
+    "rebatched_routing": "routing_controls",
+    "routing_of": "routing_schedules",
+    "skewed_routing": "routing_controls",
+    "staggered_routing": "routing_controls",
+    "uniform_routing": "routing_controls",
 }
 
 

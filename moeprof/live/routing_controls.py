@@ -25,6 +25,7 @@ from moeprof.live.routing_sources import (
     StackRouting,
     geometry_of,
     read_routing,
+    trace_name,
 )
 from moeprof.replay import compose
 from moeprof.trace.reader import Trace
@@ -44,6 +45,7 @@ class RoutingShape:
         top_k: Slots per token.
         tokens: Tokens of each forward pass, e.g. ``[28] + [1] * 128``.
         stack: ``encoder`` or ``decoder``.
+        phases: Phase of each pass; None: all encode, or all decode.
     """
 
     num_sites: int
@@ -51,11 +53,14 @@ class RoutingShape:
     top_k: int
     tokens: Sequence[int]
     stack: str = "decoder"
+    phases: Sequence[str] | None = None
 
     def __post_init__(self) -> None:
         """Refuses shapes that cannot be drawn."""
         if self.num_sites < 1 or not len(self.tokens) or min(self.tokens) < 0:
             raise UsageError("a control needs sites, and passes of 0 or more tokens each")
+        if self.phases is not None and len(self.phases) != len(self.tokens):
+            raise UsageError(f"{len(self.phases)} phases for {len(self.tokens)} passes")
         if not 1 <= self.top_k <= self.num_experts:
             raise UsageError(f"top_k must lie between 1 and {self.num_experts}, got {self.top_k}")
 
@@ -108,7 +113,9 @@ def rebatched_routing(
         schedule: ``static`` or ``continuous``.
         **options: Others of `moeprof.replay.compose`.
     """
-    return read_routing(compose(trace, schedule, max_batch=max_batch, **options))
+    routing = read_routing(compose(trace, schedule, max_batch=max_batch, **options))
+    source = dataclasses.replace(routing.source, name=trace_name(trace))
+    return dataclasses.replace(routing, source=source)
 
 
 def staggered_routing(
@@ -234,14 +241,13 @@ def _blank(shape: RoutingShape) -> StackRouting:
         )
         for index in range(shape.num_sites)
     )
-    several = "encode" if shape.stack == "encoder" else "prefill"
-    single = "encode" if shape.stack == "encoder" else "decode"
+    phase = "encode" if shape.stack == "encoder" else "decode"
     return StackRouting(
         stack=shape.stack,
         sites=sites,
         starts=starts,
         steps=np.arange(len(tokens), dtype=np.int64),
-        phases=tuple(several if index == 0 else single for index in range(len(tokens))),
+        phases=tuple(shape.phases) if shape.phases is not None else (phase,) * len(tokens),
     )
 
 

@@ -214,7 +214,9 @@ def read_routing(
         TraceError: The trace is damaged.
     """
     if weights not in WEIGHTS:
-        raise UsageError(f"unknown weights {weights!r}", hint=f"choose one of: {', '.join(WEIGHTS)}")
+        raise UsageError(
+            f"unknown weights {weights!r}", hint=f"choose one of: {', '.join(WEIGHTS)}"
+        )
     names = trace.stacks if stacks is None else tuple(stacks)
     for name in names:
         if name not in trace.stacks:
@@ -223,7 +225,9 @@ def read_routing(
             )
     chosen = _chosen_sites(trace, names, sites)
     rank = _rank(trace, rank)
-    reading = _Reading(rank=rank, steps=StepFilter.of(steps), phase=phase, uniform=weights != "recorded")
+    reading = _Reading(
+        rank=rank, steps=StepFilter.of(steps), phase=phase, uniform=weights != "recorded"
+    )
     read = {name: _read_stack(trace, name, own, reading) for name, own in chosen.items() if own}
     if not any(len(stack.steps) for stack, *_ in read.values()):
         raise UsageError("no step of the trace is left", hint="check steps, phase and stacks")
@@ -342,7 +346,7 @@ def _read_stack(
     for site in sites:
         own = slice(first, first + site.top_k)
         first += site.top_k
-        seen = ~np.isin(rows["status"][:, own], _UNSEEN).all(axis=1)
+        seen = np.logical_not(np.isin(rows["status"][:, own], _UNSEEN).all(axis=1))
         found.append(
             _site_routing(site, starts, rows["row"], seen, experts[:, own], weight[:, own], batches)
         )
@@ -428,7 +432,9 @@ def _site_routing(
     of_step = np.repeat(np.arange(len(starts) - 1), np.diff(own))
     row = row[seen].astype(np.int64)
     # A last layer may be called with the last token of every row of the batch only.
-    pruned = (np.diff(own) < np.diff(starts)) & (batches.num_rows % np.maximum(batches.batch, 1) == 0)
+    pruned = (np.diff(own) < np.diff(starts)) & (
+        batches.num_rows % np.maximum(batches.batch, 1) == 0
+    )
     columns = np.where(pruned, batches.num_rows // np.maximum(batches.batch, 1), 1)
     places = row // columns[of_step]
     num_rows = np.where(pruned, batches.batch, batches.num_rows)
@@ -452,6 +458,11 @@ def _site_routing(
     )
 
 
+def trace_name(trace: Trace) -> str:
+    """Returns the last part of a trace's path."""
+    return re.split(r"[/\\]", str(trace.path).rstrip("/\\"))[-1]
+
+
 def _source_of(trace: Trace) -> RoutingSource:
     """Returns what a trace says of itself."""
     info = trace.info
@@ -468,7 +479,7 @@ def _source_of(trace: Trace) -> RoutingSource:
         origin |= {str(name): str(value) for name, value in law.items()}
     return RoutingSource(
         kind=kind,
-        name=re.split(r"[/\\]", str(trace.path).rstrip("/\\"))[-1],
+        name=trace_name(trace),
         model="" if kind == "synthetic" else info.model.name,
         random_weights=info.model.random_weights and kind != "synthetic",
         changes=tuple(change.rstrip(".") for change in changes),

@@ -35,7 +35,7 @@ Bools = NDArray[np.bool_]
 SECTION = "locality"
 MAX_TOKENS = 65_536
 """Tokens judged per pair of sites and phase; dispatches beyond it are left out evenly."""
-MULTIPLES = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0)
+MULTIPLES = (0.125, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0, 16.0, 32.0, 64.0)
 """Experts fetched, in multiples of what a token (or the median dispatch) needs."""
 
 _AS_NEEDED = MULTIPLES.index(1.0)

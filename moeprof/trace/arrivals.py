@@ -101,7 +101,8 @@ class Schedule:
     def tokens(self, stack: str) -> Tokens:
         """Returns the tokens of one stack."""
         steps = [index for index, name in enumerate(self.stack) if name == stack]
-        sizes = [self.num_tokens[index] for index in steps]
+        num_tokens = self.num_tokens
+        sizes = [num_tokens[index] for index in steps]
         none = np.zeros(0, np.int64)
         joined = {
             name: np.concatenate([none, *(values[index] for index in steps)])

@@ -7,9 +7,9 @@ for any policy, size and scope.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -110,9 +110,9 @@ def machine_of(
         kept = policies.whole_sites(stream.key_site.tolist(), sizes, capacity)
         return policies.Static(sizes, capacity, kept=kept)
     times = np.arange(stream.num_lookups) if semantics == "sequential" else stream.lookup_dispatch()
-    uses: dict[int, list[int]] = {}
+    uses: dict[int, list[int]] = {key: [] for key in range(stream.num_keys)}
     for key, time in zip(stream.key.tolist(), times.tolist(), strict=True):
-        uses.setdefault(key, []).append(time)
+        uses[key].append(time)
     kind = {"min": policies.Min, "min_bypass": policies.MinBypass}[policy]
     return kind(sizes, capacity, uses=uses)
 
@@ -149,27 +149,50 @@ def _together(machine: Machine, own: list[int], last: list[int], *, hits_first: 
     return resident
 
 
+class Outcome(NamedTuple):
+    """What one lookup under ``sequential`` did.
+
+    Attributes:
+        hit: The expert was resident.
+        evicted: Who left, first to leave first; the expert itself where it was not kept.
+    """
+
+    hit: bool
+    evicted: tuple[int, ...]
+
+
+def look_up(machine: Machine, key: int, active: Collection[int]) -> Outcome:
+    """Looks up one expert under ``sequential``, making room before it enters.
+
+    Args:
+        machine: The cache.
+        key: The expert.
+        active: All experts of its dispatch.
+    """
+    machine.arrive((key,))
+    if key in machine:
+        machine.hit(key)
+        machine.touch(key)
+        return Outcome(hit=True, evicted=())
+    size = machine.sizes[key]
+    if size > machine.capacity:
+        return Outcome(hit=False, evicted=())
+    evicted = []
+    if machine.bypasses:
+        machine.insert(key)
+    while machine.used + (0 if machine.bypasses else size) > machine.capacity:
+        left = machine.victim(active) if machine.spares_active else None
+        if left is None:
+            left = machine.victim()
+        assert left is not None
+        evicted.append(left)
+    if not machine.bypasses:
+        machine.insert(key)
+        machine.touch(key)
+    return Outcome(hit=False, evicted=tuple(evicted))
+
+
 def _one_by_one(machine: Machine, own: list[int]) -> list[bool]:
-    """Looks up one expert after another, making room before each insertion."""
+    """Looks up one expert after another."""
     active = frozenset(own)
-    resident = []
-    for key in own:
-        machine.arrive((key,))
-        found = key in machine
-        resident.append(found)
-        if found:
-            machine.hit(key)
-            machine.touch(key)
-            continue
-        size = machine.sizes[key]
-        if size > machine.capacity:
-            continue
-        if machine.bypasses:
-            machine.insert(key)
-        while machine.used + (0 if machine.bypasses else size) > machine.capacity:
-            if not machine.spares_active or machine.victim(active) is None:
-                machine.victim()
-        if not machine.bypasses:
-            machine.insert(key)
-            machine.touch(key)
-    return resident
+    return [look_up(machine, key, active).hit for key in own]

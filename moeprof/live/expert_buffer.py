@@ -1,0 +1,544 @@
+"""Runs MoE layers whose experts lie in host memory, a few of them in slots on the device.
+
+Every policy decides through its state machine of the replay, under ``sequential`` semantics, so the
+lookups of a run equal those that `moeprof.replay.buffering` predicts from its trace. The host must
+know which experts are active, and waits for the device once per dispatch for that. Inference only.
+Leaves out models (`buffered_models`) and traces without a model (`routed_runs`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+import torch
+
+from moeprof.errors import UsageError
+from moeprof.live.cache_plans import plan_caches
+from moeprof.live.expert_store import ExpertStore
+from moeprof.live.experts import ExpertWeights
+from moeprof.live.residency import MISS_ACTIONS, NO_SLOT, MissRule, Planned, Residency
+from moeprof.live.row_blocks import Workspace
+from moeprof.live.transfers import Transfers, make_slots, new_event, open_transfers
+
+if TYPE_CHECKING:
+    from moeprof.trace.reader import Trace
+
+LOOKUP_COLUMNS = ("step", "stack", "site", "layer", "expert", "hit", "copied", "on_host", "rows")
+
+RunExpert = Callable[[int, ExpertWeights, torch.Tensor], torch.Tensor]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class BufferedSite:
+    """One MoE site whose experts are buffered.
+
+    Attributes:
+        site: Site id, as in a trace.
+        stack: Its stack.
+        layer: Model layer inside the stack.
+        store: Its experts, or this device's share of them.
+        expert_ids: Id of each expert in the store; ascending. None: 0, 1, 2, ...
+        run: Runs rows through one expert; `ExpertWeights.run` when None.
+    """
+
+    site: int
+    stack: str
+    layer: int
+    store: ExpertStore
+    expert_ids: Sequence[int] | None = None
+    run: RunExpert | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class BufferSettings:
+    """How experts are buffered.
+
+    Attributes:
+        capacity: Slots per cache (int), share of all expert bytes (float) or text, as
+            `moeprof.replay.buffering` takes it. None: all experts stay on the device.
+        policy: Name in `moeprof.replay.cache.policies.TABLE`.
+        scope: What shares a cache: ``layer``, ``stack`` or ``global``.
+        miss: ``load``, ``host`` or ``split``; see `moeprof.live.residency.MissRule`.
+        host_rows: Most rows of an expert that ``split`` computes on the host.
+        initial: ``empty`` or ``full``.
+        staging: Slots beside the caches, for experts that are not kept and for copies ahead of the
+            last reader; None: 2 where the policy does not keep every miss, else 0.
+        future: Trace of the same run, for policies that plan on it (``min``, ``min_bypass``,
+            ``pinned``).
+        device_index: Which of ``num_devices`` this is, where experts are spread over several.
+        num_devices: Devices that experts are spread over, each with caches of its own.
+    """
+
+    capacity: int | float | str | None
+    policy: str = "lru"
+    scope: str = "layer"
+    miss: str = "load"
+    host_rows: int = 1
+    initial: str = "empty"
+    staging: int | None = None
+    future: Trace | None = None
+    device_index: int = 0
+    num_devices: int = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class BufferMemory:
+    """Bytes, as requested; how the allocator rounds them is another matter.
+
+    Attributes:
+        expert_bytes: All experts of all sites.
+        cache_bytes: Slots of all caches.
+        staging_bytes: Slots beside the caches.
+        padding_bytes: Part of both that only aligns tensors within a block.
+        workspace_bytes: Rows in order of expert.
+        host_bytes: Blocks in host memory.
+    """
+
+    expert_bytes: int
+    cache_bytes: int
+    staging_bytes: int
+    padding_bytes: int
+    workspace_bytes: int
+    host_bytes: int
+
+    @property
+    def saved_bytes(self) -> int:
+        """Device bytes that the experts no longer take."""
+        return self.expert_bytes - self.cache_bytes - self.staging_bytes
+
+
+@dataclass(frozen=True, kw_only=True)
+class BufferCounts:
+    """What a buffer did since it was made or reset.
+
+    Attributes:
+        dispatches: Dispatches.
+        lookups: Active experts.
+        hits: Of them resident.
+        copies: Copies of an expert to the device.
+        copied_bytes: Bytes of them.
+        initial_copies: Copies that filled the caches before the first dispatch.
+        host_experts: Misses computed on the host.
+        host_rows: Rows of them.
+        waits: Times the host waited for the device to learn the active experts.
+        wait_s: Time of them, what the device still had to do before included.
+    """
+
+    dispatches: int
+    lookups: int
+    hits: int
+    copies: int
+    copied_bytes: int
+    initial_copies: int
+    host_experts: int
+    host_rows: int
+    waits: int
+    wait_s: float
+
+
+class ExpertBuffer:
+    """The experts of several sites, buffered on one device.
+
+    Args:
+        sites: The sites, in order of execution within their stacks.
+        settings: How they are buffered.
+        device: Where experts run.
+        dtype: Of rows; that of the experts when None.
+
+    Raises:
+        UsageError: The settings make no sense, or contradict each other.
+    """
+
+    def __init__(
+        self,
+        sites: Sequence[BufferedSite],
+        settings: BufferSettings,
+        *,
+        device: torch.device | str,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        if settings.miss not in MISS_ACTIONS:
+            raise UsageError(
+                f"there is no miss action {settings.miss!r}", hint=f"one of {MISS_ACTIONS}"
+            )
+        self.sites = tuple(sites)
+        self.settings = settings
+        self.device = torch.device(device)
+        self._by_id = {site.site: site for site in self.sites}
+        self._ids = {
+            site.site: np.arange(site.store.num_experts)
+            if site.expert_ids is None
+            else np.asarray(site.expert_ids)
+            for site in self.sites
+        }
+        self._rule = MissRule(action=settings.miss, host_rows=settings.host_rows)
+        self._workspaces: dict[tuple[int, torch.dtype], Workspace] = {}
+        for site in self.sites:
+            self._workspace_of(site, dtype or site.store.shape.dtype)
+        self._all: dict[int, ExpertWeights] = {}
+        self._views: dict[tuple[int, int], ExpertWeights] = {}
+        self._residency: Residency | None = None
+        self._transfers: Transfers | None = None
+        self._pools: list[torch.Tensor] = []
+        self._cache_bytes = self._staging_bytes = self._padding_bytes = 0
+        self._host_lane: _HostLane | None = None
+        if settings.capacity is None:
+            self._all = {site.site: site.store.all_weights(self.device) for site in self.sites}
+        else:
+            self._make_slots()
+        self._step = -1
+        self._log: list[tuple[int, int, list[Planned], list[int]]] = []
+        self._num_copies = self._copied_bytes = self._num_initial = 0
+        self.reset()
+
+    def _make_slots(self) -> None:
+        plan = plan_caches(self.sites, self.settings)
+        slots, self._pools = make_slots(plan.pool_slots, plan.slot_bytes, self.device)
+        self._cache_bytes, self._staging_bytes = plan.cache_bytes, plan.staging_bytes
+        self._padding_bytes = plan.padding_bytes
+        self._residency = Residency(
+            plan.caches, plan.pool_slots, full=self.settings.initial == "full"
+        )
+        self._transfers = open_transfers(slots) if slots else None
+        if self._rule.action != "load":
+            self._host_lane = _HostLane(self.device)
+
+    def _workspace_of(self, site: BufferedSite, dtype: torch.dtype) -> Workspace:
+        width = site.store.shape.shapes["w_in"][1]
+        if (width, dtype) not in self._workspaces:
+            self._workspaces[width, dtype] = Workspace(
+                num_experts=max(each.store.num_experts for each in self.sites),
+                d_model=width,
+                dtype=dtype,
+                device=self.device,
+            )
+        return self._workspaces[width, dtype]
+
+    def reserve(self, num_rows: int) -> None:
+        """Makes room for dispatches of that many (token, slot) rows."""
+        for workspace in self._workspaces.values():
+            workspace.reserve(num_rows)
+
+    def reset(self) -> None:
+        """Starts anew: empty caches (full ones where so set), no lookups, steps from 0."""
+        self._step = -1
+        self._log.clear()
+        self._num_copies = self._copied_bytes = self._num_initial = 0
+        for workspace in self._workspaces.values():
+            workspace.wait_s, workspace.num_waits = 0.0, 0
+        if self._residency is None:
+            return
+        if self._transfers is not None:
+            self._transfers.finish()
+        self._residency.reset()
+        for site, expert, slot in self._residency.residents():
+            self._load(self._by_id[site], expert, slot)
+            self._num_initial += 1
+        self._num_copies = self._copied_bytes = 0
+
+    def begin_step(self, step: int | None = None) -> None:
+        """Says that a forward pass of a stack begins; steps count from 0 unless given."""
+        self._step = self._step + 1 if step is None else step
+
+    @torch.no_grad()
+    def run(
+        self, site: int, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor
+    ) -> torch.Tensor:
+        """Returns the output of a site's experts [T, d_model].
+
+        Args:
+            site: Site id.
+            hidden: [T, d_model].
+            ids: [T, k] indices into the site's experts here; -1 in slots that are not executed.
+            weights: [T, k].
+        """
+        place = self._by_id[site]
+        workspace = self._workspace_of(place, hidden.dtype)
+        given, slots, ends = workspace.sorted_rows(hidden, ids, place.store.num_experts)
+        rows = self._run_blocks(place, given, ends, workspace)
+        return workspace.combined(rows, slots, weights, ends[-1])
+
+    @torch.no_grad()
+    def run_sorted(self, site: int, rows: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
+        """Returns rows [n, d_model] through their experts, in storage that the next call reuses.
+
+        Args:
+            site: Site id.
+            rows: [n, d_model] in order of expert.
+            ends: [experts] end of each expert's rows.
+        """
+        place = self._by_id[site]
+        workspace = self._workspace_of(place, rows.dtype)
+        workspace.reserve(rows.shape[0])
+        return self._run_blocks(place, rows, workspace.ends_on_host(ends), workspace)
+
+    def _run_blocks(
+        self, place: BufferedSite, given: torch.Tensor, ends: list[int], workspace: Workspace
+    ) -> torch.Tensor:
+        starts = [0, *ends[:-1]]
+        active = [expert for expert, end in enumerate(ends) if end > starts[expert]]
+        returned = workspace.returned[: given.shape[0]]
+        if not active:
+            return returned
+        bounds = [(starts[expert], ends[expert]) for expert in active]
+        if self._residency is None:
+            pieces = [
+                self._run_expert(place, expert, self._all[place.site], given[start:end])
+                for expert, (start, end) in zip(active, bounds, strict=True)
+            ]
+        else:
+            rows = [end - start for start, end in bounds]
+            planned = self._residency.plan(place.site, active, rows, self._rule)
+            self._log.append((self._step, place.site, planned, rows))
+            pieces = self._run_planned(place, given, planned, bounds)
+        torch.cat(pieces, out=returned[: ends[-1]])
+        return returned
+
+    def _run_planned(
+        self,
+        place: BufferedSite,
+        given: torch.Tensor,
+        planned: list[Planned],
+        bounds: list[tuple[int, int]],
+    ) -> list[torch.Tensor]:
+        """Runs the experts of a dispatch, copies as early as their slots allow."""
+        transfers, lane = self._transfers, self._host_lane
+        if transfers is not None:
+            transfers.begin()
+        on_host = [index for index, step in enumerate(planned) if step.on_host]
+        if on_host:
+            assert lane is not None
+            lane.fetch([given[slice(*bounds[index])] for index in on_host])
+        waiting = [step for step in planned if step.loads]
+        next_load = 0
+        pieces: list[torch.Tensor | None] = [None] * len(planned)
+        for index, step in enumerate(planned):
+            while next_load < len(waiting) and waiting[next_load].after < index:
+                self._load(place, waiting[next_load].expert, waiting[next_load].slot)
+                next_load += 1
+            if step.on_host:
+                continue
+            assert transfers is not None
+            transfers.await_load(step.slot)
+            pieces[index] = self._run_expert(
+                place, step.expert, self._view(place, step.slot), given[slice(*bounds[index])]
+            )
+            transfers.release(step.slot)
+        for step in waiting[next_load:]:
+            self._load(place, step.expert, step.slot)
+        if on_host:
+            assert lane is not None
+            experts = [planned[index].expert for index in on_host]
+            for index, piece in zip(on_host, lane.compute(place, experts), strict=True):
+                pieces[index] = piece
+        return [piece for piece in pieces if piece is not None]
+
+    def _run_expert(
+        self, place: BufferedSite, expert: int, weights: ExpertWeights, rows: torch.Tensor
+    ) -> torch.Tensor:
+        """Runs one expert; ``weights`` hold one expert (a slot) or all."""
+        if place.run is not None:
+            return place.run(expert, weights, rows)
+        return weights.run(0 if weights.num_experts == 1 else expert, rows)
+
+    def _view(self, place: BufferedSite, slot: int) -> ExpertWeights:
+        key = (place.site, slot)
+        if key not in self._views:
+            assert self._transfers is not None
+            block = self._transfers.slots[slot][: place.store.shape.block_bytes]
+            self._views[key] = place.store.shape.weights(block)
+        return self._views[key]
+
+    def _load(self, place: BufferedSite, expert: int, slot: int) -> None:
+        assert self._transfers is not None
+        block = place.store.block(expert)
+        self._transfers.load(slot, block)
+        self._num_copies += 1
+        self._copied_bytes += block.numel()
+
+    def lookups(self) -> pd.DataFrame:
+        """Returns one row per lookup in order of execution, as `BufferingResult.lookups` has them.
+
+        Columns step, stack, site, layer, expert, hit; then copied (its block went to the device),
+        on_host and rows.
+        """
+        columns: dict[str, list[Any]] = {name: [] for name in LOOKUP_COLUMNS}
+        for step, site, planned, rows in self._log:
+            place, ids = self._by_id[site], self._ids[site]
+            count = len(planned)
+            columns["step"] += [step] * count
+            columns["stack"] += [place.stack] * count
+            columns["site"] += [site] * count
+            columns["layer"] += [place.layer] * count
+            columns["expert"] += [int(ids[each.expert]) for each in planned]
+            columns["hit"] += [each.hit for each in planned]
+            columns["copied"] += [each.loads for each in planned]
+            columns["on_host"] += [each.on_host for each in planned]
+            columns["rows"] += rows
+        return pd.DataFrame(columns)
+
+    def counts(self) -> BufferCounts:
+        """Returns what was done so far."""
+        every = [step for _, _, planned, _ in self._log for step in planned]
+        host_rows = [
+            count
+            for _, _, planned, rows in self._log
+            for step, count in zip(planned, rows, strict=True)
+            if step.on_host
+        ]
+        spaces = self._workspaces.values()
+        return BufferCounts(
+            dispatches=len(self._log),
+            lookups=len(every),
+            hits=sum(step.hit for step in every),
+            copies=self._num_copies,
+            copied_bytes=self._copied_bytes,
+            initial_copies=self._num_initial,
+            host_experts=len(host_rows),
+            host_rows=sum(host_rows),
+            waits=sum(space.num_waits for space in spaces),
+            wait_s=sum(space.wait_s for space in spaces),
+        )
+
+    def memory(self) -> BufferMemory:
+        """Returns the bytes that the experts take, here and there."""
+        return BufferMemory(
+            expert_bytes=sum(site.store.expert_bytes for site in self.sites),
+            cache_bytes=self._cache_bytes,
+            staging_bytes=self._staging_bytes,
+            padding_bytes=self._padding_bytes,
+            workspace_bytes=sum(space.num_bytes for space in self._workspaces.values()),
+            host_bytes=sum(
+                memory.numel()
+                for memory in {
+                    site.store.memory.data_ptr(): site.store.memory for site in self.sites
+                }.values()
+            ),
+        )
+
+    def workspace_growths(self) -> int:
+        """Returns how often a workspace was taken anew; constant in steady state."""
+        return sum(space.num_growths for space in self._workspaces.values())
+
+    def audit(self) -> list[tuple[int, int]]:
+        """Compares every resident expert, as it lies in its slot, with the host's copy.
+
+        Returns:
+            (site, expert id) of those that differ: none, unless something is broken.
+        """
+        return [
+            (site, int(self._ids[site][expert]))
+            for site, expert, slot in self._residents()
+            if not self._is_intact(site, expert, slot)
+        ]
+
+    def _residents(self) -> Iterator[tuple[int, int, int]]:
+        if self._residency is None or self._transfers is None:
+            return
+        self._transfers.finish()
+        yield from self._residency.residents()
+
+    def _is_intact(self, site: int, expert: int, slot: int) -> bool:
+        assert self._transfers is not None and slot != NO_SLOT
+        block = self._by_id[site].store.block(expert)
+        return torch.equal(self._transfers.slots[slot][: block.numel()].cpu(), block)
+
+    def misplace(self, one: tuple[int, int], other: tuple[int, int]) -> None:
+        """Breaks the slot map on purpose, so that checks can be seen to fail.
+
+        Args:
+            one: Site id and index of a resident expert.
+            other: Another.
+        """
+        assert self._residency is not None
+        self._residency.swap(one, other)
+
+    def close(self) -> None:
+        """Waits for copies and lets go of the slots."""
+        if self._transfers is not None:
+            self._transfers.finish()
+        self._views.clear()
+        self._all.clear()
+        self._pools.clear()
+        self._transfers = None
+
+
+class _HostLane:
+    """Brings rows to the host, runs experts there and brings the results back.
+
+    Args:
+        device: Where rows come from.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._is_cuda = device.type == "cuda"
+        self._fetched = new_event() if self._is_cuda else None
+        self._returned = new_event() if self._is_cuda else None
+        self._is_busy = False
+        self._buffers: dict[str, torch.Tensor] = {}
+        self._rows: list[torch.Tensor] = []
+
+    def _buffer(self, name: str, rows: int, like: torch.Tensor) -> torch.Tensor:
+        found = self._buffers.get(name)
+        if (
+            found is None
+            or found.shape[0] < rows
+            or found.dtype != like.dtype
+            or (found.shape[1] != like.shape[1])
+        ):
+            with torch.inference_mode(False):
+                found = torch.zeros(
+                    2 * rows,
+                    like.shape[1],
+                    dtype=like.dtype,
+                    device=self._device if name == "device" else "cpu",
+                    pin_memory=self._is_cuda and name != "device",
+                )
+            self._buffers[name] = found
+        return found[:rows]
+
+    def fetch(self, pieces: list[torch.Tensor]) -> None:
+        """Starts bringing rows to the host."""
+        if self._is_busy and self._returned is not None:
+            self._returned.synchronize()
+        total = sum(piece.shape[0] for piece in pieces)
+        host = self._buffer("given", total, pieces[0])
+        self._rows = []
+        start = 0
+        for piece in pieces:
+            self._rows.append(host[start : start + piece.shape[0]])
+            self._rows[-1].copy_(piece, non_blocking=True)
+            start += piece.shape[0]
+        if self._fetched is not None:
+            self._fetched.record()
+
+    def compute(self, place: BufferedSite, experts: list[int]) -> list[torch.Tensor]:
+        """Returns the fetched rows through their experts, on the device."""
+        if self._fetched is not None:
+            self._fetched.synchronize()
+        total = sum(rows.shape[0] for rows in self._rows)
+        results = self._buffer("results", total, self._rows[0])
+        pieces = [
+            place.store.weights(expert).run(0, rows)
+            for expert, rows in zip(experts, self._rows, strict=True)
+        ]
+        torch.cat(pieces, out=results)
+        on_device = self._buffer("device", total, results)
+        on_device.copy_(results, non_blocking=True)
+        if self._returned is not None:
+            self._returned.record()
+            self._is_busy = True
+        return list(torch.split(on_device, [rows.shape[0] for rows in self._rows]))
+
+
+def described(settings: BufferSettings) -> dict[str, Any]:
+    """Returns settings as plain values, to store beside a result."""
+    plain = {field.name: getattr(settings, field.name) for field in dataclasses.fields(settings)}
+    plain["future"] = None if settings.future is None else str(settings.future.path)
+    return plain

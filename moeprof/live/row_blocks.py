@@ -1,0 +1,133 @@
+"""Rows in order of expert, and back: what surrounds experts that run one by one.
+
+Rows of an expert lie together, tokens in order; the combination adds a token's slots in their
+order. So the same rows, weights and experts give the same bits, wherever the experts lie. All large
+tensors are taken once and used again.
+"""
+
+from __future__ import annotations
+
+import time
+
+import torch
+
+from moeprof.live.transfers import new_event
+
+ROW_MARGIN = 2
+
+
+class Workspace:
+    """Tensors that serve every dispatch of one site shape; they grow when a dispatch is larger.
+
+    Args:
+        num_experts: Most experts of a site.
+        d_model: Width of a row.
+        dtype: Of rows.
+        device: Where experts run.
+    """
+
+    def __init__(
+        self, *, num_experts: int, d_model: int, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        self._device = device
+        self._dtype = dtype
+        self._width = d_model
+        self._num_rows = 0
+        pinned = device.type == "cuda"
+        with torch.inference_mode(False):
+            self._host_ends = torch.zeros(num_experts, dtype=torch.int32, pin_memory=pinned)
+            self._every = torch.arange(num_experts, device=device)
+        self._ready = new_event() if pinned else None
+        self.wait_s = 0.0
+        self.num_waits = 0
+        self.num_growths = 0
+        self._grow(1)
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes on the device."""
+        return sum(t.numel() * t.element_size() for t in (self.given, self.returned, self._places))
+
+    def _grow(self, num_rows: int) -> None:
+        shape = (num_rows, self._width)
+        with torch.inference_mode(False):
+            self.given = torch.zeros(shape, dtype=self._dtype, device=self._device)
+            self.returned = torch.zeros(shape, dtype=self._dtype, device=self._device)
+            self._places = torch.arange(num_rows, device=self._device)
+        self._num_rows = num_rows
+        self.num_growths += 1
+
+    def reserve(self, num_rows: int) -> None:
+        """Makes room for that many rows, and for some more where it has to grow."""
+        if num_rows > self._num_rows:
+            self._grow(max(num_rows, min(ROW_MARGIN * self._num_rows, num_rows * ROW_MARGIN)))
+
+    def sorted_rows(
+        self, hidden: torch.Tensor, ids: torch.Tensor, num_experts: int
+    ) -> tuple[torch.Tensor, torch.Tensor, list[int]]:
+        """Brings rows into order of expert; waits for the device once.
+
+        Args:
+            hidden: [T, d_model].
+            ids: [T, k]; -1 in slots that are not executed.
+            num_experts: Experts of the site.
+
+        Returns:
+            (rows [T * k, d_model], those of slots that are not executed last; slots [T * k] int64,
+            the flat slot of each row; end of each expert's rows).
+        """
+        flat = ids.reshape(-1).long()
+        self.reserve(flat.numel())
+        by_expert, slots = torch.where(flat < 0, num_experts, flat).sort(stable=True)
+        ends = torch.searchsorted(by_expert, self._every[:num_experts], right=True, out_int32=True)
+        self._send(ends)
+        given = self.given[: flat.numel()]
+        torch.index_select(hidden, 0, slots // ids.shape[1], out=given)
+        return given, slots, self._received(num_experts)
+
+    def ends_on_host(self, ends: torch.Tensor) -> list[int]:
+        """Returns ``ends`` [experts] on the host; waits for the device once."""
+        self._send(ends)
+        return self._received(ends.numel())
+
+    def _send(self, ends: torch.Tensor) -> None:
+        self._host_ends[: ends.numel()].copy_(ends, non_blocking=True)
+        if self._ready is not None:
+            self._ready.record()
+
+    def _received(self, count: int) -> list[int]:
+        begun_s = time.perf_counter()
+        if self._ready is not None:
+            self._ready.synchronize()
+        self.wait_s += time.perf_counter() - begun_s
+        self.num_waits += 1
+        ends: list[int] = self._host_ends[:count].tolist()
+        return ends
+
+    def combined(
+        self, rows: torch.Tensor, slots: torch.Tensor, weights: torch.Tensor, num_executed: int
+    ) -> torch.Tensor:
+        """Adds each token's rows, weighted, slot by slot, in single precision or better.
+
+        Args:
+            rows: [T * k, d_model] as sorted.
+            slots: As `sorted_rows` returned them.
+            weights: [T, k].
+            num_executed: Rows that were computed; the others count as zero.
+
+        Returns:
+            [T, d_model] in the dtype of ``rows``.
+        """
+        num_tokens, top_k = weights.shape
+        inverse = torch.empty_like(slots)
+        inverse[slots] = self._places[: slots.numel()]
+        precise = torch.promote_types(rows.dtype, torch.float32)
+        parts = rows.index_select(0, inverse).view(num_tokens, top_k, -1).to(precise)
+        parts = parts * weights[..., None].to(precise)
+        if num_executed < slots.numel():
+            executed = (inverse < num_executed).view(num_tokens, top_k, 1)
+            parts = torch.where(executed, parts, 0)
+        out = parts[:, 0]
+        for slot in range(1, top_k):
+            out = out + parts[:, slot]
+        return out.to(rows.dtype)

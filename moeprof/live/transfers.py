@@ -1,0 +1,148 @@
+"""Copies of experts from host memory into slots, ordered against the computations that read them.
+
+On a GPU copies run on a stream of their own. Two events per slot order them: a copy into a slot
+waits until the last computation that reads it has finished, and a computation waits until the copy
+that it reads has arrived. Nothing waits on the host. Leaves out what is copied where (`residency`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+
+from moeprof.live.expert_store import ALIGNMENT_BYTES, Bytes
+
+
+def new_event() -> torch.cuda.Event:
+    """Returns an event that keeps no time, the cheapest kind."""
+    return torch.cuda.Event()  # type: ignore[no-untyped-call]
+
+
+class Transfers(Protocol):
+    """Slots on a device and the copies into them."""
+
+    @property
+    def slots(self) -> Sequence[Bytes]:
+        """The slots."""
+
+    def begin(self) -> None:
+        """Called once per dispatch, before anything else."""
+
+    def load(self, slot: int, block: Bytes) -> None:
+        """Starts a copy that may overwrite the slot once its released readers have finished."""
+
+    def await_load(self, slot: int) -> None:
+        """Makes computations that follow wait for the copy into the slot."""
+
+    def release(self, slot: int) -> None:
+        """Says that the last computation so far is a reader of the slot."""
+
+    def finish(self) -> None:
+        """Waits on the host until every copy has arrived."""
+
+
+class HostTransfers:
+    """Slots in host memory: every copy is done when it is asked for.
+
+    Args:
+        slots: As `make_slots` returned them.
+    """
+
+    def __init__(self, slots: Sequence[Bytes]) -> None:
+        self.slots = slots
+
+    def begin(self) -> None:
+        """Does nothing."""
+
+    def load(self, slot: int, block: Bytes) -> None:
+        """Copies."""
+        self.slots[slot][: block.numel()].copy_(block)
+
+    def await_load(self, slot: int) -> None:
+        """Does nothing: the copy is done."""
+
+    def release(self, slot: int) -> None:
+        """Does nothing: the computation is done."""
+
+    def finish(self) -> None:
+        """Does nothing."""
+
+
+class CudaTransfers:
+    """Slots on a GPU, filled on a stream of their own.
+
+    Args:
+        slots: As `make_slots` returned them.
+    """
+
+    def __init__(self, slots: Sequence[Bytes]) -> None:
+        self.slots = slots
+        device = slots[0].device
+        self._copies = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self._arrived = [new_event() for _ in slots]
+        self._read = [new_event() for _ in slots]
+        self._is_pending = [False] * len(slots)
+        self._is_read = [False] * len(slots)
+        # The slots' memory may have been somebody else's on the stream that made them.
+        torch.cuda.synchronize(device)
+        self._compute = torch.cuda.current_stream(device)
+
+    def begin(self) -> None:
+        """Keeps the order of computations where the caller has changed streams."""
+        current = torch.cuda.current_stream(self.slots[0].device)
+        if current != self._compute:
+            current.wait_stream(self._compute)
+            self._compute = current
+
+    def load(self, slot: int, block: Bytes) -> None:
+        """Starts the copy."""
+        if self._is_read[slot]:
+            self._copies.wait_event(self._read[slot])
+            self._is_read[slot] = False
+        with torch.cuda.stream(self._copies):
+            self.slots[slot][: block.numel()].copy_(block, non_blocking=True)
+        self._arrived[slot].record(self._copies)
+        self._is_pending[slot] = True
+
+    def await_load(self, slot: int) -> None:
+        """Lets the computing stream wait."""
+        if self._is_pending[slot]:
+            self._compute.wait_event(self._arrived[slot])
+            self._is_pending[slot] = False
+
+    def release(self, slot: int) -> None:
+        """Marks the computing stream."""
+        self._read[slot].record(self._compute)
+        self._is_read[slot] = True
+
+    def finish(self) -> None:
+        """Waits for the stream of copies."""
+        self._copies.synchronize()
+
+
+def make_slots(
+    counts: Sequence[int], slot_bytes: Sequence[int], device: torch.device
+) -> tuple[list[Bytes], list[torch.Tensor]]:
+    """Returns (all slots, pool after pool; the memory of each pool).
+
+    Args:
+        counts: Slots of each pool.
+        slot_bytes: Bytes of a slot of each pool; multiples of the alignment.
+        device: Where.
+    """
+    slots: list[Bytes] = []
+    pools = []
+    with torch.inference_mode(False):
+        for count, size in zip(counts, slot_bytes, strict=True):
+            assert size % ALIGNMENT_BYTES == 0
+            pool = torch.zeros(count * size, dtype=torch.uint8, device=device)
+            pools.append(pool)
+            slots += [pool[index * size : (index + 1) * size] for index in range(count)]
+    return slots, pools
+
+
+def open_transfers(slots: Sequence[Bytes]) -> Transfers:
+    """Returns the transfers that suit the slots' device."""
+    return CudaTransfers(slots) if slots[0].device.type == "cuda" else HostTransfers(slots)

@@ -1,28 +1,104 @@
-"""The one way this package compiles loops: declared signatures, cached on disk, GIL released."""
+"""The one way this package compiles loops: on first use, for one signature, cached on disk.
+
+Compiling takes far longer than most replays, so it is kept small: a loop is compiled when it is
+first called, what loops share is compiled into them (`inlined`), and entry points that only C would
+call are left out. Where the cache lies is for Numba to say: beside the package, or in the user's
+cache folder where the package cannot be written to, or at ``NUMBA_CACHE_DIR``.
+"""
 
 from __future__ import annotations
 
+import functools
+import inspect
+import threading
 from collections.abc import Callable
 from typing import Any, TypeVar, cast
 
 import numba
+import numpy as np
+from numba.core import sigutils
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 def compiled(signature: str) -> Callable[[Function], Function]:
-    """Returns a decorator that compiles a loop for exactly one signature.
+    """Returns a decorator that compiles a loop for exactly one signature, on its first call.
+
+    The loop gives up the GIL. Compiled loops call each other only through `inlined` helpers.
 
     Args:
         signature: Numba signature. Arrays have to be contiguous and writable.
     """
 
     def decorate(function: Function) -> Function:
-        try:
-            loop = numba.njit(signature, cache=True, nogil=True)(function)
-        except RuntimeError:
-            # Numba's answer where neither the package nor the user's cache folder is writable.
-            loop = numba.njit(signature, nogil=True)(function)
-        return cast("Function", loop)
+        lock = threading.Lock()
+        loops: list[Callable[..., Any]] = []
+
+        @functools.wraps(function)
+        def call(*arguments: Any) -> Any:
+            if not loops:
+                with lock:
+                    if not loops:
+                        loops.append(_compile(function, signature))
+            return loops[0](*arguments)
+
+        return cast("Function", call)
 
     return decorate
+
+
+def _compile(function: Callable[..., Any], signature: str) -> Any:
+    options: dict[str, Any] = {"nogil": True, "no_cfunc_wrapper": True}
+    try:
+        return numba.njit(signature, cache=True, **options)(function)
+    except RuntimeError:
+        # Numba's answer where neither the package nor the user's cache folder is writable.
+        return numba.njit(signature, **options)(function)
+
+
+def inlined(signature: str) -> Callable[[Callable[..., Any]], Any]:
+    """Returns a decorator for what compiled loops call: one version, whatever integers come.
+
+    `numba.njit` would compile a helper anew for every mix of int32 and int64 that callers have,
+    each with entry points of its own that nobody uses. Python cannot call it.
+
+    Args:
+        signature: Numba signature; arguments are cast to it.
+    """
+    arguments, result = sigutils.normalize_signature(signature)  # type: ignore[no-untyped-call]
+
+    def decorate(function: Callable[..., Any]) -> Any:
+        def type_of(typing_context: Any, *given: Any) -> Any:
+            def generate(context: Any, builder: Any, typed: Any, values: Any) -> Any:
+                return context.compile_internal(builder, function, typed, values)
+
+            return result(*arguments), generate
+
+        # Numba reads names and number of the arguments from the signature.
+        context = inspect.signature(type_of).parameters["typing_context"]
+        own = inspect.signature(function)
+        functools.update_wrapper(type_of, function)
+        type_of.__signature__ = own.replace(  # type: ignore[attr-defined]
+            parameters=[context, *own.parameters.values()]
+        )
+        return numba.extending.intrinsic(type_of)
+
+    return decorate
+
+
+@inlined("int32[::1](int64, int32)")
+def filled_int32(length, value):  # type: ignore[no-untyped-def]
+    """Returns [length] int32; `numpy.full` takes far longer to compile."""
+    found = np.empty(length, np.int32)
+    for index in range(length):
+        found[index] = value
+    return found
+
+
+@inlined("int64[::1](int64, int64)")
+def filled_int64(length, value):  # type: ignore[no-untyped-def]
+    """Returns [length] int64; `numpy.full` takes far longer to compile."""
+    found = np.empty(length, np.int64)
+    for index in range(length):
+        found[index] = value
+    return found

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from moeprof.replay import placement
-from moeprof.replay.compiled import compiled
+from moeprof.replay.compiled import compiled, filled_int64
 
 Array = NDArray[Any]
 Ints = NDArray[np.int64]
@@ -230,10 +230,10 @@ def _destinations(
     shape: Ints,
     sums: Ints,
 ) -> None:
-    seen_device = np.full(shape[0], -1, np.int64)
-    seen_node = np.full(shape[0], -1, np.int64)
-    rows = np.zeros(len(counts), np.int64)
-    newest = np.full(len(counts), -1, np.int64)
+    seen_device = filled_int64(shape[0], -1)
+    seen_node = filled_int64(shape[0], -1)
+    rows = filled_int64(len(counts), 0)
+    newest = filled_int64(len(counts), -1)
     for token in range(len(expert)):
         routed = False
         for slot in range(expert.shape[1]):

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from moeprof.replay.compiled import compiled
+from moeprof.replay.compiled import compiled, filled_int64, inlined
 
 Array = NDArray[Any]
 Ints = NDArray[np.int64]
@@ -120,7 +120,7 @@ def _pack(load: Array, order: Ints, num_packs: int, chosen: Ints, position: Ints
     per_pack = num_items // num_packs
     for layer in range(num_layers):
         total = np.zeros(num_packs, load.dtype)
-        size = np.zeros(num_packs, np.int64)
+        size = filled_int64(num_packs, 0)
         for index in range(num_items):
             item = order[layer, index]
             lightest = -1
@@ -172,7 +172,7 @@ def pack_by_score(
     num_items = len(load)
     per_device = num_items // num_devices
     order = order_and_device.copy()
-    size = np.zeros(num_devices, np.int64)
+    size = filled_int64(num_devices, 0)
     for index in range(num_items):
         item = order[index]
         score = np.zeros(num_devices)
@@ -237,7 +237,7 @@ def _swap_by_second_moment(moments: Floats, device: Ints, num_devices: int) -> f
     return total
 
 
-@compiled("float64(float64[::1], float64)")
+@inlined("float64(float64[::1], float64)")
 def _objective(peaks: Floats, share: float) -> float:
     worst = peaks[0]
     total = 0.0
@@ -247,7 +247,7 @@ def _objective(peaks: Floats, share: float) -> float:
     return float(worst + share * total / len(peaks))
 
 
-@compiled("void(float64[:, ::1], int64[:, ::1], int64)")
+@inlined("void(float64[:, ::1], int64[:, ::1], int64)")
 def _rank_devices(device_load: Floats, top: Ints, row: int) -> None:
     """Writes the three fullest devices of a row to ``top``; -1 where there are fewer."""
     for place in range(3):
@@ -266,17 +266,20 @@ def _swap_by_peak(
     load: Floats, weight: Floats, group: Ints, device: Ints, num_devices: int
 ) -> float:
     num_slots, num_rows = load.shape
-    num_groups = group.max() + 1
+    num_groups = 1
+    for row in range(num_rows):
+        num_groups = max(num_groups, group[row] + 1)
     device_load = np.zeros((num_devices, num_rows))
     for slot in range(num_slots):
-        device_load[device[slot]] += load[slot]
-    top = np.full((3, num_rows), -1, np.int64)
+        for row in range(num_rows):
+            device_load[device[slot], row] += load[slot, row]
+    top = np.empty((3, num_rows), np.int64)
     peaks = np.zeros(num_groups)
     for row in range(num_rows):
         _rank_devices(device_load, top, row)
         peaks[group[row]] += weight[row] * device_load[top[0, row], row]
     share = 0.01
-    objective = _objective(peaks, share)
+    objective = float(_objective(peaks, share))
     tried = np.empty(num_groups)
     improved = True
     sweeps = 0

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moeprof.errors import MoeprofError
-from moeprof.replay.compiled import compiled
+from moeprof.replay.compiled import compiled, filled_int64
 from moeprof.replay.tokens import RANK_SHIFT, StackTokens, load
 from moeprof.trace import schema
 
@@ -184,7 +184,7 @@ def _merge(num_tokens: Ints, key: Ints, least: int, group: Ints, total: Ints) ->
     num_keys = 0
     for each in key:
         num_keys = max(num_keys, each + 1)
-    open_group = np.full(num_keys, -1, np.int64)
+    open_group = filled_int64(num_keys, -1)
     num_groups = 0
     for row in range(len(key)):
         if num_tokens[row] == 0:

@@ -12,7 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moeprof.replay.cache import bound, engine, kernels, policies, sizes
-from moeprof.replay.cache.loops import lazily_compiled, popcount
+from moeprof.replay.cache.loops import popcount
+from moeprof.replay.compiled import compiled
 from moeprof.trace import schema
 
 if TYPE_CHECKING:
@@ -265,7 +266,7 @@ def _cycle(stream: Stream, size: Int64s) -> Floats:
     return median
 
 
-@lazily_compiled("void(int32[::1], int32[::1], uint8[::1], float64[::1], float64[:, ::1])")
+@compiled("void(int32[::1], int32[::1], uint8[::1], float64[::1], float64[:, ::1])")
 def _share_lookups(
     want_lookup: Int32s,
     want_request: Int32s,
@@ -278,7 +279,7 @@ def _share_lookups(
         shares[phase[lookup], want_request[want]] += part[lookup]
 
 
-@lazily_compiled(
+@compiled(
     "void(uint64[::1], int32[::1], int32[::1], uint8[::1], int64[::1], float64[::1],"
     " int64[:, ::1], int64[:, ::1], float64[:, :, ::1])"
 )

@@ -11,12 +11,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import numba
 import numpy as np
 from numpy.typing import NDArray
 
 from moeprof.replay.cache import kernels
-from moeprof.replay.cache.loops import lazily_compiled, pop, popcount, push
+from moeprof.replay.cache.loops import pop, popcount, push
+from moeprof.replay.compiled import compiled, filled_int32, filled_int64, inlined
 
 if TYPE_CHECKING:
     from moeprof.replay.cache.streams import Stream
@@ -124,7 +124,7 @@ def _kept_one_by_one(stream: Stream, policy: str, found: Reach, *, full: bool) -
         _min_kept(stream.offset, stream.key, next_use, stream.num_keys, full, found.kept)
 
 
-@numba.njit
+@inlined("int64(uint64[::1], int32[::1], int64, int64)")
 def _above(words, groups, slot, end_word):  # type: ignore[no-untyped-def]
     """Returns how many slots beyond ``slot`` are set."""
     word = slot >> 6
@@ -140,19 +140,19 @@ def _above(words, groups, slot, end_word):  # type: ignore[no-untyped-def]
     return total + np.int64(in_groups)
 
 
-@numba.njit
+@inlined("void(uint64[::1], int32[::1], int64)")
 def _set(words, groups, slot):  # type: ignore[no-untyped-def]
     words[slot >> 6] |= np.uint64(1) << np.uint64(slot & 63)
     groups[(slot >> 6) // _GROUP_WORDS] += 1
 
 
-@numba.njit
+@inlined("void(uint64[::1], int32[::1], int64)")
 def _clear(words, groups, slot):  # type: ignore[no-untyped-def]
     words[slot >> 6] &= ~(np.uint64(1) << np.uint64(slot & 63))
     groups[(slot >> 6) // _GROUP_WORDS] -= 1
 
 
-@numba.njit
+@inlined("int64(uint64[::1], int32[::1], int32[::1], int64[::1], int64)")
 def _pack(words, groups, owner, newest, used):  # type: ignore[no-untyped-def]
     """Moves the set slots to the front, in order, and returns how many there are."""
     place = 0
@@ -225,7 +225,7 @@ def lru_batch(
     )
 
 
-@lazily_compiled(
+@compiled(
     "void(int64[::1], int32[::1], int32[::1], uint64[::1], int32[::1], int32[::1], int64[::1],"
     " int64[::1], int32[::1])"
 )
@@ -270,7 +270,7 @@ def lru_flat(key: Int32s, num_keys: int, hit: Int32s) -> None:
     _lru_flat(key, state.words, state.groups, state.owner, state.newest, hit)
 
 
-@lazily_compiled("void(int32[::1], uint64[::1], int32[::1], int32[::1], int64[::1], int32[::1])")
+@compiled("void(int32[::1], uint64[::1], int32[::1], int32[::1], int64[::1], int32[::1])")
 def _lru_flat(
     key: Int32s,
     words: NDArray[np.uint64],
@@ -297,14 +297,14 @@ def _lru_flat(
         used += 1
 
 
-@lazily_compiled("void(int32[::1], int64, int32[::1])")
+@compiled("void(int32[::1], int64, int32[::1])")
 def lifo_flat(key: Int32s, num_keys: int, hit: Int32s) -> None:
     """Fills the reach of lifo, one lookup after another.
 
     A cache of C keeps the first C - 1 experts for good and the last miss in the slot left, so a
     lookup hits where its expert is one of these or nothing has missed since its last use.
     """
-    rank = np.full(num_keys, -1, np.int32)
+    rank = filled_int32(num_keys, -1)
     newest = np.empty(num_keys, np.int64)
     times = np.empty(num_keys + 1, np.int64)
     ranks = np.empty(num_keys + 1, np.int32)
@@ -337,9 +337,9 @@ def lifo_flat(key: Int32s, num_keys: int, hit: Int32s) -> None:
         depth += 1
 
 
-@lazily_compiled("void(int64[::1], int32[::1], int64, int32[::1])")
+@compiled("void(int64[::1], int32[::1], int64, int32[::1])")
 def _lifo_kept(offset: Int64s, key: Int32s, num_keys: int, kept: Int32s) -> None:
-    rank = np.full(num_keys, -1, np.int32)
+    rank = filled_int32(num_keys, -1)
     num_ranked = 0
     for dispatch in range(len(offset) - 1):
         first, stop = offset[dispatch], offset[dispatch + 1]
@@ -358,7 +358,7 @@ _BLOCK = 16
 _SUPER = 128
 
 
-@numba.njit
+@inlined("void(int64[::1], int64[::1], int64[::1], int64)")
 def _refresh_maxima(value, block_max, super_max, position):  # type: ignore[no-untyped-def]
     block = position // _BLOCK
     most = value[block * _BLOCK]
@@ -372,7 +372,7 @@ def _refresh_maxima(value, block_max, super_max, position):  # type: ignore[no-u
     super_max[above] = most
 
 
-@numba.njit
+@inlined("void(int32[::1], int64[::1], int32[::1], int64[::1], int64[::1], int64, int64, int64)")
 def _to_front(  # type: ignore[no-untyped-def]
     stack, value, place, block_max, super_max, chosen, own_value, depth
 ):
@@ -423,7 +423,7 @@ def _to_front(  # type: ignore[no-untyped-def]
     _refresh_maxima(value, block_max, super_max, 0)
 
 
-@lazily_compiled("void(int32[::1], int64[::1], int64, boolean, int32[::1])")
+@compiled("void(int32[::1], int64[::1], int64, boolean, int32[::1])")
 def min_flat(key: Int32s, next_use: Int64s, num_keys: int, full: bool, hit: Int32s) -> None:
     """Fills the reach of min, one lookup after another (Mattson's priority stack).
 
@@ -438,11 +438,11 @@ def min_flat(key: Int32s, next_use: Int64s, num_keys: int, full: bool, hit: Int3
     """
     num_lookups = len(key)
     room = (num_keys // _SUPER + 1) * _SUPER
-    stack = np.zeros(room, np.int32)
-    value = np.full(room, -1, np.int64)
-    place = np.full(num_keys, -1, np.int32)
-    block_max = np.full(room // _BLOCK, -1, np.int64)
-    super_max = np.full(room // _SUPER, -1, np.int64)
+    stack = filled_int32(room, 0)
+    value = filled_int64(room, -1)
+    place = filled_int32(num_keys, -1)
+    block_max = filled_int64(room // _BLOCK, -1)
+    super_max = filled_int64(room // _SUPER, -1)
     depth = 0
     if full:
         for chosen in range(num_keys):
@@ -469,18 +469,18 @@ def min_flat(key: Int32s, next_use: Int64s, num_keys: int, full: bool, hit: Int3
         _to_front(stack, value, place, block_max, super_max, chosen, own, at)
 
 
-@lazily_compiled("void(int64[::1], int32[::1], int64[::1], int64, boolean, int32[::1])")
+@compiled("void(int64[::1], int32[::1], int64[::1], int64, boolean, int32[::1])")
 def _min_kept(
     offset: Int64s, key: Int32s, next_use: Int64s, num_keys: int, full: bool, kept: Int32s
 ) -> None:
     """Fills, for min one by one, the depth of each expert at the end of its dispatch."""
     num_lookups = len(key)
     room = (num_keys // _SUPER + 1) * _SUPER
-    stack = np.zeros(room, np.int32)
-    value = np.full(room, -1, np.int64)
-    place = np.full(num_keys, -1, np.int32)
-    block_max = np.full(room // _BLOCK, -1, np.int64)
-    super_max = np.full(room // _SUPER, -1, np.int64)
+    stack = filled_int32(room, 0)
+    value = filled_int64(room, -1)
+    place = filled_int32(num_keys, -1)
+    block_max = filled_int64(room // _BLOCK, -1)
+    super_max = filled_int64(room // _SUPER, -1)
     depth = 0
     if full:
         for chosen in range(num_keys):
@@ -508,7 +508,7 @@ def _min_kept(
             kept[lookup] = place[key[lookup]] + 1
 
 
-@lazily_compiled(
+@compiled(
     "void(int64[::1], int32[::1], int64[::1], int64, boolean, boolean, int32[::1], int32[::1])"
 )
 def _min_batch(
@@ -527,9 +527,9 @@ def _min_batch(
     the nearest of those that were pushed out above it and the one that was there.
     """
     num_lookups = len(key)
-    stack = np.zeros(num_keys, np.int64)  # next use and key in one number
-    place = np.full(num_keys, -1, np.int32)
-    newest = np.full(num_keys, -1, np.int64)
+    stack = filled_int64(num_keys, 0)  # next use and key in one number
+    place = filled_int32(num_keys, -1)
+    newest = filled_int64(num_keys, -1)
     pool = np.empty(2 * num_keys + 2, np.int64)
     depth = 0
     if full:
@@ -575,6 +575,7 @@ def _min_batch(
             stack[position] = item
             place[item % num_keys] = position
             position += 1
-        depth = max(depth, position)
+        if position > depth:  # noqa: PLR1730
+            depth = position
         for lookup in range(first, stop):
             kept[lookup] = place[key[lookup]] + 1

@@ -13,7 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moeprof.replay.cache import curves, kernels, policies
-from moeprof.replay.cache.loops import append, lazily_compiled, leading_zeros, unlink
+from moeprof.replay.cache.loops import append, leading_zeros, unlink
+from moeprof.replay.compiled import compiled
 
 Int32s = NDArray[np.int32]
 Int64s = NDArray[np.int64]
@@ -81,14 +82,14 @@ def misses_from_reach(reach: Int32s, num_capacities: int) -> Int64s:
     return len(reach) - np.cumsum(counts)[1:]
 
 
-@lazily_compiled("void(int32[::1], int64[::1])")
+@compiled("void(int32[::1], int64[::1])")
 def _count(reach: Int32s, counts: Int64s) -> None:
     for lookup in range(len(reach)):
         if reach[lookup] < len(counts):
             counts[reach[lookup]] += 1
 
 
-@lazily_compiled("int64(int32[::1], int64, int64)")
+@compiled("int64(int32[::1], int64, int64)")
 def lru(key: Int32s, num_keys: int, capacity: int) -> int:
     """Counts misses of lru: the oldest position that is its key's last use leaves."""
     newest = np.full(num_keys, -1, np.int32)
@@ -106,7 +107,7 @@ def lru(key: Int32s, num_keys: int, capacity: int) -> int:
     return num_misses
 
 
-@lazily_compiled("int64(int32[::1], int64, int64)")
+@compiled("int64(int32[::1], int64, int64)")
 def fifo(key: Int32s, num_keys: int, capacity: int) -> int:
     """Counts misses of fifo: what came in less than C misses ago is still there."""
     entered = np.full(num_keys, -capacity, np.int64)
@@ -119,7 +120,7 @@ def fifo(key: Int32s, num_keys: int, capacity: int) -> int:
     return num_misses
 
 
-@lazily_compiled("int64(int32[::1], int64, int64)")
+@compiled("int64(int32[::1], int64, int64)")
 def lifo(key: Int32s, num_keys: int, capacity: int) -> int:
     """Counts misses of lifo: the first C - 1 keys stay for good, the last miss has the slot."""
     for_good = np.zeros(num_keys, np.bool_)
@@ -139,7 +140,7 @@ def lifo(key: Int32s, num_keys: int, capacity: int) -> int:
     return num_misses
 
 
-@lazily_compiled("int64(int32[::1], int64, int64)")
+@compiled("int64(int32[::1], int64, int64)")
 def lfu(key: Int32s, num_keys: int, capacity: int) -> int:
     """Counts misses of lfu: one list by count, then recency; the end of each count is known."""
     head = num_keys
@@ -192,7 +193,7 @@ def lfu(key: Int32s, num_keys: int, capacity: int) -> int:
     return num_misses
 
 
-@lazily_compiled("int64(int32[::1], int64, int64, int64, int64, int64)")
+@compiled("int64(int32[::1], int64, int64, int64, int64, int64)")
 def s3fifo(  # noqa: PLR0912, PLR0915
     key: Int32s,
     num_keys: int,
@@ -276,7 +277,7 @@ def s3fifo(  # noqa: PLR0912, PLR0915
     return num_misses
 
 
-@lazily_compiled("int64(int32[::1], int64, int64)")
+@compiled("int64(int32[::1], int64, int64)")
 def arc(key: Int32s, num_keys: int, capacity: int) -> int:  # noqa: PLR0915
     """Counts misses of arc: four lists, T1, T2 and their ghosts B1, B2."""
     t1, t2, b1, b2 = num_keys, num_keys + 1, num_keys + 2, num_keys + 3
@@ -346,7 +347,7 @@ def arc(key: Int32s, num_keys: int, capacity: int) -> int:  # noqa: PLR0915
     return num_misses
 
 
-@lazily_compiled("void(int32[::1], int64, int32[::1])")
+@compiled("void(int32[::1], int64, int32[::1])")
 def fill_next_use(key: Int32s, num_keys: int, next_use: Int32s) -> None:
     """Fills [lookups] times of the next lookup of the same key; never = lookups + key."""
     upcoming = np.empty(num_keys, np.int32)
@@ -357,7 +358,7 @@ def fill_next_use(key: Int32s, num_keys: int, next_use: Int32s) -> None:
         upcoming[key[lookup]] = lookup
 
 
-@lazily_compiled("int64(int32[::1], int64, int64)")
+@compiled("int64(int32[::1], int64, int64)")
 def minimum(next_use: Int32s, num_keys: int, capacity: int) -> int:
     """Counts misses of min: residents are marks at their next uses, in a tree of 64 ways."""
     length = len(next_use) + num_keys

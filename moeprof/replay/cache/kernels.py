@@ -10,12 +10,12 @@ from __future__ import annotations
 
 from typing import Any
 
-import numba
 import numpy as np
 from numpy.typing import NDArray
 
 from moeprof.replay.cache import policies
-from moeprof.replay.cache.loops import append, lazily_compiled, pop, push, unlink
+from moeprof.replay.cache.loops import append, pop, push, unlink
+from moeprof.replay.compiled import compiled, filled_int64, inlined
 
 Int32s = NDArray[np.int32]
 Int64s = NDArray[np.int64]
@@ -36,7 +36,10 @@ _PROMOTION = policies.S3_PROMOTION
 _MAX_FREQUENCY = policies.S3_MAX_FREQUENCY
 
 
-@numba.njit
+@inlined(
+    "void(int64, int64, int32[::1], int64[::1], boolean[::1], uint64[::1], uint64,"
+    " int64[:, ::1], int64, int64)"
+)
 def _note(  # type: ignore[no-untyped-def]  # noqa: PLR0917
     first, stop, key, bytes_of, inside, hit_mask, bit, streamed, row, phase
 ):
@@ -47,7 +50,7 @@ def _note(  # type: ignore[no-untyped-def]  # noqa: PLR0917
             streamed[row, phase] += bytes_of[chosen]
 
 
-@lazily_compiled("void" + _COMMON + ", int64)")
+@compiled("void" + _COMMON + ", int64)")
 def replay_list(  # noqa: PLR0912, PLR0915, PLR0917
     offset: Int64s,
     key: Int32s,
@@ -69,7 +72,7 @@ def replay_list(  # noqa: PLR0912, PLR0915, PLR0917
     before = np.empty(num_keys + 1, np.int32)
     inside = np.empty(num_keys, np.bool_)
     newest = np.empty(num_keys, np.int64)
-    backwards = rule in {LIFO, PAPER}
+    backwards = rule == LIFO or rule == PAPER  # noqa: PLR1714
     refresh = rule == LRU
     for row in range(len(capacities)):
         capacity = capacities[row]
@@ -176,7 +179,7 @@ def replay_list(  # noqa: PLR0912, PLR0915, PLR0917
             _note(first, stop, key, bytes_of, inside, hit_mask, bit, streamed, row, phase[dispatch])
 
 
-@lazily_compiled("void" + _COMMON + ")")
+@compiled("void" + _COMMON + ")")
 def replay_lfu(  # noqa: PLR0912, PLR0915, PLR0917
     offset: Int64s,
     key: Int32s,
@@ -321,7 +324,7 @@ def replay_lfu(  # noqa: PLR0912, PLR0915, PLR0917
             _note(first, stop, key, bytes_of, inside, hit_mask, bit, streamed, row, phase[dispatch])
 
 
-@lazily_compiled("void" + _COMMON + ", int64[::1], int64[::1], int64[::1])")
+@compiled("void" + _COMMON + ", int64[::1], int64[::1], int64[::1])")
 def replay_s3fifo(  # noqa: PLR0912, PLR0915, PLR0917
     offset: Int64s,
     key: Int32s,
@@ -489,7 +492,7 @@ def replay_s3fifo(  # noqa: PLR0912, PLR0915, PLR0917
             _note(begin, end, key, bytes_of, inside, hit_mask, bit, streamed, row, phase[dispatch])
 
 
-@lazily_compiled("void" + _COMMON + ")")
+@compiled("void" + _COMMON + ")")
 def replay_arc(  # noqa: PLR0912, PLR0915, PLR0917
     offset: Int64s,
     key: Int32s,
@@ -511,8 +514,8 @@ def replay_arc(  # noqa: PLR0912, PLR0915, PLR0917
     inside = np.empty(num_keys, np.bool_)
     entering = np.zeros(num_keys, np.int8)
     newest = np.empty(num_keys, np.int64)
-    amount = np.zeros(4, np.int64)
-    cursor = np.zeros(2, np.int64)
+    amount = filled_int64(4, 0)
+    cursor = filled_int64(2, 0)
     for row in range(len(capacities)):
         capacity = capacities[row]
         bit = np.uint64(1) << np.uint64(row)
@@ -638,7 +641,7 @@ def replay_arc(  # noqa: PLR0912, PLR0915, PLR0917
             _note(begin, end, key, bytes_of, inside, hit_mask, bit, streamed, row, phase[dispatch])
 
 
-@lazily_compiled("void" + _COMMON + ", uint64)")
+@compiled("void" + _COMMON + ", uint64)")
 def replay_random(  # noqa: PLR0912, PLR0917
     offset: Int64s,
     key: Int32s,
@@ -721,7 +724,7 @@ def replay_random(  # noqa: PLR0912, PLR0917
             _note(begin, end, key, bytes_of, inside, hit_mask, bit, streamed, row, phase[dispatch])
 
 
-@lazily_compiled(
+@compiled(
     "void(int64[::1], int32[::1], uint8[::1], int64[::1], int64[::1], int64, int64, boolean,"
     " uint64[::1], int64[:, ::1], boolean[::1])"
 )
@@ -769,7 +772,7 @@ def replay_static(  # noqa: PLR0917
         _note(first, stop, key, bytes_of, inside, hit_mask, bit, streamed, row, phase[dispatch])
 
 
-@lazily_compiled("void" + _COMMON + ", int64[::1], boolean)")
+@compiled("void" + _COMMON + ", int64[::1], boolean)")
 def replay_min(  # noqa: PLR0912, PLR0915, PLR0917
     offset: Int64s,
     key: Int32s,
@@ -865,19 +868,20 @@ def replay_min(  # noqa: PLR0912, PLR0915, PLR0917
             _note(begin, end, key, bytes_of, inside, hit_mask, bit, streamed, row, phase[dispatch])
 
 
-@lazily_compiled("void(int64[::1], int32[::1], boolean, int64, int64[::1])")
+@compiled("void(int64[::1], int32[::1], boolean, int64, int64[::1])")
 def fill_next_use(
     offset: Int64s, key: Int32s, one_by_one: bool, num_keys: int, next_use: Int64s
 ) -> None:
     """Fills [lookups + keys] next uses as `replay_min` takes them; never = lookups + 1."""
     num_lookups = len(key)
-    upcoming = np.full(num_keys, num_lookups + 1, np.int64)
+    upcoming = filled_int64(num_keys, num_lookups + 1)
     for dispatch in range(len(offset) - 2, -1, -1):
         for lookup in range(offset[dispatch + 1] - 1, offset[dispatch] - 1, -1):
             chosen = key[lookup]
             next_use[lookup] = upcoming[chosen]
             upcoming[chosen] = lookup if one_by_one else dispatch
-    next_use[num_lookups:] = upcoming
+    for chosen in range(num_keys):
+        next_use[num_lookups + chosen] = upcoming[chosen]
 
 
 def next_uses(offset: Int64s, key: Int32s, *, one_by_one: bool, num_keys: int) -> Int64s:

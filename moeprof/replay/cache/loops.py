@@ -1,48 +1,16 @@
-"""What the compiled loops share: compilation on first use, linked lists, heaps, set bits."""
+"""What the compiled loops share: linked lists, heaps, set bits."""
 
 from __future__ import annotations
 
-import functools
-import threading
-from collections.abc import Callable
-from typing import Any, TypeVar, cast
+from typing import Any
 
 import numba
 from llvmlite import ir  # type: ignore[import-untyped]
 
-from moeprof.replay.compiled import compiled
-
-Function = TypeVar("Function", bound=Callable[..., Any])
+from moeprof.replay.compiled import inlined
 
 
-def lazily_compiled(signature: str) -> Callable[[Function], Function]:
-    """Returns a decorator like `compiled` that waits for the first call.
-
-    There are many policies, most runs use few of them, and each takes about two seconds to compile
-    where no cache is there yet.
-
-    Args:
-        signature: Numba signature.
-    """
-
-    def decorate(function: Function) -> Function:
-        lock = threading.Lock()
-        loops: list[Callable[..., Any]] = []
-
-        @functools.wraps(function)
-        def call(*arguments: Any) -> Any:
-            if not loops:
-                with lock:
-                    if not loops:
-                        loops.append(compiled(signature)(function))
-            return loops[0](*arguments)
-
-        return cast("Function", call)
-
-    return decorate
-
-
-@numba.njit
+@inlined("void(int32[::1], int32[::1], int64)")
 def unlink(following, before, node):  # type: ignore[no-untyped-def]
     """Takes a node out of its list."""
     after, previous = following[node], before[node]
@@ -50,7 +18,7 @@ def unlink(following, before, node):  # type: ignore[no-untyped-def]
     before[after] = previous
 
 
-@numba.njit
+@inlined("void(int32[::1], int32[::1], int64, int64)")
 def append(following, before, head, node):  # type: ignore[no-untyped-def]
     """Puts a node at the end of the list of ``head``."""
     previous = before[head]
@@ -60,7 +28,7 @@ def append(following, before, head, node):  # type: ignore[no-untyped-def]
     before[head] = node
 
 
-@numba.njit
+@inlined("int64(int64[::1], int64, int64)")
 def push(heap, length, item):  # type: ignore[no-untyped-def]
     """Adds an item to a heap whose largest is on top; returns its length."""
     child = length
@@ -74,7 +42,7 @@ def push(heap, length, item):  # type: ignore[no-untyped-def]
     return length + 1
 
 
-@numba.njit
+@inlined("int64(int64[::1], int64)")
 def pop(heap, length):  # type: ignore[no-untyped-def]
     """Removes the top of a heap; returns its length."""
     length -= 1

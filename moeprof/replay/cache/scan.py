@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from moeprof.errors import UsageError
 from moeprof.replay.cache import curves, flat
-from moeprof.replay.cache.loops import lazily_compiled
+from moeprof.replay.compiled import compiled
 from moeprof.trace import schema
 
 if TYPE_CHECKING:
@@ -82,7 +82,7 @@ def lru_curve(trace: Trace) -> pd.DataFrame:
     return pd.concat(frames, ignore_index=True)
 
 
-@lazily_compiled(
+@compiled(
     "int64(int32[::1], int32[:, ::1], int64, int64, int64, int64[::1], int32[::1], int32[::1])"
 )
 def _gather_sets(

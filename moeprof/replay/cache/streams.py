@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moeprof.errors import TraceError, UsageError
-from moeprof.replay.cache.loops import lazily_compiled
+from moeprof.replay.compiled import compiled, filled_int32, filled_int64
 from moeprof.replay.tokens import RANK_SHIFT, Requests, load_requests
 from moeprof.trace import schema
 
@@ -514,10 +514,10 @@ def _read_stack(
     )
 
 
-@lazily_compiled("int64(int32[::1], int32[::1], int64)")
+@compiled("int64(int32[::1], int32[::1], int64)")
 def _max_causes(dispatch: Int32s, request: Int32s, num_requests: int) -> int:
     """Returns the most distinct requests that one dispatch has."""
-    newest = np.full(num_requests, -1, np.int32)
+    newest = filled_int32(num_requests, -1)
     most = 0
     here = 0
     current = -1
@@ -528,11 +528,12 @@ def _max_causes(dispatch: Int32s, request: Int32s, num_requests: int) -> int:
         if newest[request[row]] != current:
             newest[request[row]] = current
             here += 1
-            most = max(most, here)
+            if here > most:  # noqa: PLR1730
+                most = here
     return most
 
 
-@lazily_compiled(
+@compiled(
     "UniTuple(int64, 2)(int32[::1], int32[::1], int32[:, ::1], int64, int64, int64, int64[::1],"
     " int32[::1], int32[::1], int32[::1], int32[::1], int32[::1])"
 )
@@ -551,11 +552,11 @@ def _gather(  # noqa: PLR0917
     want_request: Int32s,
 ) -> tuple[int, int]:
     """Gathers lookups and wants; rows sorted by dispatch, in recorded order within it."""
-    local = np.full(num_requests, -1, np.int32)
-    local_of = np.full(num_requests, -1, np.int32)
-    asked = np.full(num_experts * max(max_causes, 1), -1, np.int32)
+    local = filled_int32(num_requests, -1)
+    local_of = filled_int32(num_requests, -1)
+    asked = filled_int32(num_experts * max_causes, -1)
     last_row = np.empty(num_experts, np.int64)
-    index_of = np.full(num_experts, -1, np.int64)
+    index_of = filled_int64(num_experts, -1)
     num_lookups = 0
     num_wants = 0
     num_rows = len(dispatch)

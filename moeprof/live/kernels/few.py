@@ -37,14 +37,12 @@ class StreamTiles:
     num_warps: int
 
 
-IN_TILES = StreamTiles(columns=64, depth=128, num_stages=4, num_warps=4)
-OUT_TILES = StreamTiles(columns=64, depth=128, num_stages=4, num_warps=4)
+IN_TILES = StreamTiles(columns=128, depth=128, num_stages=3, num_warps=4)
+OUT_TILES = StreamTiles(columns=64, depth=128, num_stages=5, num_warps=4)
 
 
 @triton.jit
-def _nth_active(
-    ids, nth, num_slots, num_experts, SLOTS: tl.constexpr, EXPERTS: tl.constexpr
-):
+def _nth_active(ids, nth, num_slots, num_experts, SLOTS: tl.constexpr, EXPERTS: tl.constexpr):
     """Returns (the expert that is ``nth`` among those that have a row, or -1; how many have)."""
     slot = tl.arange(0, SLOTS)
     chosen = tl.load(ids + slot, mask=slot < num_slots, other=-1).to(tl.int32)
@@ -78,13 +76,15 @@ def _stream(
 
 
 @triton.jit
-def _first_rows(matches, TOKENS: tl.constexpr, ROWS: tl.constexpr):
-    """Returns (token of each of the first ROWS matches, True where there is one)."""
+def _some_rows(source, start, TOKENS: tl.constexpr, ROWS: tl.constexpr):
+    """Returns (token, source) of the matches from ``start`` on, ROWS of them, and which exist."""
     token = tl.arange(0, TOKENS)
-    place = tl.cumsum(matches.to(tl.int32), 0) - 1
-    row = tl.arange(0, ROWS)
-    here = matches[None, :] & (place[None, :] == row[:, None])
-    return tl.sum(tl.where(here, token[None, :], 0), 1), tl.sum(here.to(tl.int32), 1) > 0
+    place = tl.cumsum((source >= 0).to(tl.int32), 0) - 1
+    row = start + tl.arange(0, ROWS)
+    here = (source >= 0)[None, :] & (place[None, :] == row[:, None])
+    picked = tl.sum(tl.where(here, token[None, :], 0), 1)
+    picked_source = tl.sum(tl.where(here, source[None, :], 0), 1)
+    return picked, picked_source, tl.sum(here.to(tl.int32), 1) > 0
 
 
 @triton.jit
@@ -122,13 +122,13 @@ def _columns_in(
 
 @triton.jit
 def _chosen_by(ids, expert, num_tokens, TOP_K: tl.constexpr, TOKENS: tl.constexpr):
-    """Returns (True for each token that has the expert, the first slot where it has)."""
+    """Returns each token's first flat slot that has the expert, or -1."""
     token = tl.arange(0, TOKENS)
     source = tl.zeros((TOKENS,), dtype=tl.int32) - 1
     for slot in tl.static_range(TOP_K):
         chosen = tl.load(ids + token * TOP_K + slot, mask=token < num_tokens, other=-1)
         source = tl.where((chosen == expert) & (source < 0), token * TOP_K + slot, source)
-    return source >= 0, source
+    return source
 
 
 @triton.jit
@@ -142,21 +142,15 @@ def _few_in(
         tl.extra.cuda.gdc_launch_dependents()
     num_tiles = tl.cdiv(D_FF, COLUMNS)
     nth, tile = tl.program_id(0) // num_tiles, tl.program_id(0) % num_tiles
-    expert, _ = _nth_active(ids, nth, num_tokens * TOP_K, num_experts, SLOTS, EXPERTS)
+    expert, _active = _nth_active(ids, nth, num_tokens * TOP_K, num_experts, SLOTS, EXPERTS)
     if expert >= 0:
         column = tile * COLUMNS + tl.arange(0, COLUMNS)
-        matches, _ = _chosen_by(ids, expert, num_tokens, TOP_K, TOKENS)
-        if tl.sum(matches.to(tl.int32)) <= ROWS:
-            token, valid = _first_rows(matches, TOKENS, ROWS)
+        source = _chosen_by(ids, expert, num_tokens, TOP_K, TOKENS)
+        for start in range(0, tl.sum((source >= 0).to(tl.int32)), ROWS):
+            token, _source, valid = _some_rows(source, start, TOKENS, ROWS)
             _columns_in(
                 hidden, ids, w_in, b_in, inner, expert, token, valid, column, column < D_FF, D_FF,
                 D_MODEL, TOP_K, COLUMNS, DEPTH_STEP, ROWS, GATED, BIAS, ACTIVATION,
-            )  # fmt: skip
-        else:
-            _columns_in(
-                hidden, ids, w_in, b_in, inner, expert, tl.arange(0, TOKENS), matches, column,
-                column < D_FF, D_FF, D_MODEL, TOP_K, COLUMNS, DEPTH_STEP, TOKENS, GATED, BIAS,
-                ACTIVATION,
             )  # fmt: skip
 
 
@@ -196,21 +190,14 @@ def _few_out(
     token = tl.arange(0, TOKENS)
     is_last = (num_active == 0) & (nth == 0)
     if expert >= 0:
-        matches, source = _chosen_by(ids, expert, num_tokens, TOP_K, TOKENS)
+        source = _chosen_by(ids, expert, num_tokens, TOP_K, TOKENS)
         if DEPENDENT:
             tl.extra.cuda.gdc_wait()
-        if tl.sum(matches.to(tl.int32)) <= ROWS:
-            few, valid = _first_rows(matches, TOKENS, ROWS)
-            picked = few[:, None] == token[None, :]
-            few_source = tl.sum(tl.where(picked, source[None, :], 0), 1)
+        for start in range(0, tl.sum((source >= 0).to(tl.int32)), ROWS):
+            some, some_source, valid = _some_rows(source, start, TOKENS, ROWS)
             _columns_out(
-                inner, ids, w_out, b_out, rows_out, expert, few_source, few, valid, column,
+                inner, ids, w_out, b_out, rows_out, expert, some_source, some, valid, column,
                 is_column, D_MODEL, D_FF, TOP_K, COLUMNS, DEPTH_STEP, ROWS, BIAS,
-            )  # fmt: skip
-        else:
-            _columns_out(
-                inner, ids, w_out, b_out, rows_out, expert, source, token, matches, column,
-                is_column, D_MODEL, D_FF, TOP_K, COLUMNS, DEPTH_STEP, TOKENS, BIAS,
             )  # fmt: skip
         # All of this program's rows must be visible before it counts as finished.
         tl.debug_barrier()
@@ -253,7 +240,7 @@ def run_few(
     *,
     tiles_in: StreamTiles | None = None,
     tiles_out: StreamTiles | None = None,
-    dependent: bool = False,
+    dependent: bool | None = None,
 ) -> torch.Tensor:
     """Returns the layer's output for a few tokens; arguments contiguous, as `dynamic` takes them.
 
@@ -264,8 +251,10 @@ def run_few(
         experts: Contiguous weights.
         tiles_in: Tile sizes of the first product.
         tiles_out: Tile sizes of the second product.
-        dependent: True to let the second launch start before the first has ended.
+        dependent: True to let the second launch start while the first ends; None: on a GPU.
     """
+    if dependent is None:
+        dependent = hidden.device.type == "cuda"
     tiles_in, tiles_out = tiles_in or IN_TILES, tiles_out or OUT_TILES
     (num_tokens, width), top_k = hidden.shape, expert_ids.shape[1]
     num_slots = num_tokens * top_k

@@ -2,7 +2,8 @@
 
 Up to `FEW_TOKENS` tokens, two launches stream the weights of the active experts (`few`); beyond,
 rows are brought into expert order and two persistent grouped products follow (`many`). Nothing
-waits for the device, nothing is sized by what the router chose: both can be captured as CUDA graphs.
+waits for the device and nothing is sized by what the router chose: both can be captured as CUDA
+graphs.
 """
 
 from __future__ import annotations

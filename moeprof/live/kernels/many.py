@@ -2,8 +2,8 @@
 
 Near-uniform routing leaves an expert tens of rows, so the weights' bytes are the floor; skewed
 routing leaves some experts thousands, so the matrix rate is. Rows are therefore cut into tiles of
-two heights, short ones for what is left over, each height its own launch with its own pipeline.
-Counts stay on the device: every program finds its tiles from them.
+two heights, short ones for what is left over. Counts stay on the device: every program finds its
+tiles from them.
 """
 # mypy: disable-error-code="no-untyped-def,no-untyped-call,untyped-decorator,index,arg-type"
 
@@ -21,6 +21,7 @@ from moeprof.live.kernels.parts import ACTIVATION_CODES, activated, next_power
 
 TALL, SHORT = 128, 64
 _COUNT_BLOCK = 128
+_COPY_COLUMNS = 1024
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,7 @@ class ProductTiles:
         num_stages: Steps whose loads are under way at once.
         num_warps: Warps per program.
         programs: Programs per multiprocessor.
+        flatten: True to let one tile's end overlap the next one's first loads.
     """
 
     columns: int
@@ -41,50 +43,57 @@ class ProductTiles:
     num_stages: int
     num_warps: int
     programs: int
+    flatten: bool
 
 
-IN_TALL = ProductTiles(columns=128, depth=64, num_stages=3, num_warps=8, programs=2)
-IN_SHORT = ProductTiles(columns=128, depth=64, num_stages=4, num_warps=4, programs=2)
-OUT_TALL = ProductTiles(columns=128, depth=64, num_stages=3, num_warps=8, programs=2)
-OUT_SHORT = ProductTiles(columns=128, depth=64, num_stages=4, num_warps=4, programs=2)
+IN_TILES = ProductTiles(128, 64, num_stages=3, num_warps=4, programs=2, flatten=True)
+GATED_IN_TILES = ProductTiles(128, 64, num_stages=3, num_warps=8, programs=1, flatten=True)
+OUT_TILES = ProductTiles(256, 64, num_stages=3, num_warps=8, programs=1, flatten=True)
 
 
 @triton.jit
-def _count(ids, counts, place, num_slots, BLOCK: tl.constexpr):
-    """Counts each expert's rows and gives every slot a place in its expert's range."""
+def _count(
+    ids, counts, finished, rank, offsets, num_slots, num_experts, BLOCK: tl.constexpr,
+    EXPERTS: tl.constexpr,
+):  # fmt: skip
+    """Counts each expert's rows, ranks every slot among them, and says where rows begin.
+
+    Expects ``counts`` and ``finished`` at zero. The last program to finish sums the counts up.
+    """
     slot = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     chosen = tl.load(ids + slot, mask=slot < num_slots, other=-1).to(tl.int32)
     same = (chosen[:, None] == chosen[None, :]).to(tl.int32)
     index = tl.arange(0, BLOCK)
     earlier = tl.sum(same * (index[None, :] < index[:, None]).to(tl.int32), 1)
     rows = tl.sum(same, 1)
-    # The first slot of a block that has an expert takes places for all of the block's.
+    # The first slot of a block that has an expert takes ranks for all of the block's.
     is_first = (earlier == 0) & (chosen >= 0)
     base = tl.atomic_add(counts + tl.maximum(chosen, 0), rows, mask=is_first, sem="relaxed")
     base = tl.where(is_first, base, 0)
     shared = tl.sum(same * base[None, :], 1)
-    tl.store(place + slot, shared + earlier, mask=(slot < num_slots) & (chosen >= 0))
-
-
-@triton.jit
-def _offsets(counts, offsets, num_experts, EXPERTS: tl.constexpr):
-    """Writes where each expert's rows begin."""
-    expert = tl.arange(0, EXPERTS)
-    rows = tl.load(counts + expert, mask=expert < num_experts, other=0)
-    tl.store(offsets + expert, tl.cumsum(rows, 0) - rows, mask=expert < num_experts)
+    tl.store(rank + slot, shared + earlier, mask=(slot < num_slots) & (chosen >= 0))
+    tl.debug_barrier()
+    if tl.atomic_add(finished, 1, sem="acq_rel") == tl.num_programs(0) - 1:
+        expert = tl.arange(0, EXPERTS)
+        total = tl.load(counts + expert, mask=expert < num_experts, other=0, cache_modifier=".cg")
+        tl.store(offsets + expert, tl.cumsum(total, 0) - total, mask=expert < num_experts)
 
 
 @triton.jit
 def _gather(
-    hidden, ids, place, offsets, sorted_rows, num_slots, WIDTH: tl.constexpr, TOP_K: tl.constexpr,
-    STEP: tl.constexpr, ROWS: tl.constexpr,
+    hidden, ids, rank, offsets, sorted_rows, place, num_slots, WIDTH: tl.constexpr,
+    TOP_K: tl.constexpr, STEP: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """Copies each token's row to where its expert's rows are; leaves the final place behind."""
+    """Copies each token's row to where its expert's rows are, and says where that is.
+
+    ``place`` must not be ``rank``: warps read the same ranks, and a fast one must not write over
+    what a slow one has yet to read.
+    """
     slot = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     chosen = tl.load(ids + slot, mask=slot < num_slots, other=-1)
     valid = chosen >= 0
     begin = tl.load(offsets + chosen, mask=valid, other=0)
-    target = begin + tl.load(place + slot, mask=valid, other=0)
+    target = begin + tl.load(rank + slot, mask=valid, other=0)
     for start in range(0, WIDTH, STEP):
         column = start + tl.arange(0, STEP)
         inside = valid[:, None] & (column < WIDTH)[None, :]
@@ -109,13 +118,16 @@ def _tiles_of(counts, HEIGHT: tl.constexpr, TALL_HEIGHT: tl.constexpr):
 
 
 @triton.jit
-def _product(
-    rows, matrix, matrix_pointer, bias, out, counts, offsets, num_experts, num_columns,
+def _tiles_down(
+    first_tile, rows, matrix, bias, out, counts, offsets, num_experts, num_columns,
     EXPERTS: tl.constexpr, DEPTH: tl.constexpr, HEIGHT: tl.constexpr, TALL_HEIGHT: tl.constexpr,
     COLUMNS: tl.constexpr, DEPTH_STEP: tl.constexpr, GATED: tl.constexpr, BIAS: tl.constexpr,
     ACTIVATION: tl.constexpr, FLATTEN: tl.constexpr,
 ):  # fmt: skip
-    """out[rows of e] = activation(rows @ matrix[e].T + bias[e]) for all tiles of one height."""
+    """Computes every so many tiles of one height from ``first_tile`` on; returns how many all are.
+
+    Neighbours in time share rows and an expert, so that both are read from memory once.
+    """
     every = tl.arange(0, EXPERTS)
     have = tl.load(counts + every, mask=every < num_experts, other=0)
     tiles = _tiles_of(have, HEIGHT, TALL_HEIGHT)
@@ -123,7 +135,7 @@ def _product(
     tiles_across = tl.cdiv(num_columns, COLUMNS)
     total = tl.sum(tiles) * tiles_across
     matrix_rows = num_columns * 2 if GATED else num_columns
-    for tile in tl.range(tl.program_id(0), total, tl.num_programs(0), flatten=FLATTEN):
+    for tile in tl.range(first_tile, total, tl.num_programs(0), flatten=FLATTEN):
         down, across = tile // tiles_across, tile % tiles_across
         expert = tl.sum((ends <= down).to(tl.int32))
         before = tl.sum(tl.where(every == expert, ends - tiles, 0))
@@ -163,6 +175,29 @@ def _product(
         is_row = first + row < num_rows
         kept = value.to(out.dtype.element_ty)
         tl.store(out + target, kept, mask=is_row[:, None] & is_column[None, :])
+    return total
+
+
+@triton.jit
+def _product(
+    tall_rows, short_rows, matrix, bias, out, counts, offsets, num_experts, num_columns,
+    EXPERTS: tl.constexpr, DEPTH: tl.constexpr, TALL_HEIGHT: tl.constexpr,
+    SHORT_HEIGHT: tl.constexpr, COLUMNS: tl.constexpr, DEPTH_STEP: tl.constexpr,
+    GATED: tl.constexpr, BIAS: tl.constexpr, ACTIVATION: tl.constexpr, FLATTEN: tl.constexpr,
+):  # fmt: skip
+    """out[rows of e] = activation(rows @ matrix[e].T + bias[e]), tall tiles first, then short."""
+    num_tall = _tiles_down(
+        tl.program_id(0), tall_rows, matrix, bias, out, counts, offsets, num_experts, num_columns,
+        EXPERTS, DEPTH, TALL_HEIGHT, TALL_HEIGHT, COLUMNS, DEPTH_STEP, GATED, BIAS, ACTIVATION,
+        FLATTEN,
+    )  # fmt: skip
+    # Whoever has had one tall tile fewer begins with the first short ones.
+    last = num_tall % tl.num_programs(0)
+    turn = (tl.program_id(0) + tl.num_programs(0) - last) % tl.num_programs(0)
+    _tiles_down(
+        turn, short_rows, matrix, bias, out, counts, offsets, num_experts, num_columns, EXPERTS,
+        DEPTH, SHORT_HEIGHT, TALL_HEIGHT, COLUMNS, DEPTH_STEP, GATED, BIAS, ACTIVATION, FLATTEN,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -212,16 +247,19 @@ def sort_rows(hidden: torch.Tensor, expert_ids: torch.Tensor, num_experts: int) 
     """Returns the rows of ``hidden`` [T, d_model], one per executed slot, by expert."""
     num_slots, width = expert_ids.numel(), hidden.shape[1]
     device = hidden.device
-    counts = torch.zeros(num_experts, dtype=torch.int32, device=device)
+    counted = torch.zeros(num_experts + 1, dtype=torch.int32, device=device)
+    counts, finished = counted[:num_experts], counted[num_experts:]
     offsets = torch.empty_like(counts)
-    place = torch.empty(num_slots, dtype=torch.int32, device=device)
+    rank = torch.empty(num_slots, dtype=torch.int32, device=device)
+    place = torch.empty_like(rank)
     rows = torch.empty(num_slots, width, dtype=hidden.dtype, device=device)
-    blocks = (triton.cdiv(num_slots, _COUNT_BLOCK),)
-    _count[blocks](expert_ids, counts, place, num_slots, BLOCK=_COUNT_BLOCK, num_warps=4)
-    _offsets[(1,)](counts, offsets, num_experts, EXPERTS=next_power(num_experts))
-    group, step = 4, min(next_power(width), 1024)
+    _count[(triton.cdiv(num_slots, _COUNT_BLOCK),)](
+        expert_ids, counts, finished, rank, offsets, num_slots, num_experts, BLOCK=_COUNT_BLOCK,
+        EXPERTS=next_power(num_experts), num_warps=4,
+    )  # fmt: skip
+    group, step = 4, min(next_power(width), _COPY_COLUMNS)
     _gather[(triton.cdiv(num_slots, group),)](
-        hidden, expert_ids, place, offsets, rows, num_slots, WIDTH=width,
+        hidden, expert_ids, rank, offsets, rows, place, num_slots, WIDTH=width,
         TOP_K=expert_ids.shape[1], STEP=step, ROWS=group,
     )  # fmt: skip
     return SortedRows(rows=rows, place=place, counts=counts, offsets=offsets)
@@ -235,9 +273,7 @@ def grouped_product(
     *,
     gated: bool = False,
     activation: int = -1,
-    tall: ProductTiles,
-    short: ProductTiles,
-    flatten: bool = False,
+    tiles: ProductTiles,
 ) -> torch.Tensor:
     """Returns each row through its expert's matrix, bias and activation.
 
@@ -248,27 +284,24 @@ def grouped_product(
         bias: [num_experts, rows of matrix] or None.
         gated: True where the first half of ``matrix`` gates the second.
         activation: Code of the activation; -1 for none.
-        tall: Tile sizes for `TALL` rows.
-        short: Tile sizes for `SHORT` rows.
-        flatten: True to let the compiler overlap a tile's end with the next one's loads.
+        tiles: Tile sizes.
     """
     num_experts, matrix_rows, depth = matrix.shape
     columns = matrix_rows // 2 if gated else matrix_rows
     out = torch.empty(rows.shape[0], columns, dtype=rows.dtype, device=rows.device)
-    flat = matrix.view(-1, depth)
     processors = 1
     if rows.device.type == "cuda":
         processors = torch.cuda.get_device_properties(rows.device).multi_processor_count
-    for height, tiles in ((TALL, tall), (SHORT, short)):
-        row_tiles = TensorDescriptor.from_tensor(rows, [height, tiles.depth])
-        matrix_tiles = TensorDescriptor.from_tensor(flat, [tiles.columns, tiles.depth])
-        _product[(processors * tiles.programs,)](
-            row_tiles, matrix_tiles, matrix, bias, out, sent.counts, sent.offsets, num_experts,
-            columns, EXPERTS=next_power(num_experts), DEPTH=depth, HEIGHT=height,
-            TALL_HEIGHT=TALL, COLUMNS=tiles.columns, DEPTH_STEP=tiles.depth, GATED=gated,
-            BIAS=bias is not None, ACTIVATION=activation, FLATTEN=flatten,
-            num_stages=tiles.num_stages, num_warps=tiles.num_warps,
-        )  # fmt: skip
+    _product[(processors * tiles.programs,)](
+        TensorDescriptor.from_tensor(rows, [TALL, tiles.depth]),
+        TensorDescriptor.from_tensor(rows, [SHORT, tiles.depth]),
+        TensorDescriptor.from_tensor(matrix.view(-1, depth), [tiles.columns, tiles.depth]),
+        bias, out, sent.counts, sent.offsets, num_experts, columns,
+        EXPERTS=next_power(num_experts), DEPTH=depth, TALL_HEIGHT=TALL, SHORT_HEIGHT=SHORT,
+        COLUMNS=tiles.columns, DEPTH_STEP=tiles.depth, GATED=gated, BIAS=bias is not None,
+        ACTIVATION=activation, FLATTEN=tiles.flatten,
+        num_stages=tiles.num_stages, num_warps=tiles.num_warps,
+    )  # fmt: skip
     return out
 
 
@@ -278,9 +311,8 @@ def run_many(
     weights: torch.Tensor,
     experts: ExpertWeights,
     *,
-    tiles_in: tuple[ProductTiles, ProductTiles] | None = None,
-    tiles_out: tuple[ProductTiles, ProductTiles] | None = None,
-    flatten: bool = False,
+    tiles_in: ProductTiles | None = None,
+    tiles_out: ProductTiles | None = None,
 ) -> torch.Tensor:
     """Returns the layer's output for many tokens; arguments contiguous, as `dynamic` takes them.
 
@@ -289,24 +321,19 @@ def run_many(
         expert_ids: [T, k].
         weights: [T, k].
         experts: Contiguous weights.
-        tiles_in: Tile sizes of the first product, tall and short.
-        tiles_out: Tile sizes of the second product, tall and short.
-        flatten: As in `grouped_product`.
+        tiles_in: Tile sizes of the first product.
+        tiles_out: Tile sizes of the second product.
     """
-    tall_in, short_in = tiles_in or (IN_TALL, IN_SHORT)
-    tall_out, short_out = tiles_out or (OUT_TALL, OUT_SHORT)
     sent = sort_rows(hidden, expert_ids, experts.num_experts)
     inner = grouped_product(
         sent, sent.rows, experts.w_in, experts.b_in, gated=experts.gated,
-        activation=ACTIVATION_CODES[experts.activation], tall=tall_in, short=short_in,
-        flatten=flatten,
+        activation=ACTIVATION_CODES[experts.activation],
+        tiles=tiles_in or (GATED_IN_TILES if experts.gated else IN_TILES),
     )  # fmt: skip
-    rows = grouped_product(
-        sent, inner, experts.w_out, experts.b_out, tall=tall_out, short=short_out, flatten=flatten
-    )
+    rows = grouped_product(sent, inner, experts.w_out, experts.b_out, tiles=tiles_out or OUT_TILES)
     out = torch.empty_like(hidden)
     num_tokens, width = hidden.shape
-    group, step = 4, min(next_power(width), 1024)
+    group, step = 4, min(next_power(width), _COPY_COLUMNS)
     _combine[(triton.cdiv(num_tokens, group),)](
         rows, expert_ids, weights, sent.place, out, num_tokens, WIDTH=width,
         TOP_K=expert_ids.shape[1], STEP=step, TOKENS=group,

@@ -1,8 +1,8 @@
 """Static gating: every expert computes ``capacity`` slots, filled or not.
 
 The baselines of "Towards MoE Deployment" (arXiv 2303.06182, section IV): a dispatch mask as in
-fairseq, the same in groups of tokens as in GShard, and indices instead of masks as in Tutel. Each is
-written as fast as plain torch allows: experts run as one batched product, not one by one.
+fairseq, the same in groups of tokens as in GShard, and indices instead of masks as in Tutel. Each
+is as fast as plain torch allows: experts run as one batched product, not one by one.
 """
 
 from __future__ import annotations
@@ -60,12 +60,16 @@ def static_grouped(
     missing = num_groups * group - num_tokens
     if missing:
         hidden = torch.cat([hidden, hidden.new_zeros(missing, width)])
-        expert_ids = torch.cat([expert_ids, expert_ids.new_full((missing, expert_ids.shape[1]), -1)])
+        expert_ids = torch.cat(
+            [expert_ids, expert_ids.new_full((missing, expert_ids.shape[1]), -1)]
+        )
         weights = torch.cat([weights, weights.new_zeros(missing, weights.shape[1])])
     combine = torch.stack(
         [
             _combine_mask(ids, gates, experts.num_experts, slots)
-            for ids, gates in zip(expert_ids.split(group), weights.split(group), strict=True)
+            for ids, gates in zip(
+                torch.split(expert_ids, group), torch.split(weights, group), strict=True
+            )
         ]
     )
     dispatch = combine.bool().to(hidden.dtype).view(num_groups, group, -1)

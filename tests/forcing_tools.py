@@ -7,12 +7,20 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
+import tiny_models
 import torch
 
 from moeprof.live import Routing, RoutingShape, skewed_routing
 from moeprof.recording.sites import FoundSite, declared_top_k, find_sites
+from moeprof.zoo import fix_nllb_dispatch
 
 SCALE = 1.7
+
+
+def nllb_moe() -> torch.nn.Module:
+    model = tiny_models.nllb_moe()
+    fix_nllb_dispatch(model)
+    return model
 
 
 def routing_for(

@@ -16,6 +16,7 @@ from forcing_tools import (  # noqa: E402
     SCALE,
     changed_rows,
     expert_parameters,
+    nllb_moe,
     reseeded,
     routing_for,
     scaled_weights,
@@ -26,7 +27,6 @@ from moeprof.errors import UsageError  # noqa: E402
 from moeprof.live import force_routing  # noqa: E402
 from moeprof.recording.sites import find_sites  # noqa: E402
 from moeprof.replay import agreement  # noqa: E402
-from moeprof.zoo import fix_nllb_dispatch  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -39,12 +39,6 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
-
-
-def nllb_moe() -> torch.nn.Module:
-    model = tiny_models.nllb_moe()
-    fix_nllb_dispatch(model)
-    return model
 
 
 LMS: dict[str, Callable[[], Any]] = {**tiny_models.LMS, **recording_models.FAMILIES}
@@ -161,6 +155,7 @@ def test_generate_runs_as_recorded_and_a_recording_of_it_says_so(name, tmp_path)
     assert two.info.capture.num_executed_disagreeing == 0
     assert two.info.capture.num_executed_checked > 0 or name in ("jetmoe", "llama4")
     assert dict(forced.passes) == {s: (two.steps["stack"] == s).sum() for s in two.stacks}
+    assert moeprof.check(two).ok
     assert torch.equal(generate(other, given), own)
 
 
@@ -219,3 +214,26 @@ def test_nllb_as_shipped_is_refused_where_it_ignores_its_router():
     with pytest.raises(UsageError, match="experts 0 and 1") as refused:
         force_routing(model, routing)
     assert "fix_nllb_dispatch" in refused.value.hint
+
+
+@pytest.mark.parametrize("name", MTS)
+def test_slots_left_empty_run_nothing(name, tmp_path):
+    """As after a capacity drop: the token runs the experts that are left, if any."""
+    model = EVERY[name]()
+    routing = routing_for(model, [ROWS], encoder_tokens=[ROWS * COLUMNS])
+    for stack in routing.stacks.values():
+        for index, site in enumerate(stack.sites):
+            empty = (slice(1, None, 3), index % site.top_k)
+            site.experts[empty], site.weights[empty] = -1, 0.0
+    with force_routing(model, routing), moeprof.record(model, tmp_path / "t.moeprof"):
+        model.generate(**inputs(), max_new_tokens=1, min_new_tokens=1, num_beams=1)
+    trace = moeprof.open(tmp_path / "t.moeprof")
+    assert trace.info.capture.num_executed_checked == len(trace.sites)
+    assert trace.info.capture.num_executed_disagreeing == 0
+    for dispatch in trace.dispatches():
+        site = next(
+            site for site in routing.stacks[dispatch.stack].sites if site.layer == dispatch.site % 2
+        )
+        used = [sorted(row[row >= 0].tolist()) for row in dispatch.experts]
+        assert used == [sorted(row[row >= 0].tolist()) for row in site.experts]
+        assert any(len(row) < site.top_k for row in used)

@@ -23,6 +23,9 @@ from moeprof.zoo import needs_nllb_dispatch_fix
 _ROUTED_PARAMETERS = 3
 """Rows, ids and weights: what an experts module needs if it dispatches by itself."""
 
+_NEVER = -1e4
+"""A logit whose probability is 0 in every type, and which is still a number."""
+
 
 @dataclass(frozen=True)
 class Placed:
@@ -207,10 +210,11 @@ def _is_choice(output: Any) -> bool:
 def _nllb(site: FoundSite) -> Driver:
     """Drives NllbMoeTop2Router's ``(top_1_mask, combine [T, E], logits [T, E])``.
 
-    The logits become those of the forced choice, so that who reads them reads one story.
+    The logits become those of the forced choice, so that who reads them reads one story; a token
+    that is left without any expert is recorded as dropped.
     """
     block = site.modules.block
-    if "forward" not in vars(block) and needs_nllb_dispatch_fix(block):
+    if _runs_as_shipped(block) and needs_nllb_dispatch_fix(block):
         raise UsageError(
             f"{site.name} cannot be driven: this transformers runs experts 0 and 1 there, whatever "
             "the router says",
@@ -230,7 +234,7 @@ def _nllb(site: FoundSite) -> Driver:
         first = used.int().argmax(dim=1, keepdim=True)
         leading = placed.ids.gather(1, first).clamp(min=0)
         mask = torch.zeros_like(forced).scatter(1, leading, used.any(1, keepdim=True).float())
-        scores = torch.where(forced.sum(1, keepdim=True) > 0, forced.log(), 0.0)
+        scores = forced.log().clamp(min=_NEVER)
         return (
             placed.over(top_1, mask),
             placed.over(combine, forced),
@@ -239,6 +243,13 @@ def _nllb(site: FoundSite) -> Driver:
         )
 
     return Driver(site.watched, before=False, apply=apply, takes_empty=True)
+
+
+def _runs_as_shipped(block: nn.Module) -> bool:
+    """Returns True where nobody gave the block another forward; offloading wraps the one it has."""
+    own = vars(block)
+    forward = own.get("_old_forward", own.get("forward"))
+    return forward is None or getattr(forward, "__func__", None) is type(block).forward
 
 
 def _apply_switch(

@@ -8,15 +8,18 @@ import tarfile
 import numpy as np
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import moeprof
 from analysis.gpu.twins import __main__ as program
 from analysis.gpu.twins import pack as packing
-from analysis.gpu.twins.batches import LmBatches, MtBatches, windows
+from analysis.gpu.twins.batches import Batch, LmBatches, MtBatches, windows
 from analysis.gpu.twins.learning import LearningOptions, held_out, learn, mean_loss
-from analysis.gpu.twins.model import Twin, TwinMoe, lm_config, mt_config
+from analysis.gpu.twins.model import Twin
 from analysis.gpu.twins.pack import END, FIRST_LANGUAGE, LANGUAGES, PAD
 from analysis.gpu.twins.recording import MtPlan, shared_sources
+from analysis.gpu.twins.routing import TwinMoe
+from analysis.gpu.twins.shape import lm_config, mt_config
 
 WORDS = {
     "facts": "river city people north south border coast island capital area",
@@ -112,6 +115,24 @@ def test_the_papers_geometry():
         assert config.attention_width % config.num_heads == 0
 
 
+@pytest.mark.parametrize(("config", "size"), [(lm_config(16384), 1.709), (mt_config(16384), 2.101)])
+def test_a_training_step_at_full_size_without_computing_it(config, size, monkeypatch):
+    monkeypatch.setattr("analysis.gpu.twins.routing.can_group", lambda *_: True)
+    monkeypatch.setattr(Twin, "_fill", lambda *_: None)
+    with FakeTensorMode():
+        model = Twin(config).train()
+        assert model.num_params / 1e9 == pytest.approx(size, abs=1e-3)
+        ids = torch.full((16, 64), 7)
+        target = {}
+        if config.is_encoder_decoder:
+            target = {"attention_mask": torch.ones_like(ids), "decoder_input_ids": ids}
+        loss = mean_loss(model, Batch(input_ids=ids, labels=ids, num_tokens=1024, **target), 0.1)
+        balance, load = model.last_balance()
+        assert (balance.shape, load.shape) == ((12,), (12, config.num_experts))
+        (loss + balance.sum()).backward()
+        assert all(p.grad.dtype == torch.float32 for p in model.parameters())
+
+
 def test_moe_layer_and_its_gradients_against_a_plain_sum(data):
     pack = packing.read_lm(data[0] / "lm.pack")
     model = Twin(tiny_lm(pack), seed=3).double()
@@ -156,7 +177,7 @@ def test_grouped_products_equal_the_loop(data, monkeypatch):
     ends = torch.tensor([0, 0, 5, 5, *[9] * 6, 20, *[24] * 5], dtype=torch.int32)
     results = []
     for grouped in (False, True):
-        monkeypatch.setattr("analysis.gpu.twins.model.can_group", lambda *_, g=grouped: g)
+        monkeypatch.setattr("analysis.gpu.twins.routing.can_group", lambda *_, g=grouped: g)
         own = rows.clone().requires_grad_()
         out = experts(own, rows[:, :2], rows[:, :2], ends)
         experts.zero_grad()

@@ -32,8 +32,9 @@ from analysis.gpu.twins import pack as packing
 from analysis.gpu.twins.batches import LmBatches, MtBatches
 from analysis.gpu.twins.evidence import routing_evidence
 from analysis.gpu.twins.learning import LearningOptions, held_out, learn
-from analysis.gpu.twins.model import Twin, TwinConfig, lm_config, mt_config
+from analysis.gpu.twins.model import Twin
 from analysis.gpu.twins.recording import LmPlan, MtPlan, Recorded, archive, record
+from analysis.gpu.twins.shape import TwinConfig, lm_config, mt_config
 from moeprof.recording.hardware import hardware, versions
 
 TASKS = ("lm", "mt")

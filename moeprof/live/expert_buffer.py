@@ -437,6 +437,10 @@ class ExpertBuffer:
             if not self._is_intact(site, expert, slot)
         ]
 
+    def resident_experts(self) -> list[tuple[int, int]]:
+        """Returns (site id, index at the site) of every expert that has a slot."""
+        return [(site, expert) for site, expert, _ in self._residents()]
+
     def _residents(self) -> Iterator[tuple[int, int, int]]:
         if self._residency is None or self._transfers is None:
             return
@@ -446,7 +450,8 @@ class ExpertBuffer:
     def _is_intact(self, site: int, expert: int, slot: int) -> bool:
         assert self._transfers is not None and slot != NO_SLOT
         block = self._by_id[site].store.block(expert)
-        return torch.equal(self._transfers.slots[slot][: block.numel()].cpu(), block)
+        held = self._transfers.slots[slot][: block.numel()]
+        return torch.equal(held, block.to(held.device))
 
     def misplace(self, one: tuple[int, int], other: tuple[int, int]) -> None:
         """Breaks the slot map on purpose, so that checks can be seen to fail.
@@ -516,7 +521,7 @@ class _HostLane:
             self._rows[-1].copy_(piece, non_blocking=True)
             start += piece.shape[0]
         if self._fetched is not None:
-            self._fetched.record()
+            self._fetched.record(torch.cuda.current_stream(self._device))
 
     def compute(self, place: BufferedSite, experts: list[int]) -> list[torch.Tensor]:
         """Returns the fetched rows through their experts, on the device."""
@@ -532,7 +537,7 @@ class _HostLane:
         on_device = self._buffer("device", total, results)
         on_device.copy_(results, non_blocking=True)
         if self._returned is not None:
-            self._returned.record()
+            self._returned.record(torch.cuda.current_stream(self._device))
             self._is_busy = True
         return list(torch.split(on_device, [rows.shape[0] for rows in self._rows]))
 

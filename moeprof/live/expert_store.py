@@ -18,6 +18,7 @@ from moeprof.live.experts import ExpertWeights
 from moeprof.live.stacking import ExpertLayout
 
 ALIGNMENT_BYTES = 256
+LEAST_LOCKED_BYTES = 64 << 20
 
 Bytes = torch.Tensor
 """A one-dimensional tensor of uint8."""
@@ -103,13 +104,13 @@ class ExpertStore:
         num_experts: Experts.
         shape: What lies where in each block.
         memory: [num_experts * block_bytes] uint8 on the CPU.
-        is_pinned: True where the memory is page-locked.
+        is_locked: True where the memory was page-locked here, and has to be unlocked.
     """
 
     num_experts: int
     shape: BlockShape
     memory: Bytes
-    is_pinned: bool
+    is_locked: bool
 
     @property
     def expert_bytes(self) -> int:
@@ -131,7 +132,7 @@ class ExpertStore:
 
     def close(self) -> None:
         """Lets go of the page lock; the memory itself lives as long as its tensors."""
-        if self.is_pinned:
+        if self.is_locked:
             unlock(self.memory)
 
 
@@ -194,14 +195,24 @@ def make_store(
         fill: Writes an expert into views of its block.
         pinned: Page-lock the memory, once it is filled.
     """
-    # As plain memory that is locked afterwards: torch's own page-locked memory is handed out in
-    # powers of two, which is up to twice what was asked for.
+    num_bytes = num_experts * shape.block_bytes
+    # Much memory is taken plainly and locked afterwards: torch hands page-locked memory out in
+    # powers of two, which is up to twice what was asked for. Little memory is left to torch, since
+    # two pieces in one page cannot be locked apart.
+    by_torch = pinned and num_bytes < LEAST_LOCKED_BYTES
     with torch.inference_mode(False), torch.no_grad():
-        memory = torch.zeros(num_experts * shape.block_bytes, dtype=torch.uint8)
-        store = ExpertStore(num_experts=num_experts, shape=shape, memory=memory, is_pinned=pinned)
+        memory = torch.empty(num_bytes, dtype=torch.uint8, pin_memory=by_torch)
+        if shape.block_bytes != shape.expert_bytes:
+            memory.zero_()
+        store = ExpertStore(
+            num_experts=num_experts,
+            shape=shape,
+            memory=memory,
+            is_locked=pinned and not by_torch,
+        )
         for expert in range(num_experts):
             fill(expert, shape.views(store.block(expert)))
-    if pinned:
+    if store.is_locked:
         lock(memory)
     return store
 

@@ -93,7 +93,7 @@ class Workspace:
     def _send(self, ends: torch.Tensor) -> None:
         self._host_ends[: ends.numel()].copy_(ends, non_blocking=True)
         if self._ready is not None:
-            self._ready.record()
+            self._ready.record(torch.cuda.current_stream(self._device))
 
     def _received(self, count: int) -> list[int]:
         begun_s = time.perf_counter()

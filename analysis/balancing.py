@@ -4,48 +4,35 @@
 
 TRACE is any trace; without one the sample traces are taken. Writes a page (OUT/balancing.html, .md
 and .json) and the tables of the replay (OUT/NAME.csv, OUT/NAME-transfer.csv and more). The page
-holds what the paper's load-balancing figures hold (maximum and average maximum load per planner),
-and a table of published numbers with what comes out here and why it differs where it does. CSV
+holds the paper's Fig. 14 on each trace (average and largest maximum load per planner), and a table
+of published numbers with what comes out here and why it differs where it does. CSV
 holds expert counts per domain (columns domain, layer, expert, count and, where several models are
 in it, model): placements are planned on one domain and judged on the others.
 """
 
 from __future__ import annotations
 
-import argparse
-import datetime
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
-import moeprof
-from moeprof.errors import MoeprofError, UsageError
+from analysis import command
+from moeprof.errors import UsageError
 from moeprof.replay import balancing, transfer
 from moeprof.replay.loads import balancedness
 from moeprof.replay.placement import eplb
-from moeprof.replay.result import Result
-from moeprof.reporting import Report, facts
 from moeprof.reporting.balancing_sections import balancing_section, transfer_table
-from moeprof.reporting.layout import (
-    REPORT_VERSION,
-    FindingData,
-    ReportData,
-    TableData,
-    TraceData,
-)
+from moeprof.reporting.layout import TableData
+from moeprof.reporting.replays import devices_for
+from moeprof.reporting.studies import Study, published_table, save_studies
 from moeprof.reporting.vocabulary import records
-from moeprof.trace.reader import Trace, open_trace
 
-DEFAULT_TRACES = ("sample:lm", "sample:mt")
-DEFAULT_OUTPUT = Path("demo", "balancing")
 DEFAULT_DEVICES = 8
 SWEEP = (2, 4, 8, 16, 32)
 SWEEP_PLANNERS = ("contiguous", "eplb", "second_moment")
-MAX_FINDINGS = 7
 TABLES = ("transfer", "replanning", "sites", "sizes", "domains", "placements")
 
 README_LOAD = (
@@ -59,98 +46,78 @@ README_SLOTS = (
 )
 
 
-@dataclass(frozen=True)
-class Analysed:
-    """One trace with its results.
+_PRINTED = {
+    "contiguous": "both more than 0.6",
+    "greedy": "both less than 0.4",
+    "anticorrelation": "both less than 0.4",
+}
+"""Of the paper's language model."""
+_SHOWN = (*_PRINTED, "eplb", "second_moment")
 
-    Attributes:
-        name: Short name, unique on the page.
-        trace: The trace.
-        result: For the number of devices asked for.
-        sweep: For several numbers of devices.
+
+def studied(path: str, wanted: int) -> Study:
+    """Returns load balancing of a trace for one and for several numbers of devices.
+
+    Args:
+        path: The trace.
+        wanted: Most devices.
     """
-
-    name: str
-    trace: Trace
-    result: Result
-    sweep: tuple[Result, ...]
-
-
-def devices_for(trace: Trace, wanted: int) -> int:
-    """Returns the most devices, up to ``wanted``, to which the experts of all sites divide."""
-    return max(
-        count
-        for count in range(1, wanted + 1)
+    trace = command.opened(path, "balancing")
+    result = balancing(trace, devices_for(trace, wanted))
+    sweep = [
+        balancing(trace, count, planners=SWEEP_PLANNERS)
+        for count in SWEEP
         if all(site.num_experts % count == 0 for site in trace.sites)
-    )
-
-
-def analyse(name: str, trace: Trace, wanted: int) -> Analysed:
-    """Returns load balancing of a trace for one and for several numbers of devices."""
-    num_devices = devices_for(trace, wanted)
-    others = [
-        count for count in SWEEP if all(site.num_experts % count == 0 for site in trace.sites)
     ]
-    return Analysed(
-        name,
-        trace,
-        balancing(trace, num_devices),
-        tuple(balancing(trace, count, planners=SWEEP_PLANNERS) for count in others),
+    return Study(
+        trace=trace,
+        result=result,
+        section=balancing_section(trace, result, sweep=sweep),
+        frames={"": result.table, **{name: result.tables[name] for name in TABLES}},
     )
 
 
-def published(analysed: Sequence[Analysed]) -> TableData:
+def published(studies: Sequence[Study]) -> TableData:
     """Returns published numbers on load balancing beside what comes out here."""
     slots, _, _ = eplb(README_LOAD, num_replicas=16, num_groups=4, num_nodes=2, num_devices=8)
     same = bool((slots == np.array(README_SLOTS)).all())
-    other_traffic = (
-        "differs: another model and other traffic. The paper does not say whether the shares of "
-        "top-2 add up to 1 or 2; here they add up to 1"
-    )
+    image = "differs in kind: the paper prints an image, no values, and its trace was not published"
     not_replayed = "not replayed: balance is not time; it takes a live run"
     rows = [
         ("EPLB README, 2 layers, 16 slots, 8 devices", "32 slots",
          "all equal" if same else "differ", "reproduced, sort made stable"),
         ("Balancedness of [[100, 200], [100, 200]]", "0.75",
          f"{balancedness([[100, 200], [100, 200]]):g}", "devices reduced first, then layers"),
-        ("Ideal load of 8 devices", "0.125", "0.125", "1/8"),
+        ("Ideal load of 8 devices", "0.125", f"{1 / 8:g}", "reproduced: 1/8"),
+        ("Objective", "sum over devices, largest over experts and batches",
+         "sum over experts, largest over devices and batches",
+         "differs: as printed the sum is always 1; what is meant is clear from the text"),
+        ("Fig. 14: loads of the planners, per task", "image", "bars below",
+         f"{image}; the bars here are the same two measures on these traces"),
+        ("Shares of a dispatch whose tokens choose two experts", "not said whether they add up to "
+         "1 or 2", "add up to 1", "the printed loads below may be twice as large in these units"),
         *(
-            (f"{quantity}, {row['stack']} of {each.name}, {row['planner']}",
-             printed if row["stack"] == "decoder" else "not printed",
-             f"{row[column]:.3f}",
-             other_traffic + f"; {row['num_devices']} devices")
-            for each in analysed
-            for row in records(each.result.table)
-            for quantity, column, printed in (
-                ("Max Load", "max_load", _PRINTED.get(row["planner"], "not printed")),
-                ("Avg Max Load", "avg_max_load", _PRINTED.get(row["planner"], "not printed")),
-            )
-            if row["planner"] in (*_PRINTED, "eplb", "second_moment")
+            (f"Max Load, Avg Max Load: {row['planner']}, {row['stack']} of "
+             f"{study.trace.info.model.name}",
+             _printed(study, row["planner"]),
+             f"{row['max_load']:.3f}, {row['avg_max_load']:.3f}",
+             f"{row['num_devices']} devices, another model and other traffic")
+            for study in studies
+            for row in records(study.result.table)
+            if row["planner"] in _SHOWN
         ),
         ("Throughput gain, LM", "up to 10.1 %", "", not_replayed),
         ("Throughput gain, MT encoder", "up to 19.5 %", "", not_replayed),
+        ("Throughput gain, MT decoder", "up to 1.9 %", "", not_replayed),
     ]  # fmt: skip
-    return TableData(
-        title="Published numbers on load balancing",
-        figure_class="exact",
-        columns=[
-            ["quantity", "Quantity", "text"],
-            ["published", "Published", "text"],
-            ["found", "Here", "text"],
-            ["verdict", "What is reproduced, what differs, why", "text"],
-        ],
-        rows=[
-            dict(zip(("quantity", "published", "found", "verdict"), row, strict=True))
-            for row in rows
-        ],
-    )
+    return published_table("Published numbers on load balancing", rows)
 
 
-_PRINTED = {
-    "contiguous": "more than 0.6 (LM)",
-    "greedy": "less than 0.4 (LM)",
-    "anticorrelation": "less than 0.4 (LM)",
-}
+def _printed(study: Study, planner: str) -> str:
+    """Returns what the paper prints for a planner and a model of the trace's task."""
+    if study.trace.info.model.task != "lm":
+        return "not printed"
+    return _PRINTED.get(planner, "not printed")
 
 
 def count_tables(path: Path, num_devices: int) -> list[TableData]:
@@ -181,107 +148,28 @@ def count_tables(path: Path, num_devices: int) -> list[TableData]:
     return tables
 
 
-def page(analysed: Sequence[Analysed], extra: Sequence[TableData] = ()) -> Report:
-    """Returns the page on several traces.
-
-    Args:
-        analysed: The traces.
-        extra: Further tables, on counts.
-    """
-    found: list[FindingData] = []
-    built: list[TraceData] = []
-    for index, each in enumerate(analysed):
-        section = balancing_section(
-            each.trace,
-            each.result,
-            sweep=each.sweep,
-            extra_tables=[published(analysed), *extra] if index == 0 else [],
-        )
-        classes = {metric["name"]: metric["figure_class"] for metric in section["metrics"]}
-        section["findings"] = [
-            FindingData(
-                text=finding.text,
-                severity=finding.severity,
-                section=finding.section,
-                metric=finding.metric,
-                figure_class=classes.get(finding.metric or ""),
-                trace=each.name,
-                anchor=f"{each.name}-{finding.section}",
-            )
-            for finding in each.result.findings
-        ]
-        found += section["findings"]
-        first = max(each.result.findings, key=lambda finding: finding.severity)
-        built.append(
-            TraceData(
-                id=each.name,
-                name=each.name,
-                title=each.trace.info.model.name,
-                verdict=first.text,
-                banners=facts.banners(each.trace),
-                facts=facts.run_facts(each.trace),
-                sections=[section],
-            )
-        )
-    return Report(
-        ReportData(
-            moeprof_report=REPORT_VERSION,
-            moeprof_version=moeprof.__version__,
-            generated=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-            title="Load balancing: " + ", ".join(dict.fromkeys(each["title"] for each in built)),
-            verdict=" ".join(dict.fromkeys(each["verdict"] for each in built)),
-            findings=sorted(found, key=lambda each: -each["severity"])[:MAX_FINDINGS],
-            comparison=None,
-            traces=built,
-        )
-    )
-
-
-def _name(path: str, taken: Sequence[str]) -> str:
-    stem = Path(path.replace(":", "-")).name.removesuffix(".moeprof") or "trace"
-    base = "".join(c if c.isalnum() else "-" for c in stem.lower()).strip("-") or "trace"
-    name, number = base, 2
-    while name in taken:
-        name, number = f"{base}-{number}", number + 1
-    return name
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """Writes the pages and returns the exit code."""
-    parser = argparse.ArgumentParser(
-        prog="python -m analysis.balancing",
-        description=(__doc__ or "").split("\n\n", maxsplit=1)[0],
-    )
-    parser.add_argument("traces", nargs="*", default=list(DEFAULT_TRACES), metavar="TRACE")
-    parser.add_argument("-o", "--output", type=Path, default=DEFAULT_OUTPUT, metavar="OUT")
+    parser = command.parser("balancing", __doc__)
     parser.add_argument("--devices", type=int, default=DEFAULT_DEVICES, metavar="N")
     parser.add_argument("--counts", type=Path, metavar="CSV")
     options = parser.parse_args(arguments)
-    try:
+
+    def write() -> tuple[Path, ...]:
         if options.devices < 1:
             raise UsageError(f"{options.devices} devices hold nothing", hint="give at least one")
-        analysed: list[Analysed] = []
-        for path in options.traces:
-            name = _name(path, [each.name for each in analysed])
-            analysed.append(analyse(name, open_trace(path), options.devices))
-        extra = count_tables(options.counts, options.devices) if options.counts else []
-        options.output.mkdir(parents=True, exist_ok=True)
-        for each in analysed:
-            each.result.table.to_csv(options.output / f"{each.name}.csv", index=False)
-            for table in TABLES:
-                target = options.output / f"{each.name}-{table}.csv"
-                each.result.tables[table].to_csv(target, index=False)
-        report = page(analysed, extra)
-        written = [*report.save(options.output / "balancing.md")]
-        written += report.save(options.output / "balancing.html")[1:]
-    except MoeprofError as error:
-        print(f"error: {error.message}", file=sys.stderr)
-        if error.hint:
-            print(f"hint: {error.hint}", file=sys.stderr)
-        return error.exit_code
-    for path in written:
-        print(path)
-    return 0
+        studies = [studied(path, options.devices) for path in options.traces]
+        tables = count_tables(options.counts, options.devices) if options.counts else []
+        studies[0].section["tables"] += tables
+        return save_studies(
+            studies,
+            published(studies),
+            options.output,
+            name="balancing",
+            subject="Load balancing",
+        )
+
+    return command.run(write)
 
 
 if __name__ == "__main__":

@@ -11,41 +11,26 @@ each with what comes out here and why it differs where it does.
 
 from __future__ import annotations
 
-import argparse
-import datetime
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import moeprof
-from moeprof.errors import MoeprofError
+from analysis import command
 from moeprof.replay import gating
 from moeprof.replay.capacity import (
     PAPER_FRACTIONS,
     PAPER_LM,
     PAPER_LM_SMALL,
     PAPER_MT,
+    MoeShape,
     elementwise_blocks,
     static_dispatches,
 )
-from moeprof.replay.result import Result
-from moeprof.reporting import Report, facts
 from moeprof.reporting.gating_sections import gating_section
-from moeprof.reporting.layout import (
-    REPORT_VERSION,
-    FindingData,
-    ReportData,
-    TableData,
-    TraceData,
-)
-from moeprof.reporting.vocabulary import main_places
-from moeprof.trace.reader import Trace, open_trace
-
-DEFAULT_TRACES = ("sample:lm", "sample:mt")
-DEFAULT_OUTPUT = Path("demo", "gating")
-SWEEP = (0.02, 0.05, 0.1, 0.25, 0.5, 1.0)
-MAX_FINDINGS = 7
+from moeprof.reporting.layout import TableData
+from moeprof.reporting.replays import SWEEP, own_fraction
+from moeprof.reporting.studies import Study, published_table, save_studies
 
 _GIB, _MIB = 2**30, 2**20
 
@@ -82,9 +67,14 @@ def published() -> list[Published]:
     assert payload is not None and needed is not None
     whole = PAPER_MT.device_bytes(devices=8)
     one, ten = (PAPER_MT.device_bytes(devices=8, cache_slots=slots) for slots in (1, 10))
+    toy = static_dispatches(MoeShape(num_experts=3, top_k=1), num_tokens=[6], value=0.5)
     exact = "reproduced from shapes"
     per_token = "rows per row"
     rows = [
+        ("Fig. 8, its example: slots per expert (3 experts, 6 tokens, capacity 0.5)", "3",
+         float(toy.slots[0, 0]), "slots", exact),
+        ("The same: rows sent for each row needed, top-1", "not printed", toy.waste_factor,
+         per_token, "drawn in the paper as empty slots; the figures here show them on each trace"),
         ("Waste factor, LM", "12.8", lm.waste_factor_without_ceiling, per_token, exact),
         ("Waste factor, LM, 2,048 tokens, slots rounded up", "not printed", lm.waste_factor,
          per_token, exact),
@@ -123,140 +113,50 @@ def published() -> list[Published]:
     return [Published(*row) for row in rows]
 
 
-def analyse(trace: Trace) -> tuple[Result, Result]:
-    """Returns gating at the paper's capacity for the task, and over all capacities."""
-    fraction = PAPER_FRACTIONS.get(trace.info.model.task, PAPER_FRACTIONS["lm"])
-    return gating(trace, values=[fraction]), gating(trace, values=SWEEP)
-
-
-def published_table() -> TableData:
+def published_numbers() -> TableData:
     """Returns `published` as a table of the page."""
-    return TableData(
-        title="The founding paper's numbers on gating and memory",
-        figure_class="exact",
-        columns=[
-            ["quantity", "Quantity", "text"],
-            ["published", "Published", "text"],
-            ["found", "Here", "text"],
-            ["verdict", "What is reproduced, what differs, why", "text"],
-        ],
-        rows=[
-            {
-                "quantity": row.quantity,
-                "published": row.published,
-                "found": "" if row.found is None else f"{row.found:,.5g} {row.unit}",
-                "verdict": row.verdict,
-            }
+    return published_table(
+        "The founding paper's numbers on gating and memory",
+        [
+            (
+                row.quantity,
+                row.published,
+                "" if row.found is None else f"{_number(row.found)} {row.unit}",
+                row.verdict,
+            )
             for row in published()
         ],
     )
 
 
-def page(traces: Sequence[tuple[str, Trace, Result, Result]]) -> Report:
-    """Returns the page on several traces.
+def _number(value: float) -> str:
+    return f"{value:,.0f}" if value == round(value) else f"{value:,.5g}"
 
-    Args:
-        traces: Name, trace, result at one capacity, result over all.
-    """
-    found: list[FindingData] = []
-    built: list[TraceData] = []
-    for index, (name, trace, result, sweep) in enumerate(traces):
-        extra = [published_table()] if index == 0 else []
-        section = gating_section(trace, result, sweep=sweep, extra_tables=extra)
-        classes = {metric["name"]: metric["figure_class"] for metric in section["metrics"]}
-        section["findings"] = [
-            FindingData(
-                text=finding.text,
-                severity=finding.severity,
-                section=finding.section,
-                metric=finding.metric,
-                figure_class=classes.get(finding.metric or ""),
-                trace=name,
-                anchor=f"{name}-{finding.section}",
-            )
-            for finding in result.findings
-        ]
-        found += section["findings"]
-        built.append(
-            TraceData(
-                id=name,
-                name=name,
-                title=trace.info.model.name,
-                verdict=_verdict(trace, result),
-                banners=facts.banners(trace),
-                facts=facts.run_facts(trace),
-                sections=[section],
-            )
-        )
-    return Report(
-        ReportData(
-            moeprof_report=REPORT_VERSION,
-            moeprof_version=moeprof.__version__,
-            generated=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-            title="Gating: " + ", ".join(dict.fromkeys(trace["title"] for trace in built)),
-            verdict=" ".join(trace["verdict"] for trace in built),
-            findings=sorted(found, key=lambda each: -each["severity"])[:MAX_FINDINGS],
-            comparison=None,
-            traces=built,
-        )
+
+def studied(path: str) -> Study:
+    """Returns gating of a trace at the paper's capacity for the task, and over all capacities."""
+    trace = command.opened(path, "gating")
+    result = gating(trace, values=[own_fraction(trace)])
+    sweep = gating(trace, values=SWEEP)
+    return Study(
+        trace=trace,
+        result=result,
+        section=gating_section(trace, result, sweep=sweep),
+        frames={"": result.table, "sweep": sweep.table},
     )
-
-
-def _verdict(trace: Trace, result: Result) -> str:
-    places = main_places(trace)
-    stacks = result.tables["stacks"]
-    said = []
-    for stack, phase in (place.split("/") for place in places):
-        row = stacks[(stacks["stack"] == stack) & (stacks["phase"] == phase)].iloc[0]
-        said.append(
-            f"{row['waste_factor']:.3g} rows per row needed and {100 * row['dropped_share']:.2g}% "
-            f"of choices dropped in {stack} {phase}"
-        )
-    name = trace.info.model.name
-    if not said:
-        return f"{name}: nothing could be concluded from this trace."
-    row = stacks.iloc[0]
-    return f"{name}: with {row['rule']} {row['value']:g}, {' and '.join(said)}."
-
-
-def _name(path: str, taken: Sequence[str]) -> str:
-    stem = Path(path.replace(":", "-")).name.removesuffix(".moeprof") or "trace"
-    base = "".join(c if c.isalnum() else "-" for c in stem.lower()).strip("-") or "trace"
-    name, number = base, 2
-    while name in taken:
-        name, number = f"{base}-{number}", number + 1
-    return name
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Writes the pages and returns the exit code."""
-    parser = argparse.ArgumentParser(
-        prog="python -m analysis.gating", description=(__doc__ or "").split("\n\n", maxsplit=1)[0]
-    )
-    parser.add_argument("traces", nargs="*", default=list(DEFAULT_TRACES), metavar="TRACE")
-    parser.add_argument("-o", "--output", type=Path, default=DEFAULT_OUTPUT, metavar="OUT")
-    options = parser.parse_args(arguments)
-    try:
-        analysed: list[tuple[str, Trace, Result, Result]] = []
-        for path in options.traces:
-            trace = open_trace(path)
-            name = _name(path, [each[0] for each in analysed])
-            analysed.append((name, trace, *analyse(trace)))
-        options.output.mkdir(parents=True, exist_ok=True)
-        for name, _, result, sweep in analysed:
-            result.table.to_csv(options.output / f"{name}.csv", index=False)
-            sweep.table.to_csv(options.output / f"{name}-sweep.csv", index=False)
-        report = page(analysed)
-        written = [*report.save(options.output / "gating.md")]
-        written += report.save(options.output / "gating.html")[1:]
-    except MoeprofError as error:
-        print(f"error: {error.message}", file=sys.stderr)
-        if error.hint:
-            print(f"hint: {error.hint}", file=sys.stderr)
-        return error.exit_code
-    for path in written:
-        print(path)
-    return 0
+    options = command.parser("gating", __doc__).parse_args(arguments)
+
+    def write() -> tuple[Path, ...]:
+        studies = [studied(path) for path in options.traces]
+        return save_studies(
+            studies, published_numbers(), options.output, name="gating", subject="Gating"
+        )
+
+    return command.run(write)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePath
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import click
 
@@ -37,6 +37,9 @@ EXIT_INTERRUPTED = 130
 TRACE_SUFFIX = ".moeprof"
 FORMATS = ("html", "md", "json")
 DEFAULT_FORMATS = ("json", "html")
+SECTIONS = (
+    "latency", "memory", "activation", "locality", "batching", "gating", "buffering", "balancing",
+)  # fmt: skip
 FIXES = ("nllb-dispatch", "none")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 _SCRIPT_KEY = "moeprof.script"
@@ -348,9 +351,13 @@ def _refuse_existing(path: Path, *, force: bool) -> None:
 
 def _finish_recording(talk: Talk, path: Path, *, with_report: bool, force: bool) -> None:
     """Says what stands out in a new trace and what to do next."""
+    from moeprof.reporting import CHARACTERIZATION
     from moeprof.reporting import report as characterize
 
-    page = characterize([path])
+    # Replays take far longer than the rest: without a page to write nobody waits for them.
+    with _progress(talk) as progress:
+        sections = None if with_report else CHARACTERIZATION
+        page = characterize([path], sections=sections, progress=progress)
     findings = page.findings[:_NUM_FINDINGS]
     for finding in findings:
         talk.say(f"  - {finding.text}")
@@ -372,6 +379,13 @@ def _finish_recording(talk: Talk, path: Path, *, with_report: bool, force: bool)
     type=click.Choice(FORMATS),
     help="May be repeated; by default what OUTPUT ends in, else html. JSON always.",
 )
+@click.option(
+    "--only",
+    "sections",
+    multiple=True,
+    type=click.Choice(SECTIONS),
+    help="Only this section; may be repeated. All by default.",
+)
 @click.option("--force", is_flag=True, help="Replace existing files.")
 @_talkative
 @click.pass_context
@@ -381,12 +395,14 @@ def report(
     *,
     output: str | None,
     formats: tuple[str, ...],
+    sections: tuple[str, ...],
     force: bool,
 ) -> int:
-    """Characterize traces on one page.
+    """Characterize traces on one page, and replay them.
 
     TRACE is a trace, or sample:lm or sample:mt. The page needs no network; the same numbers are
-    in the JSON file.
+    in the JSON file. Replays (gating, buffering, balancing) take most of the time; each says its
+    settings, and which moeprof replay command goes further.
     """
     talk = context.ensure_object(Talk)
     base, formats = report_files(traces, output=output, formats=formats)
@@ -394,7 +410,8 @@ def report(
         _refuse_existing(_with_format(base, each), force=force)
     from moeprof.reporting import report as characterize
 
-    page = characterize(list(traces))
+    with _progress(talk) as progress:
+        page = characterize(list(traces), sections=sections or None, progress=progress)
     _save(talk, page, base, formats, force=force)
     return 0
 
@@ -714,9 +731,15 @@ def _extra(extra: str, purpose: str) -> Iterator[None]:
         raise MissingExtraError(package, extra=extra, purpose=purpose) from error
 
 
+class _Show(Protocol):
+    """Shows how far something is; ``item`` is what is being done."""
+
+    def __call__(self, label: str, done: int, total: int, item: str = "") -> None: ...
+
+
 @contextmanager
-def _progress(talk: Talk) -> Iterator[Callable[[str, int, int], None]]:
-    """Yields ``show(label, done, total)``, a progress bar on a terminal's stderr."""
+def _progress(talk: Talk) -> Iterator[_Show]:
+    """Yields ``show(label, done, total, item)``, a progress bar on a terminal's stderr."""
     bars: dict[str, Any] = {}
     hidden = talk.quiet or not sys.stderr.isatty()
 
@@ -725,14 +748,17 @@ def _progress(talk: Talk) -> Iterator[Callable[[str, int, int], None]]:
             bar.render_finish()
         bars.clear()
 
-    def show(label: str, done: int, total: int) -> None:
+    def show(label: str, done: int, total: int, item: str = "") -> None:
         if hidden:
             return
         if label not in bars:
             finish()
-            bars[label] = click.progressbar(length=total, label=label, file=sys.stderr)
-            bars[label].render_progress()
+            bars[label] = click.progressbar(
+                length=total, label=label, file=sys.stderr, item_show_func=str
+            )
+        bars[label].current_item = item
         bars[label].update(done - bars[label].pos)
+        bars[label].render_progress()
 
     try:
         yield show

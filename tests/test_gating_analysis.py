@@ -9,9 +9,10 @@ from dataclasses import replace
 import pandas as pd
 import pytest
 
-from analysis import composing
+from analysis import balancing, buffering, composing
 from analysis import gating as analysis
 from moeprof.cli import main
+from moeprof.reporting.replays import SWEEP
 from moeprof.trace.synthetic import synthetic_trace
 
 
@@ -34,10 +35,12 @@ def test_pages_of_any_trace(tmp_path, traces, capsys):
     assert "gating.html" in capsys.readouterr().out
     html = (tmp_path / "gating.html").read_text()
     assert html.count("<svg") >= 4
+    assert html.count("(the paper&#39;s Fig. 8)") == 2
     assert "12.875 rows per row" in html
+    assert "421,888 blocks" in html
     assert "12.8" in (tmp_path / "gating.md").read_text()
     sweep = pd.read_csv(tmp_path / "mt-sweep.csv")
-    assert sorted(sweep["value"].unique()) == list(analysis.SWEEP)
+    assert sorted(sweep["value"].unique()) == list(SWEEP)
     data = json.loads((tmp_path / "gating.json").read_text())
     assert [trace["id"] for trace in data["traces"]] == ["lm", "mt"]
 
@@ -48,6 +51,19 @@ def test_one_trace_twice_and_bad_paths(tmp_path, traces, capsys):
     assert (tmp_path / "lm-2.csv").exists()
     assert analysis.main([str(tmp_path / "nothing"), "-o", str(tmp_path)]) != 0
     assert "hint:" in capsys.readouterr().err
+
+
+def test_traces_that_an_analysis_cannot_take(tmp_path, capsys):
+    path = str(tmp_path / "t.moeprof")
+    synthetic_trace(path, num_requests=12, num_sites=2, num_experts=[11, 13], expert_bytes=0)
+    out = str(tmp_path / "out")
+    assert analysis.main([path, "-o", out]) == 0
+    assert balancing.main([path, "-o", out]) == 1
+    assert "11 or 13 experts cannot be dealt" in capsys.readouterr().err
+    assert buffering.main([path, "-o", out]) == 1
+    error = capsys.readouterr().err
+    assert "does not say how large an expert is" in error
+    assert "hint: leave this trace out" in error
 
 
 def test_published_numbers_are_what_the_code_gives():

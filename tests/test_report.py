@@ -107,12 +107,14 @@ def test_the_order_of_the_page(report):
     positions = [report.html.index(mark) for mark in (
         "<h1>", 'class="verdict"', "<h2 id=\"findings-title\"", 'id="comparison"',
         'id="lm-run"', 'id="lm-latency"', 'id="lm-memory"', 'id="lm-activation"',
-        'id="lm-locality"', 'id="lm-batching"', 'id="mt-run"', 'id="mt-batching"', 'id="method"',
+        'id="lm-locality"', 'id="lm-batching"', 'id="lm-gating"', 'id="lm-buffering"',
+        'id="lm-balancing"', 'id="mt-run"', 'id="mt-batching"', 'id="method"',
     )]  # fmt: skip
     assert positions == sorted(positions)
-    assert [section["name"] for section in report.json_data["traces"][0]["sections"]] == [
-        "latency", "memory", "activation", "locality", "batching",
-    ]  # fmt: skip
+    names = [section["name"] for section in report.json_data["traces"][0]["sections"]]
+    assert names == list(layout.SECTIONS)
+    assert names[:5] == ["latency", "memory", "activation", "locality", "batching"]
+    assert names[5:] == ["gating", "buffering", "balancing"]
 
 
 def test_every_figure_says_how_to_read_it(report):

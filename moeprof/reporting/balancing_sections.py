@@ -8,9 +8,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from moeprof.replay.planners import NOTHING
 from moeprof.replay.result import Result
-from moeprof.reporting.layout import FigureData, MetricData, SectionData, TableData
-from moeprof.reporting.vocabulary import Rows, finite, groups, records
+from moeprof.reporting.layout import FigureData, SectionData, TableData
+from moeprof.reporting.vocabulary import Rows, groups, records, section_data
 from moeprof.trace.reader import Trace
 
 QUESTION = "Would another placement of experts on devices even out their load?"
@@ -51,45 +52,32 @@ def balancing_section(
         sweep: Results for several numbers of devices, for the curves; none are drawn without.
         extra_tables: Tables that follow those of the result.
     """
-    metrics = [
-        MetricData(
-            name=metric.name,
-            label=_label(metric.name, num_stacks=len(trace.stacks)),
-            value=finite(metric.value),
-            unit=metric.unit,
-            figure_class=metric.figure_class,
-            low=finite(metric.low),
-            high=finite(metric.high),
-            split_half=None if metric.split_half is None else [float(v) for v in metric.split_half],
-            better=metric.better,
-            note=metric.note,
-        )
-        for metric in result.metrics
-    ]
-    chosen = {finding.metric for finding in result.findings}
-    headline = [
-        metric["name"]
-        for metric in metrics
-        if metric["name"] in chosen
-        or (metric["name"].startswith("balancing/gain_over_eplb/") and _is_own(metric["name"]))
-    ]
-    figures = [*_planners(result), *_layers(result), *_curves(sweep)]
-    tables = [*_tables(result), *extra_tables]
-    return SectionData(
-        name=result.name,
-        title=result.title,
+    return section_data(
+        result,
         question=QUESTION,
-        headline=headline,
-        metrics=metrics,
-        figures=[figure for figure in figures if figure["panels"]],
-        tables=[table for table in tables if table["rows"]],
-        findings=[],
-        notes=list(result.notes),
+        label=lambda name: _label(name, num_stacks=len(trace.stacks)),
+        headline=_headline(trace, result),
+        figures=[*_planners(result), *_loads(result), *_layers(result), *_curves(sweep)],
+        tables=[*_tables(result), *extra_tables],
     )
 
 
-def _is_own(name: str) -> bool:
-    return name.rpartition("/")[2] in ("second_moment", "peak", "robust")
+def _headline(trace: Trace, result: Result) -> list[str]:
+    """Returns doing nothing beside the planner that the verdict on each stack is about."""
+    names: list[str] = []
+    for stack in trace.info.stacks:
+        start = f"balancing/gain_over_nothing/{stack}/"
+        judged = [
+            finding.metric.removeprefix(start)
+            for finding in result.findings
+            if finding.metric is not None and finding.metric.startswith(start)
+        ]
+        names.append(f"balancing/max_over_mean/{stack}/{NOTHING}")
+        for planner in dict.fromkeys(judged[:1]):
+            names.append(f"balancing/max_over_mean/{stack}/{planner}")
+            names.append(f"{start}{planner}")
+            names.append(f"balancing/gain_over_eplb/{stack}/{planner}")
+    return names
 
 
 def _label(name: str, *, num_stacks: int) -> str:
@@ -137,6 +125,46 @@ def _planners(result: Result) -> list[FigureData]:
                 figure_class=rows[0]["figure_class"],
                 collapsed=False,
                 panels=[{"rows": meters}],
+            )
+        )
+    return figures
+
+
+def _loads(result: Result) -> list[FigureData]:
+    """Returns the paper's two measures of every planner, one figure per stack."""
+    figures = []
+    for (stack,), rows in groups(records(result.table), "stack").items():
+        num_devices = rows[0]["num_devices"]
+        meters = [
+            {
+                "key": key,
+                "label": f"{PLANNERS.get(row['planner'], row['planner'])}: {name}",
+                "value": row[column],
+                "low": None if not bounds or row["low"] is None else row["low"] / num_devices,
+                "high": None if not bounds or row["high"] is None else row["high"] / num_devices,
+                "unit": "share",
+            }
+            for row in rows
+            for key, name, column, bounds in (
+                ("recorded", "average", "avg_max_load", True),
+                ("shuffled", "largest", "max_load", False),
+            )
+        ]
+        ideal = {"key": "uniform", "label": f"perfect balance (1/{num_devices})",
+                 "value": 1 / num_devices, "low": None, "high": None, "unit": "share"}  # fmt: skip
+        figures.append(
+            FigureData(
+                id=f"balancing-loads-{stack}",
+                kind="meters",
+                title=f"Share of a dispatch on its fullest device: {stack} (the paper's Fig. 14)",
+                alt=f"Average and largest share of a dispatch of the {stack} that its fullest "
+                "device gets, two bars per planner.",
+                how_to_read="Average is the paper's Avg Max Load, a proxy of the slowdown; largest "
+                "is its Max Load over all dispatches, a proxy of memory. Shares of a dispatch add "
+                "up to 1 over devices.",
+                figure_class=rows[0]["figure_class"],
+                collapsed=False,
+                panels=[{"rows": [*meters, ideal]}],
             )
         )
     return figures

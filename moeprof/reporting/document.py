@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import datetime
 import re
-from collections.abc import Sequence
+import types
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import moeprof
@@ -15,19 +17,30 @@ from moeprof.replay.result import SEVERITY_WARNING, Finding, Metric, Result
 from moeprof.replay.reuse import locality
 from moeprof.replay.usage import activation
 from moeprof.replay.working_set import batching
-from moeprof.reporting import facts, sections, vocabulary
+from moeprof.reporting import facts, replays, vocabulary
 from moeprof.reporting.layout import (
     REPORT_VERSION,
+    SECTIONS,
     FindingData,
     MetricData,
     ReportData,
+    SectionData,
     TableData,
     TraceData,
 )
+from moeprof.reporting.sections import section_of
 from moeprof.trace.reader import Trace
 
 MAX_FINDINGS = 7
-ANALYSES = (latency, memory, activation, locality, batching)
+ANALYSES: Mapping[str, Callable[[Trace], Result]] = types.MappingProxyType(
+    {
+        "latency": latency,
+        "memory": memory,
+        "activation": activation,
+        "locality": locality,
+        "batching": batching,
+    }
+)
 
 _MIN_PER_TRACE = 3
 _NUM_NAMED = 2
@@ -44,40 +57,107 @@ _COMPARED = (
 )
 
 
-def report_data(traces: Sequence[Trace], *, title: str | None = None) -> ReportData:
+Progress = Callable[[str, int, int, str], None]
+"""Told the trace, analyses done, analyses in all, and which one begins."""
+
+
+def report_data(
+    traces: Sequence[Trace],
+    *,
+    title: str | None = None,
+    sections: Sequence[str] = SECTIONS,
+    progress: Progress | None = None,
+) -> ReportData:
     """Returns everything that a report on ``traces`` says, as plain data.
 
     Args:
         traces: At least one.
         title: Heading; made from the models' names when None.
+        sections: Which of `layout.SECTIONS`.
+        progress: Called before each analysis of each trace, and once more after its last.
     """
-    ids = _ids(traces)
-    built = [_trace_data(trace, name) for trace, name in zip(traces, ids, strict=True)]
-    found = [
-        _finding_data(finding, data, trace)
-        for trace, (data, results) in zip(traces, built, strict=True)
-        for finding in _findings(trace, results)
+    ids = trace_ids(traces)
+    described = [
+        _described(trace, name, sections=sections, progress=progress or _silent)
+        for trace, name in zip(traces, ids, strict=True)
     ]
-    for data, _ in built:
-        for section in data["sections"]:
-            section["findings"] = [
-                finding
-                for finding in found
-                if finding["trace"] == data["id"] and finding["section"] == section["name"]
-            ]
+    return assembled(
+        described,
+        title=title or title_of(traces),
+        comparison=_comparison(traces, [each.data for each in described]),
+    )
+
+
+def _silent(label: str, done: int, total: int, item: str) -> None:
+    """Tells nobody."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Described:
+    """One trace as data, with all that was found, worst first."""
+
+    data: TraceData
+    findings: list[FindingData]
+
+
+def described(
+    trace: Trace,
+    name: str,
+    *,
+    verdict: str,
+    sections: Sequence[SectionData],
+    findings: Sequence[Finding],
+) -> Described:
+    """Returns a trace with its sections, each with what was found in it.
+
+    Args:
+        trace: The trace.
+        name: Its anchor.
+        verdict: One sentence on it.
+        sections: Its sections; their findings are filled in here.
+        findings: What was found, of every section and of the run.
+    """
+    data = TraceData(
+        id=name,
+        name=name,
+        title=trace.info.model.name,
+        verdict=verdict,
+        banners=facts.banners(trace),
+        facts=facts.run_facts(trace),
+        sections=list(sections),
+    )
+    once = {finding.text: finding for finding in reversed(findings)}
+    ordered = sorted(once.values(), key=lambda finding: -finding.severity)
+    found = [_finding_data(finding, data) for finding in ordered]
+    for section in data["sections"]:
+        section["findings"] = [each for each in found if each["section"] == section["name"]]
+    return Described(data=data, findings=found)
+
+
+def assembled(
+    traces: Sequence[Described], *, title: str, comparison: TableData | None = None
+) -> ReportData:
+    """Returns a report on traces that are described already.
+
+    Args:
+        traces: At least one.
+        title: Heading.
+        comparison: The table that stands before the traces.
+    """
+    ids = [each.data["id"] for each in traces]
     return ReportData(
         moeprof_report=REPORT_VERSION,
         moeprof_version=moeprof.__version__,
         generated=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        title=title or _title(traces),
-        verdict=" ".join(data["verdict"] for data, _ in built),
-        findings=_top(found, ids),
-        comparison=_comparison(traces, [data for data, _ in built]),
-        traces=[data for data, _ in built],
+        title=title,
+        verdict=" ".join(dict.fromkeys(each.data["verdict"] for each in traces)),
+        findings=_top([finding for each in traces for finding in each.findings], ids),
+        comparison=comparison,
+        traces=[each.data for each in traces],
     )
 
 
-def _ids(traces: Sequence[Trace]) -> list[str]:
+def trace_ids(traces: Sequence[Trace]) -> list[str]:
     """Returns one short anchor per trace, from its file name."""
     ids: list[str] = []
     for trace in traces:
@@ -90,25 +170,43 @@ def _ids(traces: Sequence[Trace]) -> list[str]:
     return ids
 
 
-def _title(traces: Sequence[Trace]) -> str:
+def title_of(traces: Sequence[Trace]) -> str:
+    """Returns a heading: the models' names."""
     names = list(dict.fromkeys(trace.info.model.name for trace in traces))
     if len(names) <= _NUM_NAMED:
         return " and ".join(names)
     return f"{names[0]} and {len(names) - 1} more"
 
 
-def _trace_data(trace: Trace, name: str) -> tuple[TraceData, list[Result]]:
-    results = [analyse(trace) for analyse in ANALYSES]
-    data = TraceData(
-        id=name,
-        name=name,
-        title=trace.info.model.name,
+def _described(
+    trace: Trace, name: str, *, sections: Sequence[str], progress: Progress
+) -> Described:
+    """Returns what the analyses say about a trace."""
+    built: list[SectionData] = []
+    results: list[Result] = []
+    chosen = [section for section in SECTIONS if section in sections]
+    for done, section in enumerate(chosen):
+        progress(name, done, len(chosen), section)
+        if section in ANALYSES:
+            result: Result | None = ANALYSES[section](trace)
+            assert result is not None
+            built.append(section_of(trace, result))
+        else:
+            replay = replays.replayed(trace, section)
+            result = replay.result
+            built.append(replay.section)
+        results += [] if result is None else [result]
+    progress(name, len(chosen), len(chosen), "")
+    return described(
+        trace,
+        name,
         verdict=_verdict(trace, results),
-        banners=facts.banners(trace),
-        facts=facts.run_facts(trace),
-        sections=[sections.section_of(trace, result) for result in results],
+        sections=built,
+        findings=[
+            *facts.recording_findings(trace),
+            *(finding for result in results for finding in result.findings),
+        ],
     )
-    return data, results
 
 
 def _verdict(trace: Trace, results: Sequence[Result]) -> str:
@@ -144,17 +242,7 @@ def _percent(metric: Metric) -> str:
     return wording.percent(metric.value or 0.0)
 
 
-def _findings(trace: Trace, results: Sequence[Result]) -> list[Finding]:
-    """Returns the findings of a trace, worst first, each said once."""
-    found = [
-        *facts.recording_findings(trace),
-        *(finding for result in results for finding in result.findings),
-    ]
-    once = {finding.text: finding for finding in reversed(found)}
-    return sorted(once.values(), key=lambda finding: -finding.severity)
-
-
-def _finding_data(finding: Finding, data: TraceData, trace: Trace) -> FindingData:
+def _finding_data(finding: Finding, data: TraceData) -> FindingData:
     section = next((s for s in data["sections"] if s["name"] == finding.section), None)
     metric: MetricData | None = None
     if section is not None and finding.metric is not None:

@@ -9,8 +9,15 @@ from collections.abc import Sequence
 from typing import Any
 
 from moeprof.replay.result import Result
-from moeprof.reporting.layout import FigureData, MetricData, SectionData, TableData
-from moeprof.reporting.vocabulary import Rows, finite, groups, main_places, place_label, records
+from moeprof.reporting.layout import FigureData, SectionData, TableData
+from moeprof.reporting.vocabulary import (
+    Rows,
+    groups,
+    main_places,
+    place_label,
+    records,
+    section_data,
+)
 from moeprof.trace.reader import Trace
 
 QUESTION = "What would fixed capacities cost and drop, and what does dynamic gating save?"
@@ -43,41 +50,23 @@ def gating_section(
         sweep: Of several capacities, for the curves; none are drawn without it.
         extra_tables: Tables that follow those of the result.
     """
-    places = main_places(trace)
-    metrics = [
-        MetricData(
-            name=metric.name,
-            label=_label(metric.name, trace),
-            value=finite(metric.value),
-            unit=metric.unit,
-            figure_class=metric.figure_class,
-            low=finite(metric.low),
-            high=finite(metric.high),
-            split_half=None if metric.split_half is None else [float(v) for v in metric.split_half],
-            better=metric.better,
-            note=metric.note,
-        )
-        for metric in result.metrics
-    ]
-    headline = [
-        metric["name"]
-        for place in places
-        for quantity in _HEADLINE
-        for metric in metrics
-        if metric["name"].startswith(f"gating/{quantity}/{place}/")
-    ]
-    figures = [*(_curves(trace, sweep) if sweep is not None else ()), *_layers(trace, result)]
-    tables = [*_tables(result), *extra_tables]
-    return SectionData(
-        name=result.name,
-        title=result.title,
+    return section_data(
+        result,
         question=QUESTION,
-        headline=headline,
-        metrics=metrics,
-        figures=[figure for figure in figures if figure["panels"]],
-        tables=[table for table in tables if table["rows"]],
-        findings=[],
-        notes=list(result.notes),
+        label=lambda name: _label(name, trace),
+        headline=[
+            metric.name
+            for place in main_places(trace)
+            for quantity in _HEADLINE
+            for metric in result.metrics
+            if metric.name.startswith(f"gating/{quantity}/{place}/")
+        ],
+        figures=[
+            *_rows(trace, result),
+            *(_curves(trace, sweep) if sweep is not None else ()),
+            *_layers(trace, result),
+        ],
+        tables=[*_tables(result), *extra_tables],
     )
 
 
@@ -85,6 +74,56 @@ def _label(name: str, trace: Trace) -> str:
     _, quantity, stack, phase, rule = name.split("/", _NUM_PARTS - 1)
     place = "all phases" if phase == "all" else place_label(trace, (stack, phase))
     return f"{QUANTITIES[quantity]}, {place}, {rule.replace('-', ' ')}"
+
+
+def _rows(trace: Trace, result: Result) -> list[FigureData]:
+    """Returns the rows that experts get under static and under dynamic gating, to one scale."""
+    places = [tuple(place.split("/")) for place in main_places(trace)]
+    by_place = groups(records(result.tables["stacks"]), "stack", "phase")
+    found = [(place, row) for place in places for row in by_place.get(place, [])]
+    bars: list[dict[str, Any]] = []
+    for place, row in found:
+        kept = row["num_decisions"] - row["num_dropped"]
+        longest = max(row["num_slots"], row["num_decisions"], 1)
+        where = place_label(trace, place)
+        value = "" if row["value"] is None else f" {row['value']:g}"
+        parts = (
+            (f"{where}, static gating, {row['rule'].replace('_', ' ')}{value}", row["num_slots"],
+             f"rows, {row['num_dropped']:,} choices dropped",
+             (("recorded", "rows of tokens", kept),
+              ("shuffled", "placeholders", row["num_placeholders"]))),
+            (f"{where}, dynamic gating", row["num_decisions"], "rows, nothing dropped",
+             (("recorded", "rows of tokens", row["num_decisions"]),)),
+        )  # fmt: skip
+        bars += [
+            {
+                "label": label,
+                "value": total,
+                "unit": "count",
+                "value_note": note,
+                "segments": [
+                    {"key": key, "label": name, "share": count / longest, "value": count,
+                     "unit": "count"}
+                    for key, name, count in segments
+                ],
+            }
+            for label, total, note, segments in parts
+        ]  # fmt: skip
+    estimated = any(row["drops_class"] == "estimate" and row["num_dropped"] for _, row in found)
+    return [
+        FigureData(
+            id="gating-rows",
+            kind="bars",
+            title="What experts are sent, static and dynamic (the paper's Fig. 8)",
+            alt="Bars of the rows sent to experts under static and under dynamic gating.",
+            how_to_read="Both bars of a pair have one scale. Static gating fills every slot it "
+            "reserves, with placeholders where tokens do not; dynamic gating sends the rows of "
+            "tokens and no others.",
+            figure_class="estimate" if estimated else "exact",
+            collapsed=False,
+            panels=[{"rows": bars}] if bars else [],
+        )
+    ]
 
 
 def _curves(trace: Trace, sweep: Result) -> list[FigureData]:

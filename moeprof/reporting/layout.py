@@ -11,6 +11,13 @@ from typing import Any, TypedDict
 
 REPORT_VERSION = 1
 
+CHARACTERIZATION = ("latency", "memory", "activation", "locality", "batching")
+"""Sections that describe what was recorded."""
+REPLAYS = ("gating", "buffering", "balancing")
+"""Sections that replay the trace against an optimization."""
+SECTIONS = (*CHARACTERIZATION, *REPLAYS)
+"""All sections of a report, in their order."""
+
 
 class MetricData(TypedDict):
     """One number.
@@ -70,7 +77,11 @@ class TableData(TypedDict):
 
 
 class SectionData(TypedDict):
-    """One analysis of one trace."""
+    """One analysis of one trace.
+
+    ``absence`` is empty, or one sentence that says why the trace has no such section; nothing else
+    is in it then.
+    """
 
     name: str
     title: str
@@ -81,6 +92,7 @@ class SectionData(TypedDict):
     tables: list[TableData]
     findings: list[FindingData]
     notes: list[str]
+    absence: str
 
 
 class FactData(TypedDict):
@@ -103,7 +115,11 @@ class TraceData(TypedDict):
 
 
 class ReportData(TypedDict):
-    """The whole report; ``findings`` are the few that stand at the top, worst first."""
+    """The whole report.
+
+    ``findings`` are the few that stand at the top, worst first; ``comparison`` is the table that
+    stands before the traces: they side by side, or published numbers beside theirs.
+    """
 
     moeprof_report: int
     moeprof_version: str

@@ -37,7 +37,8 @@ def markdown_page(report: ReportData) -> str:
     meanings = "; ".join(f"*{name}* {text}" for name, text in FIGURE_CLASS_MEANINGS.items())
     lines += ["", f"{meanings}. Ranges are 90% intervals about traffic like this.", ""]
     if report["comparison"] is not None:
-        lines += ["## Side by side", "", *_table(report["comparison"], titled=False)]
+        heading = plain(report["comparison"]["title"])
+        lines += [f"## {heading}", "", *_table(report["comparison"], titled=False)]
     for trace in report["traces"]:
         lines += _trace(trace)
     lines += [
@@ -73,6 +74,8 @@ def _section(section: SectionData) -> list[str]:
     lines = [f"### {plain(section['title'])}", "", f"*{plain(section['question'])}*", ""]
     for finding in section["findings"]:
         lines += [plain(finding["text"]), ""]
+    if section["absence"]:
+        lines += [plain(section["absence"]), ""]
     metrics = {metric["name"]: metric for metric in section["metrics"]}
     if section["headline"]:
         lines += ["| | Value | 90% interval | Halves | Class |", "|---|---:|---:|---:|---|"]

@@ -1,6 +1,7 @@
 """Results as sections of a report: which numbers, figures and tables, in which words.
 
-Everything here is data (`layout`); nothing is formatted or drawn.
+Everything here is data (`layout`); nothing is formatted or drawn. Leaves out the replays, which
+take settings (`replays`).
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from moeprof.reporting.routing_sections import (
     locality_content,
 )
 from moeprof.reporting.timing_sections import latency_content, memory_content
-from moeprof.reporting.vocabulary import QUESTIONS, Built, metric_data
+from moeprof.reporting.vocabulary import QUESTIONS, Built, metric_label, section_data
 from moeprof.trace.reader import Trace
 
 _BUILDERS: Mapping[str, Callable[[Trace, Result], Built]] = {
@@ -29,17 +30,12 @@ _BUILDERS: Mapping[str, Callable[[Trace, Result], Built]] = {
 
 def section_of(trace: Trace, result: Result) -> SectionData:
     """Returns a result as a section; its findings are filled in by the report."""
-    build = _BUILDERS[result.name]
-    headline, figures, tables = build(trace, result)
-    names = {metric.name for metric in result.metrics}
-    return SectionData(
-        name=result.name,
-        title=result.title,
+    headline, figures, tables = _BUILDERS[result.name](trace, result)
+    return section_data(
+        result,
         question=QUESTIONS[result.name],
-        headline=[name for name in headline if name in names],
-        metrics=[metric_data(metric, trace) for metric in result.metrics],
-        figures=[figure for figure in figures if figure["panels"]],
-        tables=[table for table in tables if table["rows"]],
-        findings=[],
-        notes=list(result.notes),
+        label=lambda name: metric_label(name, trace),
+        headline=headline,
+        figures=figures,
+        tables=tables,
     )

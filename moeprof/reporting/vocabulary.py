@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,8 +11,8 @@ import pandas as pd
 
 from moeprof.replay import wording
 from moeprof.replay.breakdown import COMPONENTS
-from moeprof.replay.result import Metric
-from moeprof.reporting.layout import FigureData, MetricData, TableData
+from moeprof.replay.result import Metric, Result
+from moeprof.reporting.layout import FigureData, MetricData, SectionData, TableData
 from moeprof.trace import schema
 from moeprof.trace.reader import Trace
 
@@ -87,11 +87,61 @@ _YARDSTICKS = {
 }  # fmt: skip
 
 
-def metric_data(metric: Metric, trace: Trace) -> MetricData:
-    """Returns a metric as data, with its label in words."""
+def section_data(
+    result: Result,
+    *,
+    question: str,
+    label: Callable[[str], str],
+    headline: Sequence[str],
+    figures: Sequence[FigureData],
+    tables: Sequence[TableData],
+) -> SectionData:
+    """Returns a result as a section; its findings are filled in by the report.
+
+    Args:
+        result: The result.
+        question: What it answers.
+        label: From the name of a metric to what it is called on a page.
+        headline: Names of the metrics that stand first; those there are none of are left out.
+        figures: Its figures; those without a panel are left out.
+        tables: Its tables; those without a row are left out.
+    """
+    names = {metric.name for metric in result.metrics}
+    return SectionData(
+        name=result.name,
+        title=result.title,
+        question=question,
+        headline=[name for name in headline if name in names],
+        metrics=[metric_data(metric, label(metric.name)) for metric in result.metrics],
+        figures=[figure for figure in figures if figure["panels"]],
+        tables=[table for table in tables if table["rows"]],
+        findings=[],
+        notes=list(result.notes),
+        absence="",
+    )
+
+
+def absent_section(name: str, *, title: str, question: str, absence: str) -> SectionData:
+    """Returns the sentence that stands where a trace cannot have a section."""
+    return SectionData(
+        name=name,
+        title=title,
+        question=question,
+        headline=[],
+        metrics=[],
+        figures=[],
+        tables=[],
+        findings=[],
+        notes=[],
+        absence=absence,
+    )
+
+
+def metric_data(metric: Metric, label: str) -> MetricData:
+    """Returns a metric as data."""
     return MetricData(
         name=metric.name,
-        label=metric_label(metric.name, trace),
+        label=label,
         value=finite(metric.value),
         unit=metric.unit,
         figure_class=metric.figure_class,

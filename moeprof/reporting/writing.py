@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import html
 import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 
 from moeprof.errors import MoeprofError, UsageError
 from moeprof.reporting import document
-from moeprof.reporting.layout import FindingData, ReportData
+from moeprof.reporting.document import Progress
+from moeprof.reporting.layout import SECTIONS, FindingData, ReportData
 from moeprof.reporting.markdown import markdown_page
 from moeprof.reporting.page import html_page
 from moeprof.trace.reader import Trace, open_trace
@@ -84,7 +86,7 @@ class Report:
     def save(self, path: str | os.PathLike[str]) -> tuple[Path, ...]:
         """Writes the report and, before a page, its data beside it.
 
-        Each file is written under another name and renamed, so a page is whole or absent.
+        All files are written under other names before any is renamed, so a page is whole or absent.
 
         Args:
             path: Ends in ``.html``, ``.md`` or ``.json``.
@@ -105,39 +107,65 @@ class Report:
                 hint=f"end the name in {', '.join('.' + name for name in FORMATS)}",
             )
         data = target.with_suffix(".json")
-        if kind != "json" and data.exists() and not _is_report(data):
-            raise MoeprofError(
-                f"{data} exists and is no report",
-                hint="the data of a page is written beside it: choose another name",
-            )
-        _write(data, self.json)
+        if kind != "json":
+            refuse_foreign(data)
         if kind == "json":
-            return (data,)
-        _write(target, self.html if kind == "html" else self.markdown)
-        return (data, target)
+            return write_files({data: self.json})
+        return write_files(
+            {data: self.json, target: self.html if kind == "html" else self.markdown}
+        )
 
 
 def report(
     traces: Trace | str | os.PathLike[str] | Iterable[Trace | str | os.PathLike[str]],
     *,
     title: str | None = None,
+    sections: Iterable[str] | None = None,
+    progress: Progress | None = None,
 ) -> Report:
-    """Returns a report: latency, memory, activation, locality and batching of each trace.
+    """Returns a report on each trace: what was recorded, and what replays make of it.
+
+    Sections are latency, memory, activation, locality and batching; then the replays gating,
+    buffering and balancing, at settings that each section names. A section that does not apply to a
+    trace is one sentence.
 
     Args:
         traces: A trace, its path, or several of either.
         title: Heading; made from the models' names when None.
+        sections: Names of the sections; all when None. `CHARACTERIZATION` leaves out the replays,
+            which take most of the time.
+        progress: Called with trace, analyses done, analyses in all and the name of the next.
 
     Raises:
-        UsageError: There is no trace.
+        UsageError: There is no trace, or no such section.
         TraceError: A trace cannot be read.
     """
+    chosen = SECTIONS if sections is None else tuple(sections)
+    for name in chosen:
+        if name not in SECTIONS:
+            raise UsageError(f"there is no section {name!r}", hint=f"one of {', '.join(SECTIONS)}")
+    if not chosen:
+        raise UsageError("there is no section to report", hint=f"one of {', '.join(SECTIONS)}")
     given: Sequence[Trace | str | os.PathLike[str]]
     given = [traces] if isinstance(traces, (Trace, str, os.PathLike)) else list(traces)
     if not given:
         raise UsageError("there is no trace to report on", hint="name at least one")
     opened = [trace if isinstance(trace, Trace) else open_trace(trace) for trace in given]
-    return Report(document.report_data(opened, title=title))
+    data = document.report_data(opened, title=title, sections=chosen, progress=progress)
+    return Report(data)
+
+
+def refuse_foreign(path: Path) -> None:
+    """Refuses to replace a JSON file that is no report.
+
+    Raises:
+        MoeprofError: It is none.
+    """
+    if path.exists() and not _is_report(path):
+        raise MoeprofError(
+            f"{path} exists and is no report",
+            hint="the data of a page is written beside it: choose another name",
+        )
 
 
 def _is_report(path: Path) -> bool:
@@ -149,14 +177,31 @@ def _is_report(path: Path) -> bool:
 _MARK = '{"moeprof_report":'
 
 
-def _write(path: Path, text: str) -> None:
-    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+def write_files(texts: Mapping[Path, str]) -> tuple[Path, ...]:
+    """Writes files and returns their paths.
+
+    All are written under other names before any is renamed: a full disk leaves what was there.
+
+    Args:
+        texts: The text of each file.
+
+    Raises:
+        MoeprofError: A file cannot be written.
+    """
+    beside = {path: path.with_name(f".{path.name}.{os.getpid()}.tmp") for path in texts}
+    path = Path()
     try:
-        beside.write_text(text, encoding="utf-8")
-        beside.replace(path)
+        for path, text in texts.items():
+            beside[path].write_text(text, encoding="utf-8")
+        for path, temporary in beside.items():
+            temporary.replace(path)
     except OSError as error:
-        beside.unlink(missing_ok=True)
         raise MoeprofError(
             f"cannot write {path}: {error.strerror or error}",
             hint="choose another place with -o",
         ) from error
+    finally:
+        for temporary in beside.values():
+            with contextlib.suppress(OSError):
+                temporary.unlink(missing_ok=True)
+    return tuple(texts)

@@ -25,6 +25,8 @@ from moeprof.trace.handmade import HandToken, hand_trace
 from moeprof.trace.reader import Trace, open_trace
 from moeprof.trace.synthetic import synthetic_trace
 from moeprof.trace.validator import check
+from moeprof.trace.writer import TraceWriter
+from tests.test_trace_writer import make_info, make_unit
 
 KEYS = ["request", "sequence", "position", "site", "slot"]
 
@@ -405,3 +407,32 @@ def test_equals_a_fresh_recording_of_a_built_in_model(tmp_path, name):
     columns = ["step", "stack", "phase", "batch", "num_tokens", "num_padded_tokens"]
     assert composed.steps[columns].equals(traces[1].steps[columns])
     assert check(composed).ok
+
+
+@pytest.mark.parametrize(
+    ("stored", "gap", "tied"),
+    [("float", 5e-6, True), ("float", 5e-5, False), ("halffloat", 5e-5, True)],
+)
+def test_ties_are_read_as_precisely_as_scores_are_stored(tmp_path, stored, gap, tied):
+    def trace(name: str, experts: list[int], scores: list[float]) -> Trace:
+        settings = {"score_dtype": "float16"} if stored == "halffloat" else {}
+        unit = make_unit(0, num_tokens=1, slots=2)
+        unit["steps"] |= {"phase": "prefill", "num_prefill_tokens": 1, "num_decode_tokens": 0}
+        unit["routing/decoder"] |= {
+            "phase": "prefill", "expert": np.array([experts]), "score": np.array([scores])
+        }  # fmt: skip
+        unit["requests"] = {
+            "request": 0, "task": "lm", "num_sequences": 1, "num_prompt_tokens": 1,
+            "num_output_tokens": 0, "arrival_s": 0.0,
+        }  # fmt: skip
+        info = make_info(num_sites=1, settings=settings)
+        with TraceWriter.create(tmp_path / name, info) as writer:
+            writer.append(unit)
+        return open_trace(tmp_path / name)
+
+    one = trace("1.moeprof", [0, 1], [0.4, 0.1])
+    other = trace("2.moeprof", [0, 2], [0.4, 0.1 + gap])
+    composed = compose(one, "static", max_batch=1)
+    for first in (one, composed):
+        assert str(first.stored_type("routing/decoder", "score")) == stored
+        assert agreement(first, other).tables["flips"]["tied"].tolist() == [tied]

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
 from numpy.typing import NDArray
 
 from moeprof.errors import MoeprofError, TraceError, UsageError
@@ -360,5 +361,15 @@ def _info(
         missing_ranks=(),
         notes=tuple(notes),
         complete=False,
-        settings={**trace.info.settings, "composed": dict(options)},
+        settings={**trace.info.settings, **_score_precision(trace), "composed": dict(options)},
     )
+
+
+def _score_precision(trace: Trace) -> dict[str, str]:
+    """Returns the setting that keeps scores from looking more precise than they were stored."""
+    stored = {
+        trace.stored_type(f"routing/{stack}", name)
+        for stack in trace.stacks
+        for name in ("score", "selection_score")
+    }
+    return {"score_dtype": "float16"} if pa.float16() in stored else {}

@@ -127,8 +127,8 @@ def agreement(first: Trace, second: Trace) -> Result:
         findings=(_finding(table, every, rate, unmatched),),
         tables={"flips": every},
         notes=(
-            "Stored scores have about three digits: exchanged experts whose scores are equal to "
-            "that precision count as tied.",
+            "Exchanged experts whose scores are equal to the precision they are stored in count as "
+            "tied: about three digits in float16, as older traces have them, seven in float32.",
         ),
     )
 
@@ -212,10 +212,11 @@ def _gaps(
     lost = ~(chosen[:, :, None] == again[:, None, :]).any(axis=2)
     gained = ~(again[:, :, None] == chosen[:, None, :]).any(axis=2)
     before, after = one[name][at, slots], other[name][at, slots]
+    stored = max(before.dtype, after.dtype, key=lambda dtype: float(np.finfo(dtype).eps))
     low = np.where(lost, before, np.inf).min(axis=1)
     high = np.where(gained, after, -np.inf).max(axis=1)
     gap = np.abs(low.astype(np.float64) - high.astype(np.float64))
-    spacing = np.spacing(np.maximum(np.abs(low), np.abs(high)).astype(np.float16))
+    spacing = np.spacing(np.maximum(np.abs(low), np.abs(high)).astype(stored))
     return gap, spacing.astype(np.float64)
 
 

@@ -60,12 +60,16 @@ def slot_type(column: spec.Column, stack: str, info: spec.TraceInfo) -> pa.DataT
     """Returns the type of one slot of a per-slot column.
 
     Ids are int32 where a site has more than 32,768 experts; weights are float32 where the
-    setting `weight_dtype` asks for it.
+    setting `weight_dtype` asks for it, and scores float16 where `score_dtype` says that they
+    are no more precise.
     """
     if column.name == "expert" and info.wide_ids(stack):
         return pa.int32()
     if column.name == "weight" and info.settings.get("weight_dtype") == "float32":
         return pa.float32()
+    scores = ("score", "selection_score")
+    if column.name in scores and info.settings.get("score_dtype") == "float16":
+        return pa.float16()
     return column.type
 
 

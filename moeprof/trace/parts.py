@@ -96,7 +96,10 @@ class OpenPart:
         try:
             source = store.open_part(part.path)
             self._file = pq.ParquetFile(source)
-            self.names: tuple[str, ...] = tuple(self._file.schema_arrow.names)
+            self.types: dict[str, pa.DataType] = {
+                field.name: field.type for field in self._file.schema_arrow
+            }
+            self.names: tuple[str, ...] = tuple(self.types)
         except FileNotFoundError as error:
             raise TraceError(
                 f"{store.path}: the committed part {part.path} is missing",

@@ -162,11 +162,19 @@ class Trace:
 
     def has_column(self, name: str, column: str) -> bool:
         """Returns True where the parts of a table hold a column; reads one file's footer."""
+        return self.stored_type(name, column) is not None
+
+    def stored_type(self, name: str, column: str) -> pa.DataType | None:
+        """Returns how a column is stored, None where it is not; reads one file's footer.
+
+        Columns with a value per slot give the type of that value.
+        """
         committed = self.parts(name)
         if not committed:
-            return False
+            return None
         with parts.OpenPart(self._store, committed[0]) as opened:
-            return column in opened.names
+            found = opened.types.get(column)
+        return getattr(found, "value_type", found)
 
     def table(
         self, name: str, *, columns: Sequence[str] | None = None, steps: Any = None

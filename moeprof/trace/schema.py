@@ -291,10 +291,10 @@ ROUTING = Table(
         ),
         _c("status", pa.uint8(), "SlotStatus of each slot", per_slot=True),
         _c("weight", pa.float16(), "weight the model applied, rounded once", per_slot=True),
-        _c("score", pa.float16(), "affinity before bias and renormalization", per_slot=True),
+        _c("score", pa.float32(), "affinity before bias and renormalization", per_slot=True),
         _c(
             "selection_score",
-            pa.float16(),
+            pa.float32(),
             "score the selection used, where it differs",
             per_slot=True,
         ),

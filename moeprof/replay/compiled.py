@@ -8,10 +8,12 @@ cache folder where the package cannot be written to, or at ``NUMBA_CACHE_DIR``.
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import gc
 import inspect
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, TypeVar, cast
 
 import numba
@@ -49,11 +51,27 @@ def compiled(signature: str) -> Callable[[Function], Function]:
 
 def _compile(function: Callable[..., Any], signature: str) -> Any:
     options: dict[str, Any] = {"nogil": True, "no_cfunc_wrapper": True}
+    with _uncollected():
+        try:
+            return numba.njit(signature, cache=True, **options)(function)
+        except RuntimeError:
+            # Numba's answer where neither the package nor the user's cache folder is writable.
+            return numba.njit(signature, **options)(function)
+
+
+@contextlib.contextmanager
+def _uncollected() -> Iterator[None]:
+    """Stops the garbage collector: what a compiler builds stays, and is large to look through.
+
+    Of threads that overlap, the one that stopped it starts it again.
+    """
+    was_enabled = gc.isenabled()
+    gc.disable()
     try:
-        return numba.njit(signature, cache=True, **options)(function)
-    except RuntimeError:
-        # Numba's answer where neither the package nor the user's cache folder is writable.
-        return numba.njit(signature, **options)(function)
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 def inlined(signature: str) -> Callable[[Callable[..., Any]], Any]:

@@ -52,8 +52,9 @@ format: $(STAMP)  ## Format the code and fix what the linter can
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
 
-bench: $(STAMP)  ## Measure the speed of the buffering replay
+bench: $(STAMP)  ## Measure the speed of the replays, and of their first call
 	$(BIN)/python -m analysis.bench.buffering
+	$(BIN)/python -m analysis.bench.first_call
 
 wheel: $(STAMP)  ## Build dist/*.whl
 	@rm -rf dist

@@ -42,6 +42,7 @@ class Question:
         initial: ``empty`` or ``full``.
         expert_bytes: Bytes of all experts of a replica.
         num_requests: Requests of the trace.
+        with_bound: The ceiling is asked for like a policy, so requests share it.
     """
 
     policies: tuple[str, ...]
@@ -50,6 +51,7 @@ class Question:
     initial: str
     expert_bytes: int
     num_requests: int
+    with_bound: bool
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -66,12 +68,13 @@ class Counts:
         bound_hits: [capacities, phases].
         bound_hit_bytes: [capacities, phases].
         lookup_shares: [phases, requests].
+        lookup_byte_shares: [phases, requests].
         hit_shares: [policies + 1, capacities, phases, requests]; the last policy is the ceiling,
-            known for equal sizes and all phases.
+            zero where it was not asked for.
+        hit_byte_shares: [policies + 1, capacities, phases, requests].
         cycles: [capacities, phases] caches smaller than what one forward pass of that phase asks
             of them.
         num_caches: [phases] caches that are asked for anything.
-        exact_ceiling: The ceiling's shares are those of an optimal policy.
     """
 
     lookups: Int64s
@@ -83,10 +86,11 @@ class Counts:
     bound_hits: Int64s
     bound_hit_bytes: Int64s
     lookup_shares: Floats
+    lookup_byte_shares: Floats
     hit_shares: Floats
+    hit_byte_shares: Floats
     cycles: Int64s
     num_caches: Int64s
-    exact_ceiling: bool
 
 
 def count(stream: Stream, question: Question, cache: int) -> Counts:
@@ -111,30 +115,31 @@ def count(stream: Stream, question: Question, cache: int) -> Counts:
         bound_hits=np.zeros(shape[1:], np.int64),
         bound_hit_bytes=np.zeros(shape[1:], np.int64),
         lookup_shares=np.zeros((NUM_PHASES + 1, question.num_requests)),
+        lookup_byte_shares=np.zeros((NUM_PHASES + 1, question.num_requests)),
         hit_shares=np.zeros((num_policies + 1, *shape[1:], question.num_requests)),
+        hit_byte_shares=np.zeros((num_policies + 1, *shape[1:], question.num_requests)),
         cycles=np.zeros((num_capacities, NUM_PHASES), np.int64),
         num_caches=(_by_phase(phase) > 0).astype(np.int64)[:NUM_PHASES],
-        exact_ceiling=True,
     )
     part = 1.0 / stream.num_wanting
-    _share_lookups(
-        stream.want_lookup, stream.want_request, phase, part, found.lookup_shares[:NUM_PHASES]
-    )
-    found.lookup_shares[ALL] = found.lookup_shares[:NUM_PHASES].sum(axis=0)
-    exact = True
+    for units, shares in (
+        (part, found.lookup_shares),
+        (part * weight, found.lookup_byte_shares),
+    ):
+        _share_lookups(stream.want_lookup, stream.want_request, phase, units, shares[:NUM_PHASES])
+        shares[ALL] = shares[:NUM_PHASES].sum(axis=0)
     for group in sizes.cache_sizes(stream, question.capacities, question.expert_bytes):
         index = np.array(group.index)
         for row, policy in enumerate(question.policies):
             done = _hits_of(stream, policy, group, question, cache)
             found.streamed[row, index, :NUM_PHASES] = done.streamed
             _count_hits(stream, done, phase, weight, part, group, found, row)
-        exact &= _count_bounds(stream, group, question, phase, weight, part, found)
+        _count_bounds(stream, group, question, phase, weight, part, found)
         found.cycles[index] = np.array(group.capacities)[:, None] < _cycle(stream, group.sizes)
     for totals in (found.hits, found.hit_bytes, found.streamed):
         totals[..., ALL] = totals[..., :NUM_PHASES].sum(axis=-1)
-    found.hit_shares[:-1, :, ALL] = found.hit_shares[:-1, :, :NUM_PHASES].sum(axis=2)
-    if not exact:
-        object.__setattr__(found, "exact_ceiling", False)
+    for shares in (found.hit_shares, found.hit_byte_shares):
+        shares[:-1, :, ALL] = shares[:-1, :, :NUM_PHASES].sum(axis=2)
     return found
 
 
@@ -142,11 +147,11 @@ def add(total: Counts, more: Counts) -> Counts:
     """Adds counts in place to ``total`` and returns the sum."""
     for name in (
         "lookups", "lookup_bytes", "compulsory", "hits", "hit_bytes", "streamed", "bound_hits",
-        "bound_hit_bytes", "lookup_shares", "hit_shares", "cycles", "num_caches",
+        "bound_hit_bytes", "lookup_shares", "lookup_byte_shares", "hit_shares", "hit_byte_shares",
+        "cycles", "num_caches",
     ):  # fmt: skip
         array = getattr(total, name)
         array += getattr(more, name)
-    object.__setattr__(total, "exact_ceiling", total.exact_ceiling and more.exact_ceiling)
     return total
 
 
@@ -175,6 +180,7 @@ def _count_hits(
     row: int,
 ) -> None:
     """Adds the hits of one policy, by phase and by request."""
+    same_bytes = bool((stream.key_bytes == stream.largest_bytes).all())
     for chunk, mask in enumerate(done.mask):
         first = chunk * kernels.MAX_CAPACITIES
         index = np.array(group.index[first : first + kernels.MAX_CAPACITIES])
@@ -188,9 +194,22 @@ def _count_hits(
         if row < len(found.hits):
             found.hits[row, index, :NUM_PHASES] = hits.cumsum(axis=1)[:, :-1].T
             found.hit_bytes[row, index, :NUM_PHASES] = in_bytes.cumsum(axis=1)[:, :-1].T
-        found.hit_shares[row, index, :NUM_PHASES] = shares.cumsum(axis=2)[:, :, :-1].transpose(
-            2, 0, 1
-        )
+        found.hit_shares[row, index, :NUM_PHASES] = _by_capacity(shares)
+        if same_bytes:
+            of_bytes = found.hit_shares[row, index, :NUM_PHASES] * stream.largest_bytes
+        else:
+            shares[:] = 0
+            _share_hits(
+                mask, stream.want_lookup, stream.want_request, phase, weight, part * weight,
+                np.zeros_like(hits), np.zeros_like(hits), shares,
+            )  # fmt: skip
+            of_bytes = _by_capacity(shares)
+        found.hit_byte_shares[row, index, :NUM_PHASES] = of_bytes
+
+
+def _by_capacity(differences: Floats) -> Floats:
+    """Returns [capacities, phases, requests] from [phases, requests, differences]."""
+    return differences.cumsum(axis=2)[:, :, :-1].transpose(2, 0, 1)
 
 
 def _count_bounds(
@@ -201,44 +220,46 @@ def _count_bounds(
     weight: Int64s,
     part: Floats,
     found: Counts,
-) -> bool:
-    """Fills bounds and compulsory misses; returns True where the ceiling is an optimal policy."""
+) -> None:
+    """Fills bounds, what requests share of them, and compulsory misses."""
     index = np.array(group.index)
-    semantics, initial = question.semantics, question.initial
-    for each in np.unique(phase).tolist():
-        hits, in_bytes = bound.bounds(
-            stream, sizes=group.sizes, capacities=group.capacities, semantics=semantics,
-            initial=initial, phase=each,
-        )  # fmt: skip
-        found.bound_hits[index, each] = hits
-        found.bound_hit_bytes[index, each] = in_bytes
     equal = bool((group.sizes == 1).all())
     same_bytes = bool((stream.key_bytes == stream.largest_bytes).all())
+    ceiling = len(question.policies)
     if equal:
         best = _hits_of(stream, CEILING, group, question, 0)
-        ceiling = len(question.policies)
-        _count_hits(stream, best, phase, weight, part, group, found, ceiling)
+        if question.with_bound:
+            _count_hits(stream, best, phase, weight, part, group, found, ceiling)
+            for shares in (found.hit_shares[ceiling], found.hit_byte_shares[ceiling]):
+                shares[index, ALL] = shares[index, :NUM_PHASES].sum(axis=1)
         every = [int(best.at(place).sum()) for place in range(len(index))]
         found.bound_hits[index, ALL] = every
         found.bound_hit_bytes[index, ALL] = np.array(every) * stream.largest_bytes
-        shares = found.hit_shares[ceiling]
-        shares[index, ALL] = shares[index, :NUM_PHASES].sum(axis=1)
-    if not (equal and same_bytes):
-        hits, in_bytes = bound.bounds(
-            stream, sizes=group.sizes, capacities=group.capacities, semantics=semantics,
-            initial=initial, phase=None,
+    places: list[int] = np.unique(phase).tolist()
+    for each in [*places, ALL]:
+        # The optimal policy bounds all phases together, bytes where they are as equal as sizes.
+        hits_known, bytes_known = each == ALL and equal, each == ALL and equal and same_bytes
+        if hits_known and bytes_known:
+            continue
+        most = bound.bounds(
+            stream, sizes=group.sizes, capacities=group.capacities, semantics=question.semantics,
+            initial=question.initial, phase=None if each == ALL else each,
+            num_requests=question.num_requests if question.with_bound else None,
         )  # fmt: skip
-        if not equal:
-            found.bound_hits[index, ALL] = hits
-        found.bound_hit_bytes[index, ALL] = in_bytes
+        if not hits_known:
+            found.bound_hits[index, each] = most.hits
+            if most.hit_shares is not None:
+                found.hit_shares[ceiling, index, each] = most.hit_shares
+        found.bound_hit_bytes[index, each] = most.hit_bytes
+        if most.byte_shares is not None:
+            found.hit_byte_shares[ceiling, index, each] = most.byte_shares
     first = bound.first_uses(stream)
     plain = group.sizes.tolist()
     for place, capacity in zip(group.index, group.capacities, strict=True):
         placed = 0
-        if initial == "full":
+        if question.initial == "full":
             placed = len(policies.placed_at_start(plain, capacity))
         found.compulsory[place] = _by_phase(phase[first & (stream.key >= placed)])
-    return equal
 
 
 def _by_phase(phase: NDArray[np.uint8], weight: Int64s | None = None) -> Int64s:

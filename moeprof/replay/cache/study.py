@@ -133,9 +133,11 @@ def buffering(
 
     The table has one row per policy, capacity and phase; `BufferingResult.per_cache` one per cache
     too. ``bytes_moved`` are the bytes of all misses, ``bytes_streamed`` those of misses that are
-    not resident after their dispatch (unknown for ``bound``). ``low`` and ``high`` belong to
-    ``hit_rate``. Caches run side by side through joblib: a surrounding ``parallel_config`` decides
-    where.
+    not resident after their dispatch (unknown for ``bound``). ``low``, ``high`` and both halves
+    belong to ``hit_rate``; ``bytes_moved_per_pass`` (of that phase) has its own. The ceilings of
+    ``bound`` have intervals like policies: what a budget buys are hits of single lookups, shared
+    among the requests that wanted them. Caches run side by side through joblib: a surrounding
+    ``parallel_config`` decides where.
 
     Args:
         trace: The trace.
@@ -155,12 +157,12 @@ def buffering(
         UsageError: An argument makes no sense.
         TraceError: The trace holds no routing.
     """
+    with_bound = "bound" in policies
     question = _question(trace, policies, capacities, semantics, initial)
     if scope not in streams.SCOPES:
         raise UsageError(f"there is no scope {scope!r}", hint=f"one of {_list(streams.SCOPES)}")
     if isinstance(devices, bool) or devices < 1:
         raise UsageError(f"there have to be devices, not {devices}")
-    with_bound = "bound" in policies
     settings = _Settings(
         rows=streams.read_rows(trace),
         scope=scope,
@@ -173,16 +175,18 @@ def buffering(
     total, per_cache = _run(settings, jobs=jobs, with_bound=with_bound)
     if total is None:
         raise TraceError(f"{trace.path} holds no routing", hint="record it again")
-    estimates = _estimates(total, settings.rows.requests.half)
+    halves = settings.rows.requests.half
+    rates = _rates(total, halves)
+    moved = _moved(total, _pass_shares(settings.rows), halves)
     in_bytes = _capacity_bytes(settings)
     order = [name for name in dict.fromkeys(policies)]
-    table = _table(total, estimates, settings, in_bytes, order)
+    table = _table(total, rates, moved, settings, in_bytes, order)
     judged = verdicts.judge(
         trace,
         table=table,
         total=total,
         question=question,
-        halves=settings.rows.requests.half,
+        halves=halves,
         capacity_bytes=in_bytes,
         scope=scope,
     )
@@ -228,6 +232,7 @@ def _question(
         initial=initial,
         expert_bytes=sum(site.num_experts * site.expert_bytes for site in trace.sites),
         num_requests=len(trace.requests),
+        with_bound=policies.BOUND in names,
     )
 
 
@@ -316,7 +321,8 @@ def _columns(total: Counts, settings: _Settings, names: Sequence[str]) -> dict[s
 
 def _table(
     total: Counts,
-    estimates: Estimates,
+    rates: Estimates,
+    moved: Estimates,
     settings: _Settings,
     in_bytes: Sequence[int],
     names: Sequence[str],
@@ -325,25 +331,20 @@ def _table(
     num_phases = len(total.lookups)
     present = [ALL, *np.flatnonzero(total.lookups[:ALL]).tolist()]
     num_capacities = len(settings.question.capacities)
-    cells = []
-    for name in names:
-        ceiling = len(settings.question.policies)
-        row = ceiling if name == policies.BOUND else settings.question.policies.index(name)
-        for capacity in range(num_capacities):
-            for phase in present:
-                known = row < ceiling or (phase == ALL and total.exact_ceiling)
-                place = (row * num_capacities + capacity) * num_phases + phase
-                cells.append(place if known else -1)
-    cell = np.array(cells)
-    spread = {
-        column: np.where(cell >= 0, values[cell], np.nan)
-        for column, values in (
-            ("low", estimates.low),
-            ("high", estimates.high),
-            ("first_half", estimates.first_half),
-            ("second_half", estimates.second_half),
-        )
-    }
+    rows = [
+        len(settings.question.policies)
+        if name == policies.BOUND
+        else settings.question.policies.index(name)
+        for name in names
+    ]
+    cell = np.array(
+        [
+            (row * num_capacities + capacity) * num_phases + phase
+            for row in rows
+            for capacity in range(num_capacities)
+            for phase in present
+        ]
+    )
     asked = np.tile(np.repeat(np.array(in_bytes, dtype=np.int64), len(present)), len(names))
     ordered: dict[str, Any] = {}
     for column, values in columns.items():
@@ -351,17 +352,60 @@ def _table(
         if column == "capacity":
             ordered["capacity_bytes"] = asked
         if column == "hit_rate":
-            ordered.update(spread)
+            ordered["low"], ordered["high"] = rates.low[cell], rates.high[cell]
+            ordered["first_half"] = rates.first_half[cell]
+            ordered["second_half"] = rates.second_half[cell]
+        if column == "bytes_moved":
+            for name, found in moved.columns("bytes_moved_per_pass").items():
+                ordered[name] = found[cell]
+            ordered["bytes_moved_per_pass_first_half"] = moved.first_half[cell]
+            ordered["bytes_moved_per_pass_second_half"] = moved.second_half[cell]
     return pd.DataFrame(ordered)
 
 
-def _estimates(total: Counts, halves: NDArray[np.int8]) -> Estimates:
+def _rates(total: Counts, halves: NDArray[np.int8]) -> Estimates:
     """Returns hit rates with intervals, flat by policy (the ceiling last), capacity and phase."""
-    num_requests = total.hit_shares.shape[-1]
-    numerator = total.hit_shares.reshape(-1, num_requests).T
+    return intervals.share(
+        _flat(total.hit_shares), _repeated(total.lookup_shares, total), halves=halves
+    )
+
+
+def _moved(total: Counts, passes: counts.Floats, halves: NDArray[np.int8]) -> Estimates:
+    """Returns bytes moved per forward pass with intervals, flat as `_rates`.
+
+    Args:
+        total: The counts of all caches.
+        passes: [phases, requests] from `_pass_shares`.
+        halves: [requests].
+    """
+    missed = total.lookup_byte_shares - total.hit_byte_shares
+    return intervals.ratio(_flat(missed), _repeated(passes, total), halves=halves).within(
+        0.0, np.inf
+    )
+
+
+def _flat(shares: counts.Floats) -> counts.Floats:
+    """Returns [requests, policies x capacities x phases]."""
+    return np.ascontiguousarray(shares.reshape(-1, shares.shape[-1]).T)
+
+
+def _repeated(shares: counts.Floats, total: Counts) -> counts.Floats:
+    """Returns [phases, requests] as the denominators of `_flat`."""
     repeats = total.hit_shares.shape[0] * total.hit_shares.shape[1]
-    denominator = np.tile(total.lookup_shares.T, (1, repeats))
-    return intervals.share(np.ascontiguousarray(numerator), denominator, halves=halves)
+    return np.tile(shares.T, (1, repeats))
+
+
+def _pass_shares(rows: Rows) -> counts.Floats:
+    """Returns [phases, requests] forward passes, each shared equally among its requests."""
+    shares = np.zeros((len(PHASES), len(rows.requests)))
+    for stacks in rows.stacks:
+        for own in stacks:
+            pairs = np.unique(own.dispatch.astype(np.int64) * own.num_requests + own.request)
+            dispatch, request = pairs // own.num_requests, pairs % own.num_requests
+            part = 1 / np.bincount(dispatch)[dispatch]
+            np.add.at(shares, (own.phase[dispatch], request), part)
+    shares[ALL] = shares[:ALL].sum(axis=0)
+    return shares
 
 
 def _capacity_bytes(settings: _Settings) -> list[int]:

@@ -59,8 +59,7 @@ class _Row:
     num_bytes: int
     rate: Interval
     ceiling: float
-    moved_bytes: int
-    num_steps: int
+    moved_bytes: Interval
 
 
 def judge(
@@ -85,7 +84,7 @@ def judge(
         scope: What shares a cache.
     """
     phase = _main_phase(total)
-    rows = _rows(trace, table, total, question, capacity_bytes, phase)
+    rows = _rows(table, total, capacity_bytes, phase)
     findings: list[Finding] = []
     runnable = [row for row in rows if not _foreseeing(row.policy)]
     if runnable:
@@ -115,41 +114,42 @@ def _main_phase(total: Counts) -> int:
 
 
 def _rows(
-    trace: Trace,
-    table: pd.DataFrame,
-    total: Counts,
-    question: Question,
-    capacity_bytes: Sequence[int],
-    phase: int,
+    table: pd.DataFrame, total: Counts, capacity_bytes: Sequence[int], phase: int
 ) -> list[_Row]:
     name = schema.PHASES[phase]
-    steps = trace.steps
-    num_steps = max(int((steps["phase"] == name).sum()), 1)
     chosen = table[table["phase"] == name]
     found = []
     for policy, frame in chosen.groupby("policy", sort=False):
         own: list[Any] = list(frame.itertuples(index=False))
         for index, row in enumerate(own):
-            known = np.isfinite(row.low) and np.isfinite(row.high)
-            halves = (float(row.first_half), float(row.second_half))
             found.append(
                 _Row(
                     policy=str(policy),
                     index=index,
                     label=_label(row.capacity),
                     num_bytes=capacity_bytes[index],
-                    rate=Interval(
-                        value=float(row.hit_rate),
-                        low=float(row.low) if known else None,
-                        high=float(row.high) if known else None,
-                        split_half=halves if np.isfinite(halves).all() else None,
-                    ),
+                    rate=_interval(row, "hit_rate", ""),
                     ceiling=float(total.bound_hits[index, phase] / total.lookups[phase]),
-                    moved_bytes=int(row.bytes_moved),
-                    num_steps=num_steps,
+                    moved_bytes=_interval(row, "bytes_moved_per_pass", "bytes_moved_per_pass_"),
                 )
             )
     return found
+
+
+def _interval(row: Any, name: str, prefix: str) -> Interval:
+    """Returns a column of a row with its interval, where there is one."""
+    low, high = float(getattr(row, f"{prefix}low")), float(getattr(row, f"{prefix}high"))
+    known = np.isfinite(low) and np.isfinite(high)
+    halves = (
+        float(getattr(row, f"{prefix}first_half")),
+        float(getattr(row, f"{prefix}second_half")),
+    )
+    return Interval(
+        value=float(getattr(row, name)),
+        low=low if known else None,
+        high=high if known else None,
+        split_half=halves if np.isfinite(halves).all() else None,
+    )
 
 
 def _label(capacity: object) -> str:
@@ -176,7 +176,7 @@ def _metrics(table: pd.DataFrame, rows: list[_Row]) -> list[Metric]:
         metrics.append(
             wording.metric_of(
                 path.format("bytes_moved_per_pass"),
-                Interval(value=row.moved_bytes / row.num_steps),
+                row.moved_bytes,
                 unit="bytes", figure_class="exact", better="lower",
                 note="bytes of all misses per forward pass",
             )
@@ -219,7 +219,7 @@ def _whether_to_buffer(
                 f"{wording.share_with_interval(row.rate)} of {name} lookups hit (ceiling "
                 f"{wording.percent(row.ceiling)}), which frees {wording.num_bytes(saved)} of "
                 f"{wording.num_bytes(everything)} and moves "
-                f"{wording.num_bytes(row.moved_bytes / row.num_steps)} per forward pass; keeping "
+                f"{wording.num_bytes(row.moved_bytes.value or 0)} per forward pass; keeping "
                 "everything resident moves nothing.",
                 severity=SEVERITY_COST, section=SECTION, metric=metric.format(row),
             )
@@ -235,7 +235,7 @@ def _whether_to_buffer(
             text=f"Do not try a buffer of {row.label} or less where missing experts delay the "
             f"pass: the best policy that can run ({row.policy}) hits "
             f"{wording.share_with_interval(row.rate)} of {name} lookups and moves "
-            f"{wording.num_bytes(row.moved_bytes / row.num_steps)} per forward pass; {reason}. "
+            f"{wording.num_bytes(row.moved_bytes.value or 0)} per forward pass; {reason}. "
             "Keeping everything resident moves nothing.",
             severity=SEVERITY_COST, section=SECTION, metric=metric.format(row),
         )

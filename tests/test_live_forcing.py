@@ -192,6 +192,25 @@ def test_a_last_layer_that_sees_one_token_of_each_row_is_driven(odd_model, tmp_p
     assert not len(agreement(one, moeprof.open(tmp_path / "two.moeprof")).tables["flips"])
 
 
+def test_a_layer_that_sees_more_than_was_recorded_chooses_for_the_rest(odd_model, tmp_path):
+    odd_model.prune = True
+    with moeprof.record(odd_model, tmp_path / "one.moeprof"):
+        run(odd_model)
+    one = moeprof.open(tmp_path / "one.moeprof")
+    odd_model.prune = False
+    reseeded(odd_model, 5)
+    seen: list[torch.Tensor] = []
+    odd_model.layers[2].experts.register_forward_pre_hook(lambda m, a: seen.append(a[1].clone()))
+    run(odd_model)
+    with force_routing(odd_model, one) as forced:
+        run(odd_model)
+    recorded = read_routing(one).stack().sites[2]
+    assert recorded.places.tolist() == [0, 1]
+    assert (seen[1][[3, 7]].numpy() == recorded.experts).all()
+    assert seen[1].shape == seen[0].shape == (8, 2)
+    assert "decoder layer 2 was recorded for 2 of 8 tokens" in str(forced.source)
+
+
 def test_rows_left_out_of_the_recording_keep_the_models_own_choice(tmp_path):
     model = tiny_models.olmoe()
     mask = torch.ones_like(IDS)

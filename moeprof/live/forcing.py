@@ -49,9 +49,11 @@ def force_routing(
         print(forced.source)
 
     Each stack has a cursor: the k-th forward pass of the decoder computes with the k-th recorded
-    pass of the decoder. Rows of the batch that the recording left out, padding and sequences that
-    had ended, keep the model's own choice. Everything is brought to the model's devices on
-    entering; a pass waits for no copy. On leaving, whatever happened, the model is as it was.
+    pass of the decoder. Rows of the batch that the recording left out keep the model's own choice:
+    padding, sequences that had ended, tokens that the recorded engine did not run in its last
+    layer. Everything is brought to the model's devices on entering; a pass waits for no copy, but
+    every site costs some host time more; to time small passes, run layers with `routing_of`. On
+    leaving, whatever happened, the model is as it was.
 
     Args:
         model_or_layers: A model of transformers, `paper_lm.PaperLm`, or a torch module whose
@@ -189,6 +191,7 @@ class _SiteTensors:
     ids: torch.Tensor
     weights: torch.Tensor
     places: torch.Tensor
+    stack_places: torch.Tensor
 
     @classmethod
     def of(cls, routing: SiteRouting, device: torch.device) -> _SiteTensors:
@@ -197,6 +200,7 @@ class _SiteTensors:
             ids=torch.from_numpy(routing.experts).to(device=device, dtype=torch.int64),
             weights=torch.from_numpy(routing.weights).to(device),
             places=torch.from_numpy(routing.places).to(device),
+            stack_places=torch.from_numpy(routing.stack_places).to(device),
         )
 
 
@@ -382,7 +386,7 @@ class ForcedRouting:
         rows = slice(start, end)
         if num_rows == num_tokens:
             return Placed(tensors.ids[rows], tensors.weights[rows], None)
-        if num_rows == recorded_rows and self._options.rows == "exact":
+        if num_rows in (recorded_rows, int(routing.num_stack_rows[step])):
             if routing.top_k > top_k:
                 raise UsageError(
                     f"{where}: rows that were not recorded choose {top_k} experts, the others "
@@ -391,7 +395,8 @@ class ForcedRouting:
                 )
             if not num_tokens:
                 return None
-            return Placed(tensors.ids[rows], tensors.weights[rows], tensors.places[rows])
+            places = tensors.places if num_rows == recorded_rows else tensors.stack_places
+            return Placed(tensors.ids[rows], tensors.weights[rows], places[rows])
         if self._options.rows == "exact" or not num_tokens:
             raise UsageError(
                 f"{where} was recorded with {_counted(num_tokens, recorded_rows)}, and is called "

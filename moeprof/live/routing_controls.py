@@ -177,14 +177,18 @@ def _gathered(site: SiteRouting, order: NDArray[np.intp]) -> SiteRouting:
         )
     rows = site.starts[flat]
     length, batch = order.shape
+    places = np.tile(np.arange(batch, dtype=np.int64), length)
+    num_rows = np.full(length, batch, np.int64)
     return dataclasses.replace(
         site,
         starts=np.arange(length + 1, dtype=np.int64) * batch,
         experts=site.experts[rows],
         weights=site.weights[rows],
         tokens=None,
-        places=np.tile(np.arange(batch, dtype=np.int64), length),
-        num_rows=np.full(length, batch, np.int64),
+        places=places,
+        num_rows=num_rows,
+        stack_places=places,
+        num_stack_rows=num_rows,
     )
 
 
@@ -238,6 +242,8 @@ def _blank(shape: RoutingShape) -> StackRouting:
             tokens=None,
             places=places,
             num_rows=tokens,
+            stack_places=places,
+            num_stack_rows=tokens,
         )
         for index in range(shape.num_sites)
     )

@@ -106,6 +106,9 @@ class SiteRouting:
         tokens: [rows] index of the token in the stack; None where the site saw every token.
         places: [rows] row in the batch the module was called with, padding counted.
         num_rows: [steps] rows of that batch.
+        stack_places: [rows] row in the batch the stack was called with; the same but where a last
+            layer sees only the last token of each sequence.
+        num_stack_rows: [steps] rows of that batch; -1 where the trace does not tell.
     """
 
     site: int
@@ -118,6 +121,8 @@ class SiteRouting:
     tokens: Ints | None
     places: Ints
     num_rows: Ints
+    stack_places: Ints
+    num_stack_rows: Ints
 
     @property
     def has_empty_slots(self) -> bool:
@@ -254,6 +259,7 @@ def read_routing(
         weights=" and ".join(uniform),
         selection=", ".join(selected),
     )
+    source = source.changed(*_partial(routing))
     if origin is not None:
         source = dataclasses.replace(source, origin={**source.origin, **origin})
     return Routing(stacks=routing, source=source)
@@ -267,6 +273,19 @@ def geometry_of(stacks: Mapping[str, StackRouting]) -> tuple[str, ...]:
         sizes = " or ".join(f"{experts} experts top-{k}" for experts, k in shapes)
         said.append(f"{name}: {len(stack.sites)} sites of {sizes}")
     return tuple(said)
+
+
+def _partial(stacks: Mapping[str, StackRouting]) -> list[str]:
+    """Returns what must be said of sites that saw fewer tokens than others."""
+    said = []
+    for name, stack in stacks.items():
+        for site in stack.sites:
+            if site.tokens is not None:
+                said.append(
+                    f"{name} layer {site.layer} was recorded for {len(site.tokens)} of "
+                    f"{int(stack.starts[-1])} tokens"
+                )
+    return said
 
 
 @dataclass(frozen=True)
@@ -439,11 +458,9 @@ def _site_routing(
     places = row // columns[of_step]
     num_rows = np.where(pruned, batches.batch, batches.num_rows)
     # Where rows do not tell, tokens lie one after another.
-    doubtful = np.zeros(len(num_rows), bool)
-    doubtful[of_step[places >= num_rows[of_step]]] = True
-    twice = (np.diff(places) <= 0) & (np.diff(of_step) == 0)
-    doubtful[of_step[1:][twice]] = True
+    doubtful = _doubtful(places, of_step, num_rows)
     ordinal = np.arange(len(row)) - own[:-1][of_step]
+    unknown = _doubtful(row, of_step, batches.num_rows)
     return SiteRouting(
         site=site.site,
         layer=site.layer,
@@ -455,7 +472,18 @@ def _site_routing(
         tokens=None if everything else np.flatnonzero(seen),
         places=np.where(doubtful[of_step], ordinal, places),
         num_rows=np.where(doubtful, np.diff(own), num_rows),
+        stack_places=row,
+        num_stack_rows=np.where(unknown, -1, batches.num_rows),
     )
+
+
+def _doubtful(places: Ints, of_step: Ints, num_rows: Ints) -> NDArray[np.bool_]:
+    """Returns [steps] True where places are no ascending rows of a batch of that size."""
+    doubtful = np.zeros(len(num_rows), bool)
+    doubtful[of_step[places >= num_rows[of_step]]] = True
+    twice = (np.diff(places) <= 0) & (np.diff(of_step) == 0)
+    doubtful[of_step[1:][twice]] = True
+    return doubtful
 
 
 def trace_name(trace: Trace) -> str:

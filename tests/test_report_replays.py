@@ -217,6 +217,15 @@ def test_the_end_of_a_recording_replays_nothing(lm, monkeypatch, capsys, tmp_pat
     assert (tmp_path / "t.html").exists()
 
 
+def test_what_was_recorded_comes_before_replays(lm):
+    found = moeprof.report([lm, lm.path]).findings
+    for trace in ("my-run", "my-run-2"):
+        mine = [finding.section for finding in found if finding.trace == trace]
+        assert sum(section in REPLAYS for section in mine) <= 1 < len(mine)
+    only = moeprof.report(lm, sections=REPLAYS).findings
+    assert len([finding for finding in only if finding.section in REPLAYS]) > 1
+
+
 # Where a section does not apply
 
 

@@ -19,6 +19,7 @@ from moeprof.replay.usage import activation
 from moeprof.replay.working_set import batching
 from moeprof.reporting import facts, replays, vocabulary
 from moeprof.reporting.layout import (
+    REPLAYS,
     REPORT_VERSION,
     SECTIONS,
     FindingData,
@@ -126,7 +127,9 @@ def described(
         facts=facts.run_facts(trace),
         sections=list(sections),
     )
-    once = {finding.text: finding for finding in reversed(findings)}
+    once: dict[str, Finding] = {}
+    for finding in findings:
+        once.setdefault(finding.text, finding)
     ordered = sorted(once.values(), key=lambda finding: -finding.severity)
     found = [_finding_data(finding, data) for finding in ordered]
     for section in data["sections"]:
@@ -260,13 +263,24 @@ def _finding_data(finding: Finding, data: TraceData) -> FindingData:
 
 
 def _top(found: Sequence[FindingData], ids: Sequence[str]) -> list[FindingData]:
-    """Returns the findings for the top of the page: the worst, but some of each trace."""
+    """Returns the findings for the top of the page: the worst, but some of each trace.
+
+    What replays found stands there once per trace as long as there is something else to say: they
+    have many verdicts, and what was recorded comes first.
+    """
     ordered = sorted(found, key=lambda finding: -finding["severity"])
+    replayed: set[str] = set()
+    first: list[FindingData] = []
+    for finding in ordered:
+        if finding["section"] not in REPLAYS or finding["trace"] not in replayed:
+            first.append(finding)
+        if finding["section"] in REPLAYS:
+            replayed.add(finding["trace"])
     each = max(min(_MIN_PER_TRACE, MAX_FINDINGS // max(len(ids), 1)), 1)
     kept: list[FindingData] = []
     for name in ids:
-        kept += [finding for finding in ordered if finding["trace"] == name][:each]
-    for finding in ordered:
+        kept += [finding for finding in first if finding["trace"] == name][:each]
+    for finding in [*first, *ordered]:
         if len(kept) >= MAX_FINDINGS:
             break
         if finding not in kept:

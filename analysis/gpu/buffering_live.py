@@ -13,9 +13,9 @@ For every policy and capacity: outputs equal to the bit to those without a buffe
 the ``sequential`` replay row by row, copies counted by the profiler equal to the predicted misses
 of each step, bytes over the link, memory, and the latency of every step of every repetition.
 
-The column ``checks`` reads B (outputs), H (lookups), S (slots hold what the map says), P (profiler)
-and A (no device memory taken in steady state); ``!`` where one of them fails, ``-`` where it was
-not looked at.
+The column ``checks`` reads B (outputs), H (lookups), S (slots hold what the map says), P (the
+profiler), A (no device memory taken in steady state) and M (bytes requested on the device equal
+the prediction); ``!`` where one of them fails, ``-`` where it was not looked at.
 
     python analysis/gpu/buffering_live.py --trace qwen3.moeprof --mt-trace mt.moeprof --out DIR
     python analysis/gpu/buffering_live.py --tiny --out DIR     # tries the script on a CPU
@@ -51,7 +51,13 @@ from moeprof.live.copy_witness import (
     step_range,
     watched_link,
 )
-from moeprof.live.expert_buffer import BufferedSite, BufferSettings, ExpertBuffer, described
+from moeprof.live.expert_buffer import (
+    BufferedSite,
+    BufferMemory,
+    BufferSettings,
+    ExpertBuffer,
+    described,
+)
 from moeprof.live.routed_runs import (
     ExpertGeometry,
     RoutedStep,
@@ -248,12 +254,14 @@ class Bench:
             "slots_broken": len(broken),
             "lookups": len(log),
             "hit_rate": float(log["hit"].mean()),
+            "worst_layer_miss_rate": float(1 - log.groupby("site")["hit"].mean().min()),
             "misses": int((~log["hit"]).sum()),
             "copies": int(log["copied"].sum()),
             "copied_bytes": repetitions[0]["counts"]["copied_bytes"],
             "allocations_in_steady_state": device_allocations() - allocations,
             "memory": {**asdict(memory), "saved_bytes": memory.saved_bytes},
             "device_bytes": grown,
+            "requested_as_predicted": requested_as_predicted(memory, grown),
             "rounding_bytes": grown["allocated"] - grown["requested"],
             "repetitions": repetitions,
             "wait_ms_per_dispatch": 1e3 * float(np.mean([
@@ -371,6 +379,7 @@ class Bench:
                 ("S", row["slots_broken"] == 0),
                 ("P", row.get("profiler", {}).get("holds")),
                 ("A", row["allocations_in_steady_state"] == 0),
+                ("M", row["requested_as_predicted"]),
             )
         )  # fmt: skip
         link = "" if row["link_error"] is None else f"{100 * row['link_error']:+6.2f}%"
@@ -461,6 +470,14 @@ def device_bytes() -> dict[str, int]:
         "requested": stats["requested_bytes.all.current"],
         "reserved": stats["reserved_bytes.all.current"],
     }
+
+
+def requested_as_predicted(memory: BufferMemory, grown: dict[str, int]) -> bool | None:
+    """Returns True where the device was asked for the predicted bytes; None without a device."""
+    if not torch.cuda.is_available():
+        return None
+    slots = memory.cache_bytes + memory.staging_bytes + memory.padding_bytes
+    return grown["requested"] == slots + memory.workspace_bytes
 
 
 def device_allocations() -> int:

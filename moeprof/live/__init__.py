@@ -6,6 +6,8 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from moeprof.live.buffered_models import buffer_experts
+    from moeprof.live.expert_buffer import BufferSettings, ExpertBuffer
     from moeprof.live.experts import ExpertWeights, random_experts
     from moeprof.live.forcing import ForcedRouting, force_routing
     from moeprof.live.routing_controls import (
@@ -17,39 +19,48 @@ if TYPE_CHECKING:
     )
     from moeprof.live.routing_schedules import DeviceRouting, RoutingBuffers, routing_of
     from moeprof.live.routing_sources import Routing, RoutingSource, read_routing
+    from moeprof.live.stacking import stack_experts
 
 __all__ = [
+    "BufferSettings",
     "DeviceRouting",
+    "ExpertBuffer",
     "ExpertWeights",
     "ForcedRouting",
     "Routing",
     "RoutingBuffers",
     "RoutingShape",
     "RoutingSource",
+    "buffer_experts",
     "force_routing",
     "random_experts",
     "read_routing",
     "rebatched_routing",
     "routing_of",
     "skewed_routing",
+    "stack_experts",
     "staggered_routing",
     "uniform_routing",
 ]
 
 _HOMES = {
+    "BufferSettings": "expert_buffer",
     "DeviceRouting": "routing_schedules",
+    "ExpertBuffer": "expert_buffer",
     "ExpertWeights": "experts",
     "ForcedRouting": "forcing",
     "Routing": "routing_sources",
     "RoutingBuffers": "routing_schedules",
     "RoutingShape": "routing_controls",
     "RoutingSource": "routing_sources",
+    "buffer_experts": "buffered_models",
     "force_routing": "forcing",
     "random_experts": "experts",
     "read_routing": "routing_sources",
     "rebatched_routing": "routing_controls",
     "routing_of": "routing_schedules",
     "skewed_routing": "routing_controls",
+    "stack_experts": "stacking",
     "staggered_routing": "routing_controls",
     "uniform_routing": "routing_controls",
 }

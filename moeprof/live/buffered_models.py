@@ -43,6 +43,7 @@ def buffer_experts(
     initial: str = "empty",
     staging: int | None = None,
     future: Trace | None = None,
+    device: torch.device | str | None = None,
 ) -> Iterator[ExpertBuffer]:
     """Keeps a model's experts in host memory and ``capacity`` of them per cache on its device.
 
@@ -61,6 +62,8 @@ def buffer_experts(
         initial: See there.
         staging: See there.
         future: See there.
+        device: Where experts run; when None where they lie, or where the rest of the model lies if
+            they lie on the host already (the way to run a model that does not fit).
 
     Yields:
         The buffer: `ExpertBuffer.lookups`, `counts`, `memory`, `audit`.
@@ -82,14 +85,14 @@ def buffer_experts(
     found = find_sites(model)
     layouts = [_readable(site) for site in found]
     _check_model(model, found, layouts)
-    device, dtype = layouts[0].device, layouts[0].dtype
+    target = _target(model, layouts) if device is None else torch.device(device)
     stores: list[ExpertStore] = []
     undo: list[Callable[[], None]] = []
     try:
         for layout in layouts:
-            store = store_of_layout(layout, pinned=device.type == "cuda")
+            store = store_of_layout(layout, pinned=target.type == "cuda")
             stores.append(store)
-            undo.append(functools.partial(_bring_back, layout, device))
+            undo.append(functools.partial(_bring_back, layout, layout.device))
             _move_out(layout, store)
         sites = [
             BufferedSite(
@@ -101,7 +104,7 @@ def buffer_experts(
             )
             for index, (site, layout, store) in enumerate(zip(found, layouts, stores, strict=True))
         ]
-        buffer = ExpertBuffer(sites, settings, device=device, dtype=dtype)
+        buffer = ExpertBuffer(sites, settings, device=target)
         undo.append(buffer.close)
         for index, (site, layout) in enumerate(zip(found, layouts, strict=True)):
             module, forward = _forward_of(site, layout, buffer, index)
@@ -219,6 +222,15 @@ def _check_model(
                 raise UsageError(
                     f"{site.name}: weights of its experts are tied ({names[0]} is {names[1]})"
                 )
+
+
+def _target(model: nn.Module, layouts: Sequence[ExpertLayout]) -> torch.device:
+    """Returns where experts run."""
+    own = {id(part.parameter) for layout in layouts for part in layout.parts}
+    others = {each.device for each in model.parameters() if id(each) not in own}
+    if layouts[0].device.type == "cpu" and len(others) == 1:
+        return others.pop()
+    return layouts[0].device
 
 
 def _move_out(layout: ExpertLayout, store: ExpertStore) -> None:

@@ -46,7 +46,8 @@ class Workspace:
     @property
     def num_bytes(self) -> int:
         """Bytes on the device."""
-        return sum(t.numel() * t.element_size() for t in (self.given, self.returned, self._places))
+        held = (self.given, self.returned, self._places, self._every)
+        return sum(tensor.numel() * tensor.element_size() for tensor in held)
 
     def _grow(self, num_rows: int) -> None:
         shape = (num_rows, self._width)

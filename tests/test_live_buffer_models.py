@@ -16,10 +16,12 @@ from torch import nn  # noqa: E402
 
 import moeprof  # noqa: E402
 from moeprof.errors import UsageError  # noqa: E402
+from moeprof.live import force_routing  # noqa: E402
 from moeprof.live.buffered_models import buffer_experts  # noqa: E402
 from moeprof.live.expert_store import ALIGNMENT_BYTES  # noqa: E402
 from moeprof.live.paper_lm import PaperLm, PaperLmConfig  # noqa: E402
 from moeprof.live.stacking import check_layout, expert_layout, stack_experts  # noqa: E402
+from moeprof.recording.sites import find_sites  # noqa: E402
 from moeprof.zoo import fix_nllb_dispatch, load  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -174,6 +176,29 @@ def test_the_paper_s_model() -> None:
 
 def _logits(out: Any) -> Any:
     return out if torch.is_tensor(out) else getattr(out, "logits", out[0])
+
+
+@pytest.mark.parametrize("name", ["mixtral", "nllb_moe"])
+def test_forced_routing_is_buffered_too(name: str, tmp_path: Path) -> None:
+    model = BUILDERS[name]()
+    ids = prompts()
+    with moeprof.record(model, tmp_path / "t.moeprof") as recorder:
+        generate(model, ids)
+    trace = moeprof.open(recorder.path)
+    predicted = moeprof.replay.buffering(
+        trace, policies=["min"], capacities=[2], semantics="sequential", jobs=1
+    ).lookups("min", 2)
+    with torch.no_grad():
+        for place in find_sites(model):
+            for parameter in place.modules.router.parameters():
+                parameter.normal_(generator=torch.Generator().manual_seed(7))
+    with (
+        torch.inference_mode(),
+        force_routing(model, trace),
+        buffer_experts(model, capacity=2, policy="min", future=trace) as buffer,
+    ):
+        generate(model, ids)
+    assert buffer.lookups()[KEYS].values.tolist() == predicted[KEYS].values.tolist()
 
 
 def test_experts_leave_and_come_back() -> None:

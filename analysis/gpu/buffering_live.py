@@ -220,6 +220,7 @@ class Bench:
             "wall_ms": [round(result.wall_ms, 4) for result in results],
             "counts": asdict(counts),
             "link_bytes": link.num_bytes,
+            "link_sent_bytes": link.sent_bytes,
             "link_reason": link.reason,
         }
 

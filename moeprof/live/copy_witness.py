@@ -10,7 +10,7 @@ import json
 import re
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -101,15 +101,17 @@ def profiled(run: Callable[[], None]) -> dict[str, Any]:
 
 @dataclass
 class LinkBytes:
-    """Bytes that a device received while it was watched.
+    """Bytes over a device's link while it was watched, overhead of the protocol included.
 
     Attributes:
-        num_bytes: Overhead of the link's protocol included; None where the device does not say.
+        num_bytes: Received; None where the device does not say.
+        sent_bytes: Sent, likewise.
         elapsed_s: Time watched.
         reason: Why there is no figure; empty where there is one.
     """
 
     num_bytes: int | None = None
+    sent_bytes: int | None = None
     elapsed_s: float = 0.0
     reason: str = ""
 
@@ -136,15 +138,21 @@ def watched_link(meter: DeviceMeter | None = None) -> Iterator[LinkBytes]:
         if meter.devices:
             time.sleep(_SETTLE_S)
         sampler.stop()
-        received = [row["pcie_rx_bytes"] for row in sampler.rows if row["device"] == 0]
+        rows = [row for row in sampler.rows if row["device"] == 0]
+        found.num_bytes = _difference(rows, "pcie_rx_bytes")
+        found.sent_bytes = _difference(rows, "pcie_tx_bytes")
         if not meter.devices:
             found.reason = meter.reason
-        elif not received or received[-1] is None or received[0] is None:
+        elif found.num_bytes is None:
             found.reason = "the device does not count PCIe bytes, or a wrap was missed"
-        else:
-            found.num_bytes = received[-1] - received[0]
         if own:
             meter.close()
+
+
+def _difference(rows: Sequence[Mapping[str, Any]], name: str) -> int | None:
+    if not rows or rows[0][name] is None or rows[-1][name] is None:
+        return None
+    return int(rows[-1][name] - rows[0][name])
 
 
 def link_overhead(

@@ -105,6 +105,20 @@ def test_dispatches_that_agree_are_no_affinity_of_tokens():
     assert row["information_share"] is None
 
 
+@pytest.mark.parametrize("num_experts", [(1, 1), (1, 4), (4, 1)])
+def test_a_single_expert_tells_nothing(num_experts):
+    rng = np.random.default_rng(7)
+    step, request = batches(24, 20, 2)
+    first, second = (rng.integers(0, count, (len(step), 1)) for count in num_experts)
+    row = row_of(two_sites(step, request, first, second, num_experts=num_experts))
+    assert row["token_gain"] == pytest.approx(0.0, abs=0.05)
+    if num_experts[1] == 1:
+        assert row["token_share"] == row["token_uniform_share"] == 1.0
+        assert row["information_share"] is None
+    else:
+        assert row["information_share"] == pytest.approx(0.0, abs=1e-9)
+
+
 def test_probabilities_by_hand():
     """Two experts, four tokens each: 4 and 0 of 4 go to expert 0, against 4 of 8 at large."""
     first = np.repeat([0, 1], 4)[:, None].astype(np.int32)

@@ -444,7 +444,7 @@ def _information(
         told.append(np.zeros(num_requests))
         _add_pairs(first, second, request, np.ascontiguousarray(bits), told[-1])
         if len(told) == 1:
-            every = np.ascontiguousarray(np.broadcast_to(open_bits, shape))
+            every = np.tile(open_bits, (shape[0], 1))
             _add_pairs(first, second, request, every, left)
     found = np.stack([told[0] - told[1], left - told[1]], axis=1)
     # Where exchanged tokens tell everything there is nothing to tell beyond them: no ratio.

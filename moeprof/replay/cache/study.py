@@ -470,6 +470,9 @@ def _notes(settings: _Settings) -> tuple[str, ...]:
         "Routing is as recorded and caches change nothing in it, so every count is exact; "
         "intervals say how far other traffic of this kind may lie.",
         "Ceilings (bound) hold for each row by itself.",
+        "Intervals take requests for independent. Where those that run together need nearly all "
+        "experts of a cache, intervals are wider than they need to be; where what they need "
+        "together just fits or just does not, they are narrower.",
     ]
     if settings.rows.num_replicas > 1:
         notes.append(

@@ -254,9 +254,14 @@ def test_a_dense_model(lm):
 
 
 def test_experts_of_unknown_size(lm):
-    said = absences(with_sites(lm, expert_bytes=0))
+    unsized = with_sites(lm, expert_bytes=0)
+    said = absences(unsized)
     assert "does not say how large an expert is" in said["buffering"]
     assert said["gating"] == said["balancing"] == ""
+    for trace, known in ((lm, True), (unsized, False)):
+        tables = sections_of(trace, "balancing")["balancing"]["tables"]
+        again = next(table for table in tables if table["title"].startswith("Planned again"))
+        assert all((row["bytes_moved"] is not None) is known for row in again["rows"])
 
 
 def test_one_expert_only(tmp_path):

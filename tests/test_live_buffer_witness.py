@@ -17,6 +17,7 @@ import moeprof  # noqa: E402
 from moeprof.live.copy_witness import (  # noqa: E402
     StepCopies,
     copies_by_step,
+    overlapped_share,
     profiled,
     step_range,
     watched_link,
@@ -73,6 +74,23 @@ def test_copies_belong_to_the_step_that_asked() -> None:
         StepCopies(step=8, copies=1, num_bytes=2 * BLOCK),
         StepCopies(step=9, copies=0, num_bytes=0),
     ]
+
+
+def test_the_share_of_copies_behind_kernels() -> None:
+    profile = {
+        "traceEvents": [
+            *copy(1, 0, 10, BLOCK),  # runs from 10 to 60
+            *copy(2, 0, 100, BLOCK),  # runs from 100 to 150
+            *copy(3, 0, 300, 64),
+            event("gemm", "kernel", 0, 20),
+            event("gemm", "kernel", 15, 15),
+            event("gemm", "kernel", 40, 5),
+            event("gemm", "kernel", 145, 100),
+        ]
+    }
+    # 10 to 30, 40 to 45 and 145 to 150, of 100.
+    assert overlapped_share(profile, least_bytes=BLOCK) == pytest.approx(0.3)
+    assert overlapped_share({"traceEvents": []}, least_bytes=1) is None
 
 
 class CountingMeter:

@@ -47,6 +47,7 @@ import moeprof
 from moeprof.live.copy_witness import (
     copies_by_step,
     link_overhead,
+    overlapped_share,
     profiled,
     step_range,
     watched_link,
@@ -318,7 +319,8 @@ class Bench:
                     list(run_steps(buffer, [step], self.hidden))
 
         block_bytes = self.sites[0].store.shape.block_bytes
-        seen = copies_by_step(profiled(run), least_bytes=block_bytes)
+        profile = profiled(run)
+        seen = copies_by_step(profile, least_bytes=block_bytes)
         misses = (~lookups["hit"]).groupby(lookups["step"]).sum()
         rows = [
             {
@@ -334,7 +336,11 @@ class Bench:
             row["copies"] == row["predicted_copies"] and row["bytes"] == row["predicted_bytes"]
             for row in rows
         )
-        return {"holds": holds, "steps": rows}
+        return {
+            "holds": holds,
+            "copies_overlapped_by_kernels": overlapped_share(profile, least_bytes=block_bytes),
+            "steps": rows,
+        }
 
     def sabotage(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
         """Exchanges slots in the map half way and says whether the checks notice.

@@ -6,7 +6,9 @@ what came over the link, other traffic and protocol overhead included.
 
 from __future__ import annotations
 
+import bisect
 import json
+import math
 import re
 import tempfile
 import time
@@ -65,11 +67,11 @@ def copies_by_step(profile: Mapping[str, Any], *, least_bytes: int) -> list[Step
             steps[int(match.group(1))] = (begun, begun + float(event["dur"]))
     found = {step: [0, 0] for step in steps}
     for event in events:
-        if event.get("cat") != "gpu_memcpy" or "HtoD" not in event.get("name", ""):
+        if not _is_copy(event, least_bytes):
             continue
         size = int(event["args"]["bytes"])
         moment = asked.get(int(event["args"]["correlation"]))
-        if size < least_bytes or moment is None:
+        if moment is None:
             continue
         for step, (begun, ended) in steps.items():
             if begun <= moment <= ended:
@@ -80,6 +82,59 @@ def copies_by_step(profile: Mapping[str, Any], *, least_bytes: int) -> list[Step
         StepCopies(step=step, copies=count, num_bytes=size)
         for step, (count, size) in sorted(found.items())
     ]
+
+
+def overlapped_share(profile: Mapping[str, Any], *, least_bytes: int) -> float | None:
+    """Returns the share of the time of copies in which kernels ran too; None without copies.
+
+    The profiler slows the host down, so that less overlaps than without it.
+
+    Args:
+        profile: As `torch.profiler` exports it.
+        least_bytes: Smaller copies are something else.
+    """
+    copies, kernels = [], []
+    for event in profile["traceEvents"]:
+        if event.get("ph") != "X":
+            continue
+        interval = (float(event["ts"]), float(event["ts"]) + float(event["dur"]))
+        if event.get("cat") == "kernel":
+            kernels.append(interval)
+        elif _is_copy(event, least_bytes):
+            copies.append(interval)
+    total = sum(ended - begun for begun, ended in copies)
+    if not total:
+        return None
+    busy = _united(kernels)
+    return sum(_common(interval, busy) for interval in copies) / total
+
+
+def _is_copy(event: Mapping[str, Any], least_bytes: int) -> bool:
+    if event.get("cat") != "gpu_memcpy" or "HtoD" not in event.get("name", ""):
+        return False
+    return int(event["args"]["bytes"]) >= least_bytes
+
+
+def _united(intervals: list[tuple[float, float]]) -> list[tuple[float, float]]:
+    """Returns intervals without overlaps, ascending."""
+    found: list[tuple[float, float]] = []
+    for begun, ended in sorted(intervals):
+        if found and begun <= found[-1][1]:
+            found[-1] = (found[-1][0], max(found[-1][1], ended))
+        else:
+            found.append((begun, ended))
+    return found
+
+
+def _common(interval: tuple[float, float], busy: list[tuple[float, float]]) -> float:
+    begun, ended = interval
+    first = max(0, bisect.bisect_right(busy, (begun, math.inf)) - 1)
+    total = 0.0
+    for start, stop in busy[first:]:
+        if start >= ended:
+            break
+        total += max(0.0, min(stop, ended) - max(start, begun))
+    return total
 
 
 def step_range(step: int) -> Any:

@@ -19,8 +19,8 @@ import torch
 
 from moeprof.errors import UsageError
 from moeprof.live.experts import ExpertWeights
-from moeprof.live.kernels.dynamic import dynamic_grouped, dynamic_loop
 from moeprof.live.kernels.fused import dynamic
+from moeprof.live.kernels.plain import dynamic_grouped, dynamic_loop
 from moeprof.live.kernels.static import static_grouped, static_index, static_mask
 
 __all__ = [

@@ -13,7 +13,7 @@ import importlib.util
 import torch
 
 from moeprof.live.experts import ExpertWeights
-from moeprof.live.kernels.dynamic import dynamic_grouped
+from moeprof.live.kernels.plain import dynamic_grouped
 from moeprof.live.kernels.slots import within_capacity
 
 FEW_TOKENS = 64

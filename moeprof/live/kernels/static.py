@@ -28,6 +28,8 @@ def static_mask(
     fairseq, ``moe_layer.py``: both are matrix products with the mask; the combine weights are
     built in single precision. ``capacity`` None means T: nothing can be dropped.
     """
+    if not len(hidden):
+        return hidden.clone()
     slots = hidden.shape[0] if capacity is None else capacity
     combine = _combine_mask(expert_ids, weights, experts.num_experts, slots)
     dispatch = combine.bool().to(hidden.dtype)
@@ -54,6 +56,8 @@ def static_grouped(
     that `static_mask` keeps, and the reverse.
     """
     num_tokens, width = hidden.shape
+    if not num_tokens:
+        return hidden.clone()
     group = min(group_tokens, num_tokens)
     num_groups = -(-num_tokens // group)
     slots = group if capacity is None else -(-capacity * group // num_tokens)

@@ -1,0 +1,84 @@
+"""How fast a device copies and multiplies: what no kernel on it can beat."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from moeprof.live.experts import ExpertWeights
+from moeprof.live.repetitions import Repetitions, repeat
+
+COPY_BYTES = 4 << 30
+MATRIX_WIDTH = 8192
+_CPU_COPY_BYTES = 64 << 20
+_CPU_MATRIX_WIDTH = 512
+
+
+@dataclass(frozen=True)
+class Ceilings:
+    """Measured rates of a device.
+
+    Attributes:
+        copy_bytes_per_s: Bytes read plus bytes written of a large copy on the device, per second.
+        matrix_flops_per_s: Floating-point operations of a large matrix product on random data.
+        copy: The repetitions of the first.
+        matrix: The repetitions of the second.
+    """
+
+    copy_bytes_per_s: float
+    matrix_flops_per_s: float
+    copy: Repetitions
+    matrix: Repetitions
+
+    def floor_ms(self, expert_ids: torch.Tensor, experts: ExpertWeights) -> float:
+        """Returns the least time a layer can take for this routing.
+
+        Either every active expert's weights are read once, at the rate at which the device copies,
+        or every executed row is multiplied, at the rate at which it multiplies.
+
+        Args:
+            expert_ids: [T, k]; -1 where a slot is not executed.
+            experts: The layer's.
+        """
+        executed = expert_ids[expert_ids >= 0]
+        num_bytes = len(torch.unique(executed)) * experts.expert_bytes
+        num_flops = executed.numel() * experts.flops_per_row
+        seconds = max(num_bytes / self.copy_bytes_per_s, num_flops / self.matrix_flops_per_s)
+        return 1e3 * seconds
+
+
+def measure_ceilings(
+    device: torch.device | str, *, dtype: torch.dtype = torch.bfloat16, repeats: int = 20
+) -> Ceilings:
+    """Measures a device's copy bandwidth and matrix rate.
+
+    Args:
+        device: Which; a CPU is measured at small sizes.
+        dtype: Of the matrices.
+        repeats: Timed repetitions of each.
+    """
+    on_gpu = torch.device(device).type == "cuda"
+    num_bytes = COPY_BYTES if on_gpu else _CPU_COPY_BYTES
+    width = MATRIX_WIDTH if on_gpu else _CPU_MATRIX_WIDTH
+    copy = _copy_times(num_bytes, device, repeats)
+    matrix = _matrix_times(width, device, dtype, repeats)
+    return Ceilings(
+        copy_bytes_per_s=2 * num_bytes / copy.median_ms * 1e3,
+        matrix_flops_per_s=2 * width**3 / matrix.median_ms * 1e3,
+        copy=copy,
+        matrix=matrix,
+    )
+
+
+def _copy_times(num_bytes: int, device: torch.device | str, repeats: int) -> Repetitions:
+    source = torch.zeros(num_bytes, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    return repeat(lambda: target.copy_(source), device=device, repeats=repeats)
+
+
+def _matrix_times(
+    width: int, device: torch.device | str, dtype: torch.dtype, repeats: int
+) -> Repetitions:
+    left, right = (torch.randn(width, width, device=device, dtype=dtype) for _ in range(2))
+    return repeat(lambda: left @ right, device=device, repeats=repeats)

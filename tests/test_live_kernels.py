@@ -1,0 +1,255 @@
+from __future__ import annotations
+
+import importlib.util
+
+import pytest
+import torch
+
+from moeprof.errors import UsageError
+from moeprof.live.experts import ACTIVATIONS, ExpertWeights, random_experts
+from moeprof.live.kernels import KERNELS, dynamic, dynamic_loop, kernel_named
+from moeprof.live.kernels.fused import FEW_TOKENS, can_fuse
+from moeprof.live.kernels.slots import (
+    combine_rows,
+    queue_positions,
+    rows_by_expert,
+    within_capacity,
+)
+
+ON_GPU = torch.cuda.is_available()
+DEVICE = "cuda" if ON_GPU else "cpu"
+# Triton's interpreter multiplies no bfloat16.
+HALF = torch.bfloat16 if ON_GPU else torch.float16
+TOLERANCE = 5e-3 if ON_GPU else 1e-3
+needs_triton = pytest.mark.skipif(
+    importlib.util.find_spec("triton") is None, reason="Triton is not installed"
+)
+# Rows behind the executed ones are whatever memory held; the interpreter computes and drops them.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:(overflow|invalid value) encountered:RuntimeWarning"),
+    pytest.mark.filterwarnings("ignore:divide by zero encountered:RuntimeWarning"),
+]
+
+
+def layer(num_tokens, num_experts, top_k, *, width=32, d_ff=40, dtype=torch.float64, **options):
+    """Returns (hidden, ids, weights, experts) drawn from a seed."""
+    generator = torch.Generator().manual_seed(num_tokens * 31 + num_experts)
+    hidden = torch.randn(num_tokens, width, generator=generator, dtype=torch.float64)
+    scores = torch.rand(num_tokens, num_experts, generator=generator)
+    ids = scores.topk(top_k, dim=1).indices.contiguous()
+    weights = torch.rand(num_tokens, top_k, generator=generator)
+    experts = random_experts(
+        num_experts=num_experts, d_model=width, d_ff=d_ff, dtype=torch.float64, **options
+    )
+    return (
+        hidden.to(DEVICE, dtype),
+        ids.to(DEVICE),
+        weights.to(DEVICE),
+        experts.to(device=DEVICE, dtype=dtype),
+    )
+
+
+def by_definition(hidden, ids, weights, experts):
+    """The layer's output, expert by expert and token by token, in double precision."""
+    experts = experts.to(dtype=torch.float64)
+    out = torch.zeros(hidden.shape, dtype=torch.float64, device=hidden.device)
+    function = ACTIVATIONS[experts.activation]
+    for token, row in enumerate(hidden.double()):
+        for expert, weight in zip(ids[token].tolist(), weights[token].double(), strict=True):
+            if expert < 0:
+                continue
+            inner = experts.w_in[expert] @ row
+            if experts.b_in is not None:
+                inner = inner + experts.b_in[expert]
+            if experts.gated:
+                inner = function(inner[: experts.d_ff]) * inner[experts.d_ff :]
+            else:
+                inner = function(inner)
+            result = experts.w_out[expert] @ inner
+            if experts.b_out is not None:
+                result = result + experts.b_out[expert]
+            out[token] += weight * result
+    return out
+
+
+def error(out, reference):
+    norm = torch.linalg.vector_norm
+    return float(norm(out.double() - reference) / norm(reference).clamp(min=1e-30))
+
+
+def test_queues_take_first_choices_before_second_ones():
+    # Token 0 and 2 choose 1 first; token 1 chooses 1 second: it waits behind both.
+    ids = torch.tensor([[1, 0], [0, 1], [1, 2], [-1, 1]])
+    assert queue_positions(ids, 3).tolist() == [[0, 1], [0, 2], [1, 0], [-1, 3]]
+    assert within_capacity(ids, 3, 2).tolist() == [[1, 0], [0, -1], [1, 2], [-1, -1]]
+    assert within_capacity(ids, 3, None) is ids
+
+
+def test_rows_are_sorted_by_expert_and_empty_slots_come_last():
+    order = rows_by_expert(torch.tensor([[1, -1], [0, 1]]), 3)
+    assert order.slots.tolist() == [2, 0, 3, 1]
+    assert order.ends.tolist() == [1, 3, 3]
+
+
+def test_rows_of_empty_slots_add_nothing_whatever_they_hold():
+    ids = torch.tensor([[1, -1]])
+    order = rows_by_expert(ids, 2)
+    rows = torch.tensor([[2.0], [float("nan")]])
+    assert combine_rows(rows, order, torch.tensor([[0.5, 9.0]])).tolist() == [[1.0]]
+
+
+@pytest.mark.parametrize("name", KERNELS)
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("activation", ["relu", "silu", "gelu", "gelu_tanh"])
+def test_every_kernel_computes_the_definition(name, gated, bias, activation):
+    given = layer(11, 5, 2, gated=gated, bias=bias, activation=activation)
+    given[1][3, 1] = -1
+    given[1][7] = -1
+    out = KERNELS[name](*given)
+    assert error(out, by_definition(*given)) < 1e-12
+    assert out.dtype == given[0].dtype
+    assert not out[7].any()
+
+
+@pytest.mark.parametrize("name", [name for name in KERNELS if name != "static_grouped"])
+def test_capacity_drops_the_same_choices_everywhere(name):
+    hidden, ids, weights, experts = layer(23, 4, 2, gated=True)
+    kept = within_capacity(ids, 4, 5)
+    assert int((kept < 0).sum()) > 0
+    out = KERNELS[name](hidden, ids, weights, experts, capacity=5)
+    assert error(out, by_definition(hidden, kept, weights, experts)) < 1e-12
+
+
+def test_groups_have_their_own_share_of_the_capacity():
+    hidden, ids, weights, experts = layer(10, 3, 1, gated=True)
+    ids[:] = 0
+    out = KERNELS["static_grouped"](hidden, ids, weights, experts, capacity=4, group_tokens=4)
+    # Groups of 4, 4 and 2 tokens; ceil(4 x 4 / 10) = 2 slots each: the first two of each stay.
+    kept = torch.tensor([0, 0, -1, -1, 0, 0, -1, -1, 0, 0], device=ids.device)[:, None]
+    assert error(out, by_definition(hidden, kept, weights, experts)) < 1e-12
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_no_token_and_no_executed_slot(name):
+    hidden, ids, weights, experts = layer(6, 3, 2, gated=True, bias=True)
+    assert KERNELS[name](hidden[:0], ids[:0], weights[:0], experts).shape == (0, 32)
+    nothing = KERNELS[name](hidden, torch.full_like(ids, -1), weights, experts)
+    assert not nothing.any()
+
+
+@needs_triton
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize(
+    ("num_tokens", "num_experts", "top_k", "activation"),
+    [(1, 8, 2, "relu"), (5, 40, 3, "silu"), (33, 4, 1, "gelu_tanh"), (64, 3, 2, "gelu")],
+)
+def test_few_tokens_stream_the_active_experts(num_tokens, num_experts, top_k, activation, gated):
+    from moeprof.live.kernels.few import StreamTiles, run_few
+
+    given = layer(
+        num_tokens, num_experts, top_k, dtype=HALF, gated=gated, bias=num_tokens != 5,
+        activation=activation,
+    )  # fmt: skip
+    tiles = StreamTiles(columns=16, depth=16, num_stages=2, num_warps=4)
+    out = run_few(*given, tiles_in=tiles, tiles_out=tiles)
+    assert error(out, by_definition(*given)) < TOLERANCE
+    again = run_few(*given, tiles_in=tiles, tiles_out=tiles)
+    assert torch.equal(out, again)  # The counters were left at zero.
+
+
+@needs_triton
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize(
+    ("num_tokens", "num_experts", "top_k", "activation"),
+    # Experts with under 64 rows, between 64 and 128, and several times 128.
+    [(70, 40, 2, "relu"), (180, 4, 2, "silu"), (300, 3, 1, "gelu")],
+)
+def test_many_tokens_run_in_tiles_of_two_heights(num_tokens, num_experts, top_k, activation, gated):
+    from moeprof.live.kernels.many import ProductTiles, run_many
+
+    given = layer(
+        num_tokens, num_experts, top_k, dtype=HALF, gated=gated, bias=True, activation=activation
+    )
+    tiles = ProductTiles(32, 16, num_stages=2, num_warps=4, programs=1, flatten=True)
+    out = run_many(*given, tiles_in=tiles, tiles_out=tiles)
+    assert error(out, by_definition(*given)) < TOLERANCE
+    assert torch.equal(out, run_many(*given, tiles_in=tiles, tiles_out=tiles))
+
+
+@needs_triton
+@pytest.mark.parametrize("kernel", ["few", "many"])
+def test_kernels_take_empty_slots_and_one_expert_for_all(kernel):
+    from moeprof.live.kernels import few, many
+
+    stream = few.StreamTiles(columns=16, depth=16, num_stages=2, num_warps=4)
+    product = many.ProductTiles(32, 16, num_stages=2, num_warps=4, programs=1, flatten=False)
+    tiles = stream if kernel == "few" else product
+    run = few.run_few if kernel == "few" else many.run_many
+    hidden, ids, weights, experts = layer(40, 6, 2, dtype=HALF, gated=False, bias=True)
+    some = ids.masked_fill(torch.rand(ids.shape, device=ids.device) < 0.4, -1)
+    one = torch.full_like(ids, -1)
+    one[:, 1] = 5
+    for chosen in (some, one):
+        out = run(hidden, chosen, weights, experts, tiles_in=tiles, tiles_out=tiles)
+        reference = by_definition(hidden, chosen, weights, experts)
+        assert error(out, reference) < TOLERANCE
+    nothing = run(
+        hidden, torch.full_like(ids, -1), weights, experts, tiles_in=tiles, tiles_out=tiles
+    )
+    assert not nothing.any()
+
+
+@needs_triton
+@pytest.mark.parametrize("tokens", [FEW_TOKENS, FEW_TOKENS + 1])
+def test_the_kernel_is_chosen_by_the_number_of_tokens(tokens, monkeypatch):
+    from moeprof.live.kernels import few, fused, many
+
+    ran = []
+    monkeypatch.setattr(fused, "can_fuse", lambda *_: True)
+    monkeypatch.setattr(few, "run_few", lambda *given: ran.append("few"))
+    monkeypatch.setattr(many, "run_many", lambda *given: ran.append("many"))
+    dynamic(*layer(tokens, 4, 2, gated=False))
+    assert ran == ["few" if tokens <= FEW_TOKENS else "many"]
+
+
+@pytest.mark.skipif(ON_GPU, reason="a GPU runs the kernels")
+def test_without_a_gpu_the_plain_kernel_runs():
+    given = layer(9, 4, 2, gated=True)
+    assert not can_fuse(given[0], given[3])
+    assert torch.equal(dynamic(*given), dynamic_loop(*given))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("num_tokens", [1, 8, 64, 65, 1000, 3000])
+def test_what_users_run_on_a_gpu(num_tokens):
+    hidden, ids, weights, experts = layer(
+        num_tokens, 64, 4, width=256, d_ff=264, dtype=HALF, gated=True, bias=True
+    )
+    assert can_fuse(hidden, experts)
+    reference = dynamic_loop(
+        hidden.double(), ids, weights.double(), experts.to(dtype=torch.float64)
+    )
+    out = dynamic(hidden, ids, weights, experts)
+    assert error(out, reference) < TOLERANCE
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = dynamic(hidden, ids, weights, experts)
+    graph.replay()
+    assert torch.equal(captured, out)
+
+
+def test_an_unknown_kernel_is_named():
+    with pytest.raises(UsageError, match="unknown gating 'statc_mask'"):
+        kernel_named("statc_mask")
+
+
+def test_weights_that_do_not_belong_together_are_refused():
+    with pytest.raises(UsageError, match="do not belong together"):
+        ExpertWeights(w_in=torch.zeros(2, 6, 4), w_out=torch.zeros(2, 4, 6), gated=True)
+    with pytest.raises(UsageError, match="unknown activation"):
+        ExpertWeights(w_in=torch.zeros(2, 6, 4), w_out=torch.zeros(2, 4, 6), activation="tanh")
+    with pytest.raises(UsageError, match="b_out is"):
+        ExpertWeights(
+            w_in=torch.zeros(2, 6, 4), w_out=torch.zeros(2, 4, 6), b_out=torch.zeros(2, 5)
+        )

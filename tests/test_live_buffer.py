@@ -77,6 +77,14 @@ def steps_of(trace: Any, **options: Any) -> list[RoutedStep]:
     return sorted(every, key=lambda step: step.step)
 
 
+def test_many_layers_keep_numbers_finite(tmp_path: Path) -> None:
+    trace = synthetic_trace(
+        tmp_path / "t.moeprof", num_requests=1, num_sites=64, num_experts=4, output_tokens=2
+    )
+    steps = steps_of(trace)
+    assert all(out.isfinite().all() for out in outputs_of(buffer_of(trace, capacity=2), steps))
+
+
 def buffer_of(trace: Any, *, settings: Any = None, **options: Any) -> ExpertBuffer:
     share = {name: options[name] for name in ("device_index", "num_devices") if name in options}
     sites = [

@@ -20,7 +20,7 @@ the prediction); ``!`` where one of them fails, ``-`` where it was not looked at
     python analysis/gpu/buffering_live.py --trace qwen3.moeprof --mt-trace mt.moeprof --out DIR
     python analysis/gpu/buffering_live.py --tiny --out DIR     # tries the script on a CPU
 
-Prints a table and writes DIR/buffering_live.json.
+Prints a table and writes DIR/buffering_live.json; fails where a check does not hold.
 """
 
 from __future__ import annotations
@@ -199,6 +199,8 @@ class Bench:
         """Runs with all experts on the device and keeps the outputs."""
         buffer, grown = self.buffer(self.settings(None, "lru", "load"))
         self.expected = self.outputs(buffer, self.steps)
+        if not all(bool(out.isfinite().all()) for out in self.expected):
+            raise SystemExit(f"{self.study.name}: outputs are not finite, nothing can be compared")
         repetitions = [self.timed(buffer) for _ in range(self.options.repetitions)]
         buffer.close()
         del buffer
@@ -405,13 +407,11 @@ class Bench:
         self.measure_link()
         baseline = self.unbuffered()
         begun = time.perf_counter()
+        first, *others = study.capacities
         wanted = [
-            *(
-                (policy, capacity, "load")
-                for capacity in study.capacities
-                for policy in study.policies
-            ),
+            *((policy, first, "load") for policy in study.policies),
             *study.misses,
+            *((policy, capacity, "load") for capacity in others for policy in study.policies),
         ]
         rows, skipped = [], []
         for setting in wanted:
@@ -513,6 +513,26 @@ def say(text: str) -> None:
     print(text, flush=True)
 
 
+def failed_checks(study: dict[str, Any]) -> list[str]:
+    """Returns what did not hold, one line each."""
+    failed = []
+    for row in study["settings"]:
+        holds = {
+            "outputs": row["outputs_hold"],
+            "lookups": row["lookups_equal_replay"],
+            "slots": row["slots_broken"] == 0,
+            "profiler": row.get("profiler", {}).get("holds", True),
+            "allocations": row["allocations_in_steady_state"] == 0,
+            "memory": row["requested_as_predicted"] is not False,
+        }
+        name = f"{row['policy']} {row['capacity']} {row['miss']}"
+        failed += [f"{name}: {check}" for check, good in holds.items() if not good]
+    wrong = study["wrong_slot_map"]
+    if wrong is not None and not (wrong["slots_broken"] and wrong["outputs_differ_after"]):
+        failed.append("a wrong slot map was not noticed")
+    return failed
+
+
 def studies(options: argparse.Namespace) -> list[Study]:
     """Returns what to run."""
     qwen = Study(
@@ -589,6 +609,10 @@ def main() -> None:
         bench.close()
         target.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     say(f"Wrote {target}")
+    failed = [f"{name}: {line}" for name, one in results["studies"].items()
+              for line in failed_checks(one)]  # fmt: skip
+    if failed:
+        raise SystemExit("did not hold: " + "; ".join(failed))
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """Layers of experts without a model around them, driven by the routing of a trace.
 
 For geometries that are too large to load, or whose weights are not to be had: experts are random,
-routing is the trace's own. Every pass is a forward pass through the experts of one stack's sites,
-a residual stream between them. Leaves out attention, embeddings and gates.
+routing is the trace's own. Every pass is a forward pass through the experts of one stack's sites:
+normalization, experts, residual stream. Leaves out attention, embeddings and gates.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 from moeprof.errors import TraceError, UsageError
 from moeprof.live.expert_buffer import BufferedSite, ExpertBuffer
@@ -297,7 +298,9 @@ def run_steps(
         stream = hidden
         for each in step.passes:
             stream = stream[: each.ids.shape[0]]
-            out = buffer.run(each.site, stream, each.ids, each.weights)
+            # Gated experts square what they are given: without it numbers grow past any type.
+            rows = F.rms_norm(stream, stream.shape[-1:])
+            out = buffer.run(each.site, rows, each.ids, each.weights)
             if keep_outputs:
                 outputs.append(out)
             stream = stream + out

@@ -425,6 +425,12 @@ def test_memory_equals_the_prediction_to_the_byte(trace: Any) -> None:
         assert memory.host_bytes == num_caches * num_experts * ROUNDED_BYTES
 
 
+def test_without_a_buffer_nothing_is_saved(trace: Any) -> None:
+    memory = buffer_of(trace, capacity=None).memory()
+    assert memory.saved_bytes == 0
+    assert memory.cache_bytes + memory.padding_bytes == memory.host_bytes
+
+
 def test_the_paper_s_static_memory(tmp_path: Path) -> None:
     """Arithmetic only: 6 layers of 16 experts of 64 MiB and their biases (arXiv 2303.06182, VI)."""
     trace = synthetic_trace(

@@ -92,7 +92,7 @@ class BufferMemory:
 
     Attributes:
         expert_bytes: All experts of all sites.
-        cache_bytes: Slots of all caches.
+        cache_bytes: Slots of all caches; all experts where nothing is buffered.
         staging_bytes: Slots beside the caches.
         padding_bytes: Part of both that only aligns tensors within a block.
         workspace_bytes: Rows in order of expert.
@@ -189,6 +189,9 @@ class ExpertBuffer:
         self._host_lane: _HostLane | None = None
         if settings.capacity is None:
             self._all = {site.site: site.store.all_weights(self.device) for site in self.sites}
+            held = sum(site.store.memory.numel() for site in self.sites)
+            self._cache_bytes = sum(site.store.expert_bytes for site in self.sites)
+            self._padding_bytes = held - self._cache_bytes
         else:
             self._make_slots()
         self._step = -1

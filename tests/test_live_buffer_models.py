@@ -30,9 +30,9 @@ KEYS = ["step", "stack", "site", "layer", "expert", "hit"]
 FUSED = ("mixtral", "olmoe", "qwen2_moe", "deepseek_v3", "granite_moe")
 REFUSED = {
     "gpt_oss": "activation of its own",
-    "jetmoe": "cannot be buffered",
-    "llama4": "cannot be buffered",
-    "aria": "cannot be buffered",
+    "jetmoe": "cannot be run in another way",
+    "llama4": "cannot be run in another way",
+    "aria": "cannot be run in another way",
     "dbrx": "names that say nothing",
     "longcat": "no weights",
 }

@@ -6,6 +6,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from moeprof.live.application import AppliedGating, apply_gating
     from moeprof.live.buffered_models import buffer_experts
     from moeprof.live.expert_buffer import BufferSettings, ExpertBuffer
     from moeprof.live.experts import ExpertWeights, random_experts
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from moeprof.live.stacking import stack_experts
 
 __all__ = [
+    "AppliedGating",
     "BufferSettings",
     "DeviceRouting",
     "ExpertBuffer",
@@ -31,6 +33,7 @@ __all__ = [
     "RoutingBuffers",
     "RoutingShape",
     "RoutingSource",
+    "apply_gating",
     "buffer_experts",
     "force_routing",
     "random_experts",
@@ -44,6 +47,7 @@ __all__ = [
 ]
 
 _HOMES = {
+    "AppliedGating": "application",
     "BufferSettings": "expert_buffer",
     "DeviceRouting": "routing_schedules",
     "ExpertBuffer": "expert_buffer",
@@ -53,6 +57,7 @@ _HOMES = {
     "RoutingBuffers": "routing_schedules",
     "RoutingShape": "routing_controls",
     "RoutingSource": "routing_sources",
+    "apply_gating": "application",
     "buffer_experts": "buffered_models",
     "force_routing": "forcing",
     "random_experts": "experts",

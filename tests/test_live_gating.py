@@ -1,0 +1,134 @@
+"""Another gating in a whole model: the same result, then the model as it was."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+
+torch = pytest.importorskip("torch")
+
+import tiny_models  # noqa: E402
+
+import moeprof  # noqa: E402
+from moeprof.errors import UsageError  # noqa: E402
+from moeprof.live import apply_gating  # noqa: E402
+from moeprof.live.kernels import KERNELS  # noqa: E402
+from moeprof.live.paper_lm import PaperLm, PaperLmConfig  # noqa: E402
+from moeprof.live.scoring_heads import ScoringHead  # noqa: E402
+from moeprof.zoo import fix_nllb_dispatch  # noqa: E402
+
+TINY = PaperLmConfig(
+    vocab_size=128, num_layers=4, d_model=32, d_ff=48, num_heads=4, num_experts=8, max_positions=64
+)
+
+
+def paper_lm():
+    return PaperLm(TINY, dtype=torch.float64)
+
+
+def nllb():
+    model = tiny_models.nllb_moe()
+    fix_nllb_dispatch(model)
+    return model
+
+
+BUILDERS = {
+    "mixtral": tiny_models.mixtral,
+    "qwen3_moe": tiny_models.qwen3_moe,
+    "deepseek_v3": tiny_models.deepseek_v3,
+    "switch": tiny_models.switch,
+    "nllb_moe": nllb,
+    "paper_lm": paper_lm,
+}
+
+
+def logits(model, ids):
+    with torch.no_grad():
+        if isinstance(model, PaperLm):
+            return model(ids)
+        if model.config.is_encoder_decoder:
+            return model(input_ids=ids, decoder_input_ids=ids).logits
+        return model(input_ids=ids).logits
+
+
+def tokens(rows=2, length=7):
+    return torch.randint(3, 90, (rows, length), generator=torch.Generator().manual_seed(3))
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", BUILDERS)
+def test_every_gating_gives_the_same_result(name):
+    model, ids = BUILDERS[name](), tokens()
+    before = logits(model, ids)
+    for gating in KERNELS:
+        with apply_gating(model, gating) as applied:
+            out = logits(model, ids)
+            assert applied.num_sites >= 1
+        assert torch.allclose(out, before, rtol=1e-3, atol=1e-4), gating
+        assert torch.equal(logits(model, ids), before), gating
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_kernel_is_what_runs(monkeypatch):
+    model, ids = tiny_models.qwen3_moe(), tokens()
+    ran = []
+
+    def kernel(hidden, ids, weights, experts, *, capacity=None):
+        ran.append((tuple(ids.shape), capacity))
+        return torch.zeros_like(hidden)
+
+    monkeypatch.setitem(KERNELS, "static_index", kernel)
+    before = logits(model, ids)
+    with apply_gating(model, "static_index", token_fraction=0.25):
+        assert not torch.allclose(logits(model, ids), before)
+    # 14 tokens: ceil(0.25 x 14) slots.
+    assert set(ran) == {((14, 2), 4)}
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_recording_sees_the_same_routing(tmp_path):
+    model, ids = tiny_models.mixtral(), tokens()
+    with moeprof.record(model, tmp_path / "own.moeprof", mode="forward"):
+        logits(model, ids)
+    path = tmp_path / "applied.moeprof"
+    with apply_gating(model, "dynamic_loop"), moeprof.record(model, path, mode="forward"):
+        logits(model, ids)
+    own, applied = (
+        moeprof.open(tmp_path / f"{name}.moeprof").routing() for name in ("own", "applied")
+    )
+    assert own["expert"].equals(applied["expert"])
+
+
+def test_restoring_twice_and_after_an_error_leaves_the_model_as_it_was():
+    model, ids = paper_lm(), tokens()
+    before = logits(model, ids)
+    applied = apply_gating(model, "dynamic_loop")
+    applied.restore()
+    applied.restore()
+    with pytest.raises(ZeroDivisionError), apply_gating(model, "static_mask"):
+        raise ZeroDivisionError
+    assert torch.equal(logits(model, ids), before)
+
+
+def test_what_makes_no_sense_is_refused():
+    model = paper_lm()
+    with pytest.raises(UsageError, match="unknown gating 'sttic'"):
+        apply_gating(model, "sttic")
+    with pytest.raises(UsageError, match="no slots to limit"):
+        apply_gating(model, "dynamic", token_fraction=0.5)
+    with pytest.raises(UsageError, match="above 0 and up to 1"):
+        apply_gating(model, "static_mask", token_fraction=1.5)
+    with pytest.raises(UsageError, match="training mode"):
+        apply_gating(model.train(), "static_mask")
+
+
+def test_a_scoring_head_gives_the_loss_of_every_token():
+    model = PaperLm(dataclasses.replace(TINY, num_experts=2), dtype=torch.float32)
+    ids, targets = tokens(3, 9), tokens(3, 9).flip(0)
+    expected = torch.nn.functional.cross_entropy(
+        model(ids).view(-1, 128), targets.view(-1), reduction="none"
+    ).view(3, 9)
+    model.head = ScoringHead(model.embedding.weight, chunk_tokens=5)
+    model.head.targets = targets
+    assert torch.allclose(model(ids), expected, atol=1e-5)

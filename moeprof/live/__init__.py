@@ -9,8 +9,13 @@ if TYPE_CHECKING:
     from moeprof.live.application import AppliedGating, apply_gating
     from moeprof.live.buffered_models import buffer_experts
     from moeprof.live.expert_buffer import BufferSettings, ExpertBuffer
+    from moeprof.live.expert_parallel import ParallelExperts, experts_of_rank
     from moeprof.live.experts import ExpertWeights, random_experts
     from moeprof.live.forcing import ForcedRouting, force_routing
+    from moeprof.live.parallel_clocks import PartClock
+    from moeprof.live.parallel_estimates import estimated_step
+    from moeprof.live.parallel_traces import site_dispatches
+    from moeprof.live.rank_processes import run_ranks
     from moeprof.live.routing_controls import (
         RoutingShape,
         rebatched_routing,
@@ -29,17 +34,23 @@ __all__ = [
     "ExpertBuffer",
     "ExpertWeights",
     "ForcedRouting",
+    "ParallelExperts",
+    "PartClock",
     "Routing",
     "RoutingBuffers",
     "RoutingShape",
     "RoutingSource",
     "apply_gating",
     "buffer_experts",
+    "estimated_step",
+    "experts_of_rank",
     "force_routing",
     "random_experts",
     "read_routing",
     "rebatched_routing",
     "routing_of",
+    "run_ranks",
+    "site_dispatches",
     "skewed_routing",
     "stack_experts",
     "staggered_routing",
@@ -53,17 +64,23 @@ _HOMES = {
     "ExpertBuffer": "expert_buffer",
     "ExpertWeights": "experts",
     "ForcedRouting": "forcing",
+    "ParallelExperts": "expert_parallel",
+    "PartClock": "parallel_clocks",
     "Routing": "routing_sources",
     "RoutingBuffers": "routing_schedules",
     "RoutingShape": "routing_controls",
     "RoutingSource": "routing_sources",
     "apply_gating": "application",
     "buffer_experts": "buffered_models",
+    "estimated_step": "parallel_estimates",
+    "experts_of_rank": "expert_parallel",
     "force_routing": "forcing",
     "random_experts": "experts",
     "read_routing": "routing_sources",
     "rebatched_routing": "routing_controls",
     "routing_of": "routing_schedules",
+    "run_ranks": "rank_processes",
+    "site_dispatches": "parallel_traces",
     "skewed_routing": "routing_controls",
     "stack_experts": "stacking",
     "staggered_routing": "routing_controls",

@@ -1,0 +1,294 @@
+"""What a step would take on devices that are not there: every share in turn on one device.
+
+An estimate, never a measurement: the slowest share of the experts, the exchange from a line fitted
+to exchanges between the devices there are, and the work on a rank's own tokens. Its error bar is
+how far the same arithmetic was off where it could be measured.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from numpy.typing import ArrayLike, NDArray
+
+from moeprof.errors import UsageError
+from moeprof.live.expert_parallel import DEFAULT_KERNEL, SlotTables, slot_ids
+from moeprof.live.experts import ExpertWeights
+from moeprof.live.kernels import kernel_named
+from moeprof.live.kernels.slots import combine_rows, rows_by_expert
+from moeprof.live.parallel_clocks import repeat_together
+from moeprof.live.parallel_plans import (
+    busiest_rows,
+    rows_between,
+    rows_to_slots,
+    shard_counts,
+    shard_starts,
+)
+from moeprof.live.repetitions import Repetitions, repeat
+from moeprof.replay.loads import Layout
+
+_LEAST_POINTS = 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class AllToAllLine:
+    """Time of an all-to-all: latency + bytes / bandwidth.
+
+    Attributes:
+        latency_ms: What it takes however little is sent; 0 or more.
+        bytes_per_s: Bytes that the busiest rank sends to others, per second, beyond that.
+        largest_error: Largest |line / measured - 1| of the points it was fitted to.
+        num_ranks: Ranks that exchanged.
+    """
+
+    latency_ms: float
+    bytes_per_s: float
+    largest_error: float
+    num_ranks: int
+
+    def time_ms(self, num_bytes: float) -> float:
+        """Returns the time when the busiest rank sends, or receives, so many bytes."""
+        return self.latency_ms + num_bytes / self.bytes_per_s * 1e3
+
+
+def fitted_line(num_bytes: ArrayLike, times_ms: ArrayLike, *, num_ranks: int) -> AllToAllLine:
+    """Returns the line whose relative errors have the least sum of squares.
+
+    Args:
+        num_bytes: [points] bytes that the busiest rank sends to others.
+        times_ms: [points] all above 0.
+        num_ranks: Ranks that exchanged.
+
+    Raises:
+        UsageError: The points do not tell latency from bandwidth.
+    """
+    sizes, times = np.asarray(num_bytes, np.float64), np.asarray(times_ms, np.float64)
+    if len(np.unique(sizes)) < _LEAST_POINTS:
+        raise UsageError("a line needs exchanges of two sizes at least")
+    # Residuals over the times: small exchanges count as much as large ones.
+    weighted = np.stack([np.ones(len(sizes)), sizes], axis=1) / times[:, None]
+    latency_ms, ms_per_byte = np.linalg.lstsq(weighted, np.ones(len(sizes)), rcond=None)[0]
+    if latency_ms < 0:
+        latency_ms, share = 0.0, sizes / times
+        ms_per_byte = share.sum() / (share**2).sum()
+    if ms_per_byte <= 0:
+        raise UsageError(
+            "larger exchanges took no longer than smaller ones",
+            hint="measure larger ones, or with less running beside",
+        )
+    errors = np.abs((latency_ms + sizes * ms_per_byte) / times - 1)
+    return AllToAllLine(
+        latency_ms=float(latency_ms),
+        bytes_per_s=float(1e3 / ms_per_byte),
+        largest_error=float(errors.max()),
+        num_ranks=num_ranks,
+    )
+
+
+def exchange_times(
+    sizes: Sequence[int],
+    *,
+    device: torch.device | str,
+    group: dist.ProcessGroup | None = None,
+    repeats: int = 20,
+) -> list[Repetitions]:
+    """Times all-to-alls in which every rank sends each other rank the same number of bytes.
+
+    Nothing is sent to oneself. Every rank of the group calls it.
+
+    Args:
+        sizes: Bytes to each other rank, a time each.
+        device: Where.
+        group: The group; None is all ranks.
+        repeats: Timed repetitions of each.
+    """
+    rank, num_ranks = dist.get_rank(group), dist.get_world_size(group)
+    found = []
+    for size in sizes:
+        splits = [size if other != rank else 0 for other in range(num_ranks)]
+        given = torch.zeros(sum(splits), dtype=torch.uint8, device=device)
+        taken = torch.empty_like(given)
+
+        def exchange(
+            taken: torch.Tensor = taken,
+            given: torch.Tensor = given,
+            splits: list[int] = splits,
+        ) -> None:
+            dist.all_to_all_single(
+                taken, given, output_split_sizes=splits, input_split_sizes=splits, group=group
+            )
+
+        found.append(repeat_together(exchange, device=device, group=group, repeats=repeats))
+    return found
+
+
+def share_times(
+    slots: ExpertWeights,
+    slot_rows: NDArray[np.int64],
+    *,
+    num_devices: int,
+    kernel: str = DEFAULT_KERNEL,
+    repeats: int = 20,
+) -> list[Repetitions | None]:
+    """Times every device's share of the experts, one after the other, on the device they lie on.
+
+    Args:
+        slots: Weights of all slots of a placement in their order: ``experts.select(expert)``.
+        slot_rows: [slots] rows that each gets.
+        num_devices: Devices that the slots are for.
+        kernel: Name of a gating kernel.
+        repeats: Timed repetitions of each.
+
+    Returns:
+        [devices]; None for a device without rows.
+    """
+    run = kernel_named(kernel)
+    device = slots.w_in.device
+    per_device = slots.num_experts // num_devices
+    found: list[Repetitions | None] = []
+    for index, rows in enumerate(slot_rows.reshape(num_devices, per_device)):
+        total = int(rows.sum())
+        if not total:
+            found.append(None)
+            continue
+        own = slots.select(slice(index * per_device, (index + 1) * per_device))
+        ids = torch.from_numpy(np.repeat(np.arange(per_device), rows)).to(device)[:, None]
+        hidden = torch.randn(total, slots.d_model, dtype=slots.w_in.dtype, device=device)
+        ones = hidden.new_ones(total, 1)
+
+        def share(
+            own: ExpertWeights = own,
+            ids: torch.Tensor = ids,
+            hidden: torch.Tensor = hidden,
+            ones: torch.Tensor = ones,
+        ) -> None:
+            run(hidden, ids, ones, own)
+
+        found.append(repeat(share, device=device, repeats=repeats))
+    return found
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepEstimate:
+    """What one step would take on so many devices; an estimate.
+
+    Attributes:
+        num_devices: Devices.
+        size_exchange_ms: As given.
+        token_exchange_ms: Bringing rows in order, and sending them: from the line.
+        experts_ms: The slowest share.
+        return_ms: Sending them back: from the line.
+        combine_ms: Adding them up.
+        shares_ms: Median of every device's share of the experts.
+        busiest_bytes: Bytes that the busiest device sends to others, or receives, in an exchange.
+    """
+
+    num_devices: int
+    size_exchange_ms: float
+    token_exchange_ms: float
+    experts_ms: float
+    return_ms: float
+    combine_ms: float
+    shares_ms: tuple[float, ...]
+    busiest_bytes: int
+
+    @property
+    def step_ms(self) -> float:
+        """All parts together."""
+        exchanges_ms = self.size_exchange_ms + self.token_exchange_ms + self.return_ms
+        return exchanges_ms + self.experts_ms + self.combine_ms
+
+    def band_ms(self, ratios: Sequence[float]) -> tuple[float, float]:
+        """Returns the error bar: the estimate times the least and the largest of ``ratios``.
+
+        Args:
+            ratios: Measured over estimated, of steps that were both.
+        """
+        return self.step_ms * min(ratios), self.step_ms * max(ratios)
+
+
+def estimated_step(
+    experts: NDArray[np.integer],
+    slots: ExpertWeights,
+    layout: Layout,
+    *,
+    line: AllToAllLine,
+    size_exchange_ms: float,
+    kernel: str = DEFAULT_KERNEL,
+    repeats: int = 20,
+) -> StepEstimate:
+    """Returns what a dispatch would take on the devices of a placement.
+
+    Tokens are dealt to the devices in contiguous parts. Bandwidth and latency between any two
+    devices are taken to be those of the line: devices of one host on a switch, not a network.
+
+    Args:
+        experts: [tokens, top_k] ids; -1: not executed.
+        slots: Weights of all slots in their order, on the device that runs them.
+        layout: The placement.
+        line: Of all-to-alls.
+        size_exchange_ms: Of a size exchange.
+        kernel: Name of a gating kernel.
+        repeats: Timed repetitions of each share.
+    """
+    num_devices = layout.num_devices
+    starts = shard_starts(len(experts), num_devices)
+    counts = shard_counts(experts, starts, layout.num_experts)
+    shares = share_times(
+        slots,
+        rows_to_slots(counts, layout).sum(axis=0),
+        num_devices=num_devices,
+        kernel=kernel,
+        repeats=repeats,
+    )
+    shares_ms = tuple(0.0 if share is None else share.median_ms for share in shares)
+    row_bytes = slots.d_model * slots.w_in.element_size()
+    busiest_bytes = busiest_rows(rows_between(counts, layout)) * row_bytes
+    # The rank with most tokens holds up the rest.
+    largest = int(np.diff(starts).argmax())
+    own = experts[starts[largest] : starts[largest + 1]]
+    order_ms, combine_ms = own_token_times(own, slots, layout, repeats=repeats)
+    return StepEstimate(
+        num_devices=num_devices,
+        size_exchange_ms=size_exchange_ms,
+        token_exchange_ms=order_ms + line.time_ms(busiest_bytes),
+        experts_ms=max(shares_ms),
+        return_ms=line.time_ms(busiest_bytes),
+        combine_ms=combine_ms,
+        shares_ms=shares_ms,
+        busiest_bytes=busiest_bytes,
+    )
+
+
+def own_token_times(
+    experts: NDArray[np.integer], slots: ExpertWeights, layout: Layout, *, repeats: int = 20
+) -> tuple[float, float]:
+    """Returns the milliseconds of bringing a rank's own rows in order, and of adding them up.
+
+    Args:
+        experts: [tokens, top_k] of one rank.
+        slots: Weights that lie on the device in question.
+        layout: The placement.
+        repeats: Timed repetitions of each.
+    """
+    device, dtype = slots.w_in.device, slots.w_in.dtype
+    if not len(experts):
+        return 0.0, 0.0
+    ids = torch.from_numpy(np.asarray(experts, np.int64)).to(device)
+    hidden = torch.randn(len(experts), slots.d_model, dtype=dtype, device=device)
+    weights = torch.rand(ids.shape, device=device)
+    where = slot_ids(ids, SlotTables.of(layout, device))
+    num_slots = len(layout.expert)
+
+    def in_order() -> torch.Tensor:
+        order = rows_by_expert(where, num_slots)
+        return hidden.index_select(0, order.slots // ids.shape[1])
+
+    order, rows = rows_by_expert(where, num_slots), in_order()
+    ordering = repeat(in_order, device=device, repeats=repeats)
+    combining = repeat(lambda: combine_rows(rows, order, weights), device=device, repeats=repeats)
+    return ordering.median_ms, combining.median_ms

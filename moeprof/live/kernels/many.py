@@ -48,7 +48,7 @@ class ProductTiles:
 
 IN_TILES = ProductTiles(128, 64, num_stages=3, num_warps=4, programs=2, flatten=True)
 GATED_IN_TILES = ProductTiles(128, 64, num_stages=3, num_warps=8, programs=1, flatten=True)
-OUT_TILES = ProductTiles(256, 64, num_stages=3, num_warps=8, programs=1, flatten=True)
+OUT_TILES = IN_TILES
 
 
 @triton.jit
@@ -118,13 +118,13 @@ def _tiles_of(counts, HEIGHT: tl.constexpr, TALL_HEIGHT: tl.constexpr):
 
 
 @triton.jit
-def _tiles_down(
-    first_tile, rows, matrix, bias, out, counts, offsets, num_experts, num_columns,
+def _run_tiles(
+    rows, matrix, bias, out, counts, offsets, num_experts, num_columns,
     EXPERTS: tl.constexpr, DEPTH: tl.constexpr, HEIGHT: tl.constexpr, TALL_HEIGHT: tl.constexpr,
     COLUMNS: tl.constexpr, DEPTH_STEP: tl.constexpr, GATED: tl.constexpr, BIAS: tl.constexpr,
     ACTIVATION: tl.constexpr, FLATTEN: tl.constexpr,
 ):  # fmt: skip
-    """Computes every so many tiles of one height from ``first_tile`` on; returns how many all are.
+    """Computes this program's share of the tiles of one height.
 
     Neighbours in time share rows and an expert, so that both are read from memory once.
     """
@@ -135,7 +135,11 @@ def _tiles_down(
     tiles_across = tl.cdiv(num_columns, COLUMNS)
     total = tl.sum(tiles) * tiles_across
     matrix_rows = num_columns * 2 if GATED else num_columns
-    for tile in tl.range(first_tile, total, tl.num_programs(0), flatten=FLATTEN):
+    # The programs left over by the tall tiles begin with the first short ones.
+    begin_at = tl.program_id(0)
+    if HEIGHT != TALL_HEIGHT:
+        begin_at = tl.num_programs(0) - 1 - begin_at
+    for tile in tl.range(begin_at, total, tl.num_programs(0), flatten=FLATTEN):
         down, across = tile // tiles_across, tile % tiles_across
         expert = tl.sum((ends <= down).to(tl.int32))
         before = tl.sum(tl.where(every == expert, ends - tiles, 0))
@@ -175,7 +179,6 @@ def _tiles_down(
         is_row = first + row < num_rows
         kept = value.to(out.dtype.element_ty)
         tl.store(out + target, kept, mask=is_row[:, None] & is_column[None, :])
-    return total
 
 
 @triton.jit
@@ -185,19 +188,25 @@ def _product(
     SHORT_HEIGHT: tl.constexpr, COLUMNS: tl.constexpr, DEPTH_STEP: tl.constexpr,
     GATED: tl.constexpr, BIAS: tl.constexpr, ACTIVATION: tl.constexpr, FLATTEN: tl.constexpr,
 ):  # fmt: skip
-    """out[rows of e] = activation(rows @ matrix[e].T + bias[e]), tall tiles first, then short."""
-    num_tall = _tiles_down(
-        tl.program_id(0), tall_rows, matrix, bias, out, counts, offsets, num_experts, num_columns,
-        EXPERTS, DEPTH, TALL_HEIGHT, TALL_HEIGHT, COLUMNS, DEPTH_STEP, GATED, BIAS, ACTIVATION,
-        FLATTEN,
-    )  # fmt: skip
-    # Whoever has had one tall tile fewer begins with the first short ones.
-    last = num_tall % tl.num_programs(0)
-    turn = (tl.program_id(0) + tl.num_programs(0) - last) % tl.num_programs(0)
-    _tiles_down(
-        turn, short_rows, matrix, bias, out, counts, offsets, num_experts, num_columns, EXPERTS,
-        DEPTH, SHORT_HEIGHT, TALL_HEIGHT, COLUMNS, DEPTH_STEP, GATED, BIAS, ACTIVATION, FLATTEN,
-    )  # fmt: skip
+    """out[rows of e] = activation(rows @ matrix[e].T + bias[e]), in tall tiles and short ones.
+
+    Tall tiles keep the matrix units busy, short ones the memory: half of the programs begin with
+    one kind and half with the other, so that both are.
+    """
+    is_first_half = tl.program_id(0) * 2 < tl.num_programs(0)
+    for part in tl.range(0, 2):
+        if (part == 0) == is_first_half:
+            _run_tiles(
+                tall_rows, matrix, bias, out, counts, offsets, num_experts, num_columns, EXPERTS,
+                DEPTH, TALL_HEIGHT, TALL_HEIGHT, COLUMNS, DEPTH_STEP, GATED, BIAS, ACTIVATION,
+                FLATTEN,
+            )  # fmt: skip
+        else:
+            _run_tiles(
+                short_rows, matrix, bias, out, counts, offsets, num_experts, num_columns, EXPERTS,
+                DEPTH, SHORT_HEIGHT, TALL_HEIGHT, COLUMNS, DEPTH_STEP, GATED, BIAS, ACTIVATION,
+                FLATTEN,
+            )  # fmt: skip
 
 
 @triton.jit

@@ -412,7 +412,7 @@ def test_dispatches_hold_what_the_trace_recorded(trace, dispatches):
     parts = dispatches[0].dispatch(first), dispatches[0].dispatch(second)
     joined, num_passes = dispatches[0].joined(len(parts[0]) + 1)
     assert num_passes == 2
-    assert (joined == np.concatenate(parts)).all()
+    assert (joined == np.concatenate(parts)[: len(parts[0]) + 1]).all()
     everything, _ = dispatches[0].joined(10**6)
     assert len(everything) == np.diff(dispatches[0].starts)[dispatches[0].judged].sum()
     with pytest.raises(UsageError, match="no site 9"):

@@ -272,7 +272,7 @@ class ParallelExperts:
         """Returns [received, d_model] what the own experts make of the rows that came."""
         if not sent.plan.num_received:
             return torch.empty_like(sent.rows)
-        ones = sent.rows.new_ones(sent.plan.num_received, 1)
+        ones = torch.ones(sent.plan.num_received, 1, device=self.device)
         return self._kernel(sent.rows, sent.slots[:, None], ones, self.own)
 
     def send_back(self, results: torch.Tensor, sent: Sent) -> torch.Tensor:

@@ -158,7 +158,7 @@ def share_times(
         own = slots.select(slice(index * per_device, (index + 1) * per_device))
         ids = torch.from_numpy(np.repeat(np.arange(per_device), rows)).to(device)[:, None]
         hidden = torch.randn(total, slots.d_model, dtype=slots.w_in.dtype, device=device)
-        ones = hidden.new_ones(total, 1)
+        ones = torch.ones(total, 1, device=device)
 
         def share(
             own: ExpertWeights = own,

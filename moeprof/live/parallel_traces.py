@@ -88,9 +88,9 @@ class SiteDispatches:
         return loads.device_loads(self.rows, layout, "round_robin")
 
     def joined(self, num_tokens: int) -> tuple[Ids, int]:
-        """Returns consecutive judged passes with at least so many tokens, and how many they are.
+        """Returns so many tokens of consecutive judged passes, and how many passes they are.
 
-        Fewer where there are not so many.
+        The last pass in part; fewer tokens where there are not so many.
         """
         parts: list[Ids] = []
         total = 0
@@ -103,7 +103,7 @@ class SiteDispatches:
                 total += len(part)
         if not parts:
             return self.experts[:0], 0
-        return np.concatenate(parts), len(parts)
+        return np.concatenate(parts)[:num_tokens], len(parts)
 
 
 def site_dispatches(

@@ -1,0 +1,445 @@
+"""Runs expert parallelism on the GPUs of a host, under every planner's placement and real routing.
+
+    python -m analysis.gpu.expert_parallel --out DIR --routing TRACE [TRACE ...]   # all GPUs, NCCL
+    python -m analysis.gpu.expert_parallel --out DIR --tiny [--ranks 4]            # CPU, gloo
+
+Starts a process per GPU. For each trace (a twin of arXiv 2303.06182's models, or any other):
+
+* outputs against one device that runs the same rows together: to the bit with ``dynamic_loop`` on
+  narrow experts in float32, and within rounding with the kernel that is timed, at full size;
+* the rows that reach every device, dispatch by dispatch, against the replay's
+  (`moeprof.replay.loads.device_loads`, replicas dealt round robin);
+* all-to-alls of several sizes, and the line latency + bytes / bandwidth through them;
+* the time of a step and of its parts under every placement, beside what was predicted before: the
+  slowest share of the experts (each device's share in turn on one GPU), the exchanges from the
+  line, the work on a rank's own tokens;
+* the same arithmetic for 8, 16 and 32 devices: an estimate, whose error bar is the range of
+  measured over predicted here. It takes every link to be as fast as those measured.
+
+Experts are of the full size of the paper's models (Qwen3-30B-A3B's for its trace) with random
+weights; gate weights are drawn; routing is the trace's. Placements are planned on window A; steps
+are judged on consecutive dispatches of window B, joined to as many tokens as are asked for.
+
+Every repetition is kept in DIR/expert_parallel.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import os
+import shlex
+import statistics
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from analysis.gpu.evidence import evidence, write_json
+from analysis.gpu.parallel_studies import (
+    Findings,
+    Plan,
+    RankFindings,
+    SiteCheck,
+    Study,
+    measured,
+    spread,
+)
+from moeprof.errors import UsageError
+from moeprof.live.expert_parallel import PARTS
+from moeprof.live.parallel_estimates import StepEstimate
+from moeprof.live.parallel_plans import rows_to_slots, shard_counts
+from moeprof.live.parallel_traces import Setting, SiteDispatches, site_dispatches
+from moeprof.live.rank_processes import run_ranks
+from moeprof.live.routing_sources import read_routing
+from moeprof.replay.loads import Layout, max_over_mean
+from moeprof.replay.planners import DEFAULT_PLANNERS
+from moeprof.trace.reader import open_trace
+from moeprof.trace.schema import Site
+from moeprof.trace.synthetic import synthetic_trace
+
+RESULT = "expert_parallel.json"
+WITH_REPLICAS = ("greedy", "eplb", "second_moment", "peak", "robust")
+SHARE_REDUNDANT = 16
+"""One slot beyond one per expert for so many experts, rounded to the devices."""
+SCALED_DEVICES = (8, 16, 32)
+EXCHANGE_BYTES = tuple(1 << power for power in range(10, 29, 2))
+
+SHAPES: dict[str, dict[str, Any]] = {
+    "paper LM": {"d_model": 1024, "d_ff": 4096, "gated": False, "bias": True, "activation": "relu"},
+    "paper MT": {"d_model": 2048, "d_ff": 8192, "gated": False, "bias": True, "activation": "relu"},
+    "Qwen3-30B-A3B": {"d_model": 2048, "d_ff": 768, "gated": True, "bias": False},
+    "tiny": {"d_model": 64, "d_ff": 128, "gated": True, "bias": True},
+}
+TOLERANCE = 1e-2
+"""Largest relative error of the timed kernel against one device: roundings to bfloat16."""
+NOTES = (
+    "outputs: narrow experts in float32 with dynamic_loop, to the bit; timed_outputs: the timed "
+    "kernel at full size, relative to one device with dynamic_loop",
+    "steps: the slowest rank of each repetition, all setting out together; parts likewise, ranks "
+    "held up between them, so that their sum is not the step",
+    "scaling is an estimate: each device's share in turn on one GPU, the slowest counted; exchange "
+    "times from the line; size exchange as measured here; error bar: the range of measured over "
+    "predicted of all settings here; no network between hosts is in it",
+)
+BY_EXPERTS = {(512, 2): "paper LM", (128, 2): "paper MT", (128, 6): "Qwen3-30B-A3B"}
+"""Whose experts a layer of so many experts and slots drives; others drive their own."""
+
+
+def settings_for(planners: Sequence[str], num_experts: int, num_devices: int) -> list[Setting]:
+    """Returns the planners without replicas, and those that make something of them with some."""
+    redundant = num_devices * max(1, num_experts // SHARE_REDUNDANT // num_devices)
+    return [
+        *(Setting(planner=name) for name in planners),
+        *(Setting(planner=n, num_redundant=redundant) for n in planners if n in WITH_REPLICAS),
+    ]
+
+
+def shape_of(site: Site, *, tiny: bool) -> tuple[str, dict[str, Any]]:
+    """Returns the name and shape of the experts that a site's routing drives."""
+    name = "tiny" if tiny else BY_EXPERTS.get((site.num_experts, site.top_k))
+    if name is not None:
+        return name, SHAPES[name]
+    if site.d_model is None or site.d_ff is None:
+        raise UsageError(
+            f"the trace does not say how large its {site.num_experts} experts are",
+            hint=f"shapes are known for {', '.join(map(str, BY_EXPERTS))} experts and slots",
+        )
+    gated = site.matrices_per_expert == 3
+    return "its own", {"d_model": site.d_model, "d_ff": site.d_ff, "gated": gated, "bias": False}
+
+
+def planned(
+    sites: Sequence[SiteDispatches], planners: Sequence[str], num_devices: int
+) -> list[dict[Setting, Layout]]:
+    """Returns the placements of every site."""
+    found = []
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        for site in sites:
+            names = settings_for(planners, site.site.num_experts, num_devices)
+            made = pool.map(site.layout, names, [num_devices] * len(names))
+            found.append((names, made))
+        return [dict(zip(names, made, strict=True)) for names, made in found]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Subject:
+    """A trace as this process sees it.
+
+    Attributes:
+        name: Of the trace.
+        said: Where routing comes from.
+        shape: Whose experts it drives.
+        sites: All that are checked; the first is timed.
+        chosen: Indices of the dispatches checked, by site.
+        num_passes: Passes joined in each batch.
+        study: What ranks get.
+    """
+
+    name: str
+    said: dict[str, Any]
+    shape: str
+    sites: list[SiteDispatches]
+    chosen: list[np.ndarray]
+    num_passes: list[int]
+    study: Study
+
+
+def subject_of(path: str, options: argparse.Namespace, num_ranks: int) -> Subject:
+    """Reads a trace, plans on it, and chooses what is checked and timed."""
+    trace = open_trace(path)
+    stack = options.stack or trace.stacks[-1]
+    ids = [site.site for site in trace.info.sites_of(stack)]
+    middle = ids[len(ids) // 2]
+    others = [site for site in ids if site != middle][: max(options.sites - 1, 0)]
+    sites = site_dispatches(trace, stack=stack, sites=[middle, *others])
+    source = read_routing(trace, stacks=[stack], weights="uniform", rank=trace.ranks[0]).source
+    if len(trace.ranks) > 1:
+        source = source.changed("passes of all ranks merged")
+    chosen = [spread(len(site), options.max_dispatches) for site in sites]
+    layouts = planned(sites, options.planners, num_ranks)
+    timed = sites[0]
+    # A short trace gives the same batch twice.
+    joined = {len(ids): (ids, num) for ids, num in map(timed.joined, options.tokens)}
+    num_experts = timed.site.num_experts
+    by_devices = {num_ranks: layouts[0]}
+    for count in SCALED_DEVICES:
+        if count not in by_devices and num_experts % count == 0:
+            by_devices[count] = planned([timed], options.planners, count)[0]
+    name, shape = shape_of(timed.site, tiny=options.tiny)
+    study = Study(
+        shape=shape,
+        num_experts=num_experts,
+        checks=[
+            SiteCheck(dispatches=[site.dispatch(i) for i in picked.tolist()], layouts=own)
+            for site, picked, own in zip(sites, chosen, layouts, strict=True)
+        ],
+        batches=[ids for ids, _ in joined.values()],
+        layouts=by_devices,
+    )
+    return Subject(
+        name=Path(path.rstrip("/")).name,
+        said=source.changed("gate weights drawn").to_json(),
+        shape=name,
+        sites=sites,
+        chosen=chosen,
+        num_passes=[num for _, num in joined.values()],
+        study=study,
+    )
+
+
+def load_rows(subject: Subject, found: Sequence[Findings]) -> Iterator[dict[str, Any]]:
+    """Yields a row per site and setting: how many dispatches arrived as the replay says.
+
+    Args:
+        subject: The trace.
+        found: What each rank found.
+    """
+    for place, (site, chosen) in enumerate(zip(subject.sites, subject.chosen, strict=True)):
+        live = np.stack([each.arrived[place] for each in found], axis=-1)
+        kept = site.judged[chosen] & (site.rows[chosen].sum(axis=1) > 0)
+        for (setting, layout), rows in zip(
+            subject.study.checks[place].layouts.items(), live, strict=True
+        ):
+            replayed = site.device_loads(layout)[chosen]
+            yield {
+                "site": site.site.site,
+                "setting": str(setting),
+                "num_dispatches": len(chosen),
+                "num_dispatches_of_trace": len(site),
+                "num_equal": int((rows == replayed).all(axis=1).sum()),
+                "num_rows_lost": int(site.rows[chosen].sum() - rows.sum()),
+                "mean_max_over_mean": float(max_over_mean(replayed[kept]).mean()),
+            }
+
+
+def step_rows(
+    subject: Subject, found: Findings, num_ranks: int
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Returns measured steps beside their prediction, and estimates for more devices."""
+    study = subject.study
+    ratios: list[list[float]] = [[] for _ in study.batches]
+    measured_rows, scaled_rows = [], []
+    for setting, layout in study.layouts[num_ranks].items():
+        for index, step in enumerate(found.steps[setting]):
+            estimate = found.estimates[num_ranks, setting][index]
+            median_ms = statistics.median(step["whole_ms"])
+            ratios[index].append(median_ms / estimate.step_ms)
+            measured_rows.append(
+                {
+                    **described(subject, setting, index, layout),
+                    "figure_class": "measured",
+                    "step_ms": median_ms,
+                    "predicted_ms": estimate.step_ms,
+                    "measured_over_predicted": ratios[index][-1],
+                    "parts_ms": {p: statistics.median(t) for p, t in step["parts_ms"].items()},
+                    "predicted_parts_ms": predicted_parts(estimate),
+                    "busiest_bytes": estimate.busiest_bytes,
+                    "times_ms": step["whole_ms"],
+                    "part_times_ms": step["parts_ms"],
+                }
+            )
+    for (count, setting), estimates in found.estimates.items():
+        if count == num_ranks:
+            continue
+        for index, estimate in enumerate(estimates):
+            low_ms, high_ms = estimate.band_ms(ratios[index])
+            scaled_rows.append(
+                {
+                    **described(subject, setting, index, study.layouts[count][setting]),
+                    "figure_class": "estimate",
+                    "step_ms": estimate.step_ms,
+                    "low_ms": low_ms,
+                    "high_ms": high_ms,
+                    "parts_ms": predicted_parts(estimate),
+                    "shares_ms": estimate.shares_ms,
+                    "busiest_bytes": estimate.busiest_bytes,
+                }
+            )
+    scaled_rows.sort(key=lambda row: (row["num_devices"], row["num_tokens"]))
+    return measured_rows, scaled_rows
+
+
+def predicted_parts(estimate: StepEstimate) -> dict[str, float]:
+    """Returns the parts of an estimate by the names of `PARTS`."""
+    return {part: getattr(estimate, f"{part}_ms") for part in PARTS}
+
+
+def described(subject: Subject, setting: Setting, index: int, layout: Layout) -> dict[str, Any]:
+    """Returns what a step was of."""
+    ids = subject.study.batches[index]
+    counts = shard_counts(ids, [0, len(ids)], subject.study.num_experts)
+    rows = rows_to_slots(counts, layout).reshape(layout.num_devices, -1).sum(axis=1)
+    return {
+        "planner": setting.planner,
+        "num_redundant": len(layout.expert) - subject.study.num_experts,
+        "num_devices": layout.num_devices,
+        "num_tokens": len(ids),
+        "num_passes_joined": subject.num_passes[index],
+        "max_over_mean": float(max_over_mean(rows)),
+    }
+
+
+def regret(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Returns, by number of tokens, what choosing by prediction costs over the best measured."""
+    found = []
+    for count in sorted({row["num_tokens"] for row in rows}):
+        mine = [row for row in rows if row["num_tokens"] == count]
+        chosen = min(mine, key=lambda row: row["predicted_ms"])
+        best = min(mine, key=lambda row: row["step_ms"])
+        found.append(
+            {
+                "num_tokens": count,
+                "chosen": f"{chosen['planner']}+{chosen['num_redundant']}",
+                "best": f"{best['planner']}+{best['num_redundant']}",
+                "regret": chosen["step_ms"] / best["step_ms"] - 1,
+            }
+        )
+    return found
+
+
+def subject_result(subject: Subject, found: Sequence[Findings]) -> dict[str, Any]:
+    """Returns what a results file says of one trace; prints the gist.
+
+    Args:
+        subject: The trace.
+        found: What each rank found.
+    """
+    load_table = list(load_rows(subject, found))
+    measured_rows, scaled_rows = step_rows(subject, found[0], len(found))
+    num_equal = sum(row["num_equal"] for row in load_table)
+    num_checked = sum(row["num_dispatches"] for row in load_table)
+    print(f"{subject.name} ({subject.shape}): loads are the replay's in {num_equal}/{num_checked}")
+    for row in measured_rows:
+        print(f"  {row_text(row)} {row['step_ms']:8.3f} ms, predicted {row['predicted_ms']:8.3f}")
+    for row in scaled_rows:
+        band = f"({row['low_ms']:.3f} to {row['high_ms']:.3f})"
+        print(f"  {row_text(row)} {row['step_ms']:8.3f} ms {band}, estimate")
+    return {
+        "trace": subject.name,
+        "routing": subject.said,
+        "experts": subject.shape,
+        "geometry": {"num_experts": subject.study.num_experts, **subject.study.shape},
+        "timed_site": subject.sites[0].site.site,
+        "outputs": {str(name): each for name, each in found[0].outputs.items()},
+        "timed_outputs": {str(name): each for name, each in found[0].timed_outputs.items()},
+        "loads": load_table,
+        "size_exchange_ms": {
+            str(name): each.times_ms for name, each in found[0].size_exchange.items()
+        },
+        "steps": measured_rows,
+        "regret": regret(measured_rows),
+        "scaling": scaled_rows,
+    }
+
+
+def row_text(row: dict[str, Any]) -> str:
+    """Returns what a step was of, for the terminal."""
+    planner = f"{row['planner']} +{row['num_redundant']}"
+    return (
+        f"{row['num_devices']:3d} devices {planner:28s} {row['num_tokens']:6d} tokens"
+        f"  max/mean {row['max_over_mean']:.3f}"
+    )
+
+
+def failures(result: dict[str, Any]) -> list[str]:
+    """Returns what does not hold."""
+    said = []
+    for each in result["traces"]:
+        for row in each["loads"]:
+            if row["num_equal"] < row["num_dispatches"] or row["num_rows_lost"]:
+                said.append(f"{each['trace']}: loads of {row['setting']} at site {row['site']}")
+        for name, row in each["outputs"].items():
+            if min(row["num_equal"], row["num_same_twice"]) < row["num_dispatches"]:
+                said.append(f"{each['trace']}: outputs of {name}, off by {row['largest_error']}")
+        for name, row in each["timed_outputs"].items():
+            if not row["same_twice"] or row["relative_error"] > TOLERANCE:
+                said.append(f"{each['trace']}: {result['kernel']} under {name}: {row}")
+    return said
+
+
+def options_of(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Returns the command line, tiny sizes filled in."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n", maxsplit=1)[0])
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--routing", nargs="+", default=[], help="traces whose routing is run")
+    parser.add_argument("--stack", help="encoder or decoder; the last one otherwise")
+    parser.add_argument("--planners", nargs="+", default=list(DEFAULT_PLANNERS))
+    parser.add_argument("--sites", type=int, default=2, help="sites whose loads are checked")
+    parser.add_argument("--max-dispatches", type=int, default=400, help="dispatches checked a site")
+    parser.add_argument("--tokens", type=int, nargs="+", default=[2048, 16384])
+    parser.add_argument("--ranks", type=int, help="processes; one per GPU, or 2 on a CPU")
+    parser.add_argument("--kernel", default="dynamic", help="gating kernel that is timed")
+    parser.add_argument("--tiny", action="store_true", help="small sizes, on the CPU")
+    options = parser.parse_args(arguments)
+    if options.tiny:
+        options.tokens, options.kernel = [32, 96], "dynamic_loop"
+        options.ranks = options.ranks or 2
+    elif not options.routing:
+        parser.error("--routing is needed: a trace to run under")
+    options.ranks = options.ranks or torch.cuda.device_count()
+    if options.ranks < 2:
+        parser.error("experts are spread over two devices at least")
+    return options
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Measures, prints and writes; returns 1 where outputs or loads are not what they should be."""
+    options = options_of(arguments)
+    backend = "gloo" if options.tiny else "nccl"
+    given = sys.argv[1:] if arguments is None else arguments
+    command = shlex.join(["python", "-m", "analysis.gpu.expert_parallel", *given])
+    plan = Plan(
+        kernel=options.kernel,
+        dtype=torch.float32 if options.tiny else torch.bfloat16,
+        repeats=3 if options.tiny else 20,
+        share_repeats=2 if options.tiny else 10,
+        exchange_bytes=EXCHANGE_BYTES[:6] if options.tiny else EXCHANGE_BYTES,
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        traces = options.routing or [made_up(folder)]
+        subjects = [subject_of(path, options, options.ranks) for path in traces]
+        print("planned", flush=True)
+        studies = [subject.study for subject in subjects]
+        seen: list[RankFindings] = run_ranks(
+            measured, options.ranks, studies, plan, backend=backend
+        )
+    result = {
+        **evidence(command, "cpu" if options.tiny else "cuda"),
+        "num_ranks": options.ranks,
+        "backend": backend,
+        "kernel": options.kernel,
+        "all_to_all": {
+            "line": dataclasses.asdict(seen[0].line),
+            "bytes_to_each_other_rank": plan.exchange_bytes,
+            "times_ms": [each.times_ms for each in seen[0].exchanges],
+        },
+        "notes": NOTES,
+        "traces": [
+            subject_result(subject, [each.studies[place] for each in seen])
+            for place, subject in enumerate(subjects)
+        ],
+    }
+    write_json(options.out / RESULT, result)
+    print(f"written to {options.out / RESULT}")
+    wrong = failures(result)
+    for each in wrong:
+        print(f"WRONG: {each}", file=sys.stderr)
+    return 1 if wrong else 0
+
+
+def made_up(folder: str) -> str:
+    """Makes a trace to try the script with; returns its path."""
+    path = f"{folder}/made-up.moeprof"
+    synthetic_trace(path, num_requests=12, num_sites=2, num_experts=32, top_k=2, output_tokens=4)
+    return path
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,106 @@
+"""The script that measures expert parallelism, tried on two processes without a GPU."""
+
+from __future__ import annotations
+
+import copy
+import json
+
+import pytest
+
+torch = pytest.importorskip("torch")
+
+from replay_tools import make_site  # noqa: E402
+
+from analysis.gpu import expert_parallel, parallel_studies  # noqa: E402
+from moeprof.errors import UsageError  # noqa: E402
+from moeprof.live.expert_parallel import PARTS  # noqa: E402
+
+
+@pytest.fixture(scope="module")
+def result(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("out")
+    arguments = ["--tiny", "--out", str(folder), "--planners", "contiguous", "eplb"]
+    assert expert_parallel.main(arguments) == 0
+    return json.loads((folder / expert_parallel.RESULT).read_text())
+
+
+def test_loads_and_outputs_are_checked(result):
+    (trace,) = result["traces"]
+    settings = {"contiguous", "eplb", "eplb+2"}
+    assert set(trace["outputs"]) == set(trace["timed_outputs"]) == settings
+    assert {(row["site"], row["setting"]) for row in trace["loads"]} == {
+        (site, setting) for site in (0, 1) for setting in settings
+    }
+    for row in trace["loads"]:
+        assert row["num_equal"] == row["num_dispatches"] == row["num_dispatches_of_trace"] > 0
+        assert row["num_rows_lost"] == 0
+        assert row["mean_max_over_mean"] >= 1
+    for row in trace["outputs"].values():
+        assert row["num_equal"] == row["num_same_twice"] == row["num_dispatches"] > 0
+
+
+def test_steps_stand_beside_what_was_predicted(result):
+    (trace,) = result["traces"]
+    assert trace["routing"]["kind"] == "synthetic"
+    sizes = {row["num_tokens"] for row in trace["steps"]}
+    assert len(trace["steps"]) == 3 * len(sizes)
+    for row in trace["steps"]:
+        assert row["figure_class"] == "measured"
+        assert tuple(row["part_times_ms"]) == tuple(row["predicted_parts_ms"]) == PARTS
+        assert len(row["times_ms"]) == 3
+        assert sum(row["predicted_parts_ms"].values()) == pytest.approx(row["predicted_ms"])
+        assert row["measured_over_predicted"] == row["step_ms"] / row["predicted_ms"]
+    assert [each["num_tokens"] for each in trace["regret"]] == sorted(sizes)
+    assert all(each["regret"] >= 0 for each in trace["regret"])
+
+
+def test_more_devices_are_estimates_with_an_error_bar(result):
+    (trace,) = result["traces"]
+    assert {row["num_devices"] for row in trace["scaling"]} == {8, 16, 32}
+    for row in trace["scaling"]:
+        assert row["figure_class"] == "estimate"
+        assert len(row["shares_ms"]) == row["num_devices"]
+        assert row["parts_ms"]["experts"] == max(row["shares_ms"])
+        ratios = [
+            step["measured_over_predicted"]
+            for step in trace["steps"]
+            if step["num_tokens"] == row["num_tokens"]
+        ]
+        assert row["low_ms"] == pytest.approx(row["step_ms"] * min(ratios))
+        assert row["high_ms"] == pytest.approx(row["step_ms"] * max(ratios))
+    line = result["all_to_all"]["line"]
+    assert line["num_ranks"] == result["num_ranks"] == 2
+    assert len(result["all_to_all"]["times_ms"]) == len(
+        result["all_to_all"]["bytes_to_each_other_rank"]
+    )
+
+
+def test_what_does_not_hold_is_named(result):
+    assert expert_parallel.failures(result) == []
+    wrong = copy.deepcopy(result)
+    wrong["traces"][0]["loads"][0]["num_equal"] -= 1
+    wrong["traces"][0]["outputs"]["eplb"]["num_same_twice"] -= 1
+    wrong["traces"][0]["timed_outputs"]["eplb+2"]["relative_error"] = 0.5
+    said = expert_parallel.failures(wrong)
+    assert len(said) == 3
+    assert "eplb+2" in said[2]
+
+
+def test_shapes_of_experts():
+    assert expert_parallel.shape_of(make_site(512, 2), tiny=False)[0] == "paper LM"
+    assert expert_parallel.shape_of(make_site(128, 2), tiny=False)[0] == "paper MT"
+    assert expert_parallel.shape_of(make_site(128, 6), tiny=False)[0] == "Qwen3-30B-A3B"
+    own = make_site(16, 4, d_model=32, d_ff=48, matrices_per_expert=3)
+    assert expert_parallel.shape_of(own, tiny=False) == (
+        "its own",
+        {"d_model": 32, "d_ff": 48, "gated": True, "bias": False},
+    )
+    with pytest.raises(UsageError, match="how large its 16 experts"):
+        expert_parallel.shape_of(make_site(16, 4), tiny=False)
+
+
+def test_redundant_slots_deal_evenly():
+    settings = expert_parallel.settings_for(["contiguous", "eplb"], 512, 32)
+    assert [str(setting) for setting in settings] == ["contiguous", "eplb", "eplb+32"]
+    assert parallel_studies.spread(10, 4).tolist() == [0, 3, 6, 9]
+    assert parallel_studies.spread(3, 400).tolist() == [0, 1, 2]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import re
+from pathlib import Path
 
 import pytest
 
@@ -121,6 +123,18 @@ def test_what_makes_no_sense_is_refused():
         apply_gating(model, "static_mask", token_fraction=1.5)
     with pytest.raises(UsageError, match="training mode"):
         apply_gating(model.train(), "static_mask")
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_readme_says_what_runs(capsys):
+    text = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+    section = text.split("**Run the techniques for real.**")[1].split("\n## ")[0]
+    code = re.search(r"```python\n(.*?)```", section, re.DOTALL)[1]
+    inputs = {"input_ids": tokens(), "max_new_tokens": 2, "do_sample": False}
+    exec(code, {"moeprof": moeprof, "model": tiny_models.mixtral(), "inputs": inputs})
+    assert "hit" in capsys.readouterr().out
+    named = set(re.findall(r"`((?:static|dynamic)\w*)`", section))
+    assert named == set(KERNELS)
 
 
 def test_a_scoring_head_gives_the_loss_of_every_token():

@@ -133,11 +133,15 @@ def _chosen_by(ids, expert, num_tokens, TOP_K: tl.constexpr, TOKENS: tl.constexp
 
 @triton.jit
 def _few_in(
-    hidden, ids, w_in, b_in, inner, num_tokens, num_experts, D_FF,
+    hidden, ids, w_in, b_in, inner, finished, num_tokens, num_experts, D_FF,
     D_MODEL: tl.constexpr, TOP_K: tl.constexpr, TOKENS: tl.constexpr, SLOTS: tl.constexpr,
     EXPERTS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH_STEP: tl.constexpr, ROWS: tl.constexpr,
     GATED: tl.constexpr, BIAS: tl.constexpr, ACTIVATION: tl.constexpr, DEPENDENT: tl.constexpr,
+    COUNTERS: tl.constexpr,
 ):  # fmt: skip
+    # For the next launch, which waits for this one before it counts.
+    if tl.program_id(0) == 0:
+        tl.store(finished + tl.arange(0, COUNTERS), tl.zeros((COUNTERS,), dtype=tl.int32))
     if DEPENDENT:
         tl.extra.cuda.gdc_launch_dependents()
     num_tiles = tl.cdiv(D_FF, COLUMNS)
@@ -216,20 +220,6 @@ def _few_out(
         place = token[:, None].to(tl.int64) * D_MODEL + column[None, :]
         is_token = (token < num_tokens)[:, None] & is_column[None, :]
         tl.store(out + place, total.to(out.dtype.element_ty), mask=is_token)
-        tl.store(finished + tile, 0)
-
-
-_FINISHED: dict[tuple[torch.device, int], torch.Tensor] = {}
-
-
-def _finished_counters(device: torch.device, count: int) -> torch.Tensor:
-    """Returns zeroed counters of the current stream; every launch leaves them at zero."""
-    stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
-    counters = _FINISHED.get((device, stream))
-    if counters is None or counters.numel() < count:
-        counters = torch.zeros(max(count, 1024), dtype=torch.int32, device=device)
-        _FINISHED[(device, stream)] = counters
-    return counters
 
 
 def run_few(
@@ -271,17 +261,18 @@ def run_few(
         "DEPENDENT": dependent,
     }
     launch = {"launch_pdl": True} if dependent else {}
+    tiles_across = triton.cdiv(width, tiles_out.columns)
+    num_counters = next_power(tiles_across)
+    finished = torch.empty(num_counters, dtype=torch.int32, device=hidden.device)
     num_tiles = triton.cdiv(experts.d_ff, tiles_in.columns)
     _few_in[(num_active * num_tiles,)](
-        hidden, expert_ids, experts.w_in, experts.b_in, inner, num_tokens, experts.num_experts,
-        experts.d_ff, D_MODEL=width, COLUMNS=tiles_in.columns, DEPTH_STEP=tiles_in.depth,
+        hidden, expert_ids, experts.w_in, experts.b_in, inner, finished, num_tokens,
+        experts.num_experts, experts.d_ff, D_MODEL=width, COLUMNS=tiles_in.columns, DEPTH_STEP=tiles_in.depth,
         GATED=experts.gated, BIAS=experts.b_in is not None,
-        ACTIVATION=ACTIVATION_CODES[experts.activation],
+        ACTIVATION=ACTIVATION_CODES[experts.activation], COUNTERS=num_counters,
         num_stages=tiles_in.num_stages, num_warps=tiles_in.num_warps, **shape,
     )  # fmt: skip
-    num_tiles = triton.cdiv(width, tiles_out.columns)
-    finished = _finished_counters(hidden.device, num_tiles)
-    _few_out[(num_active * num_tiles,)](
+    _few_out[(num_active * tiles_across,)](
         inner, expert_ids, weights, experts.w_out, experts.b_out, rows, out, finished, num_tokens,
         experts.num_experts, width, D_FF=experts.d_ff, COLUMNS=tiles_out.columns,
         DEPTH_STEP=tiles_out.depth, BIAS=experts.b_out is not None,

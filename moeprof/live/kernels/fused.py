@@ -53,8 +53,9 @@ def dynamic(
 def can_fuse(hidden: torch.Tensor, experts: ExpertWeights) -> bool:
     """Returns True where the Triton kernels run.
 
-    They need Triton, a GPU of compute capability 9.0 or later, half precision, contiguous
-    weights, and widths that are multiples of 8 (the copy engine moves 16 bytes at least).
+    They need Triton, a GPU of compute capability 9.0 or later, half precision, contiguous weights
+    of the same type on the same device, and widths that are multiples of 8 (the copy engine moves
+    16 bytes at least).
     """
     if hidden.device.type != "cuda" or hidden.dtype not in _TYPES:
         return False
@@ -62,7 +63,8 @@ def can_fuse(hidden: torch.Tensor, experts: ExpertWeights) -> bool:
         return False
     if torch.cuda.get_device_capability(hidden.device) < _CAPABILITY:
         return False
-    return fits(experts)
+    same = experts.w_in.dtype == hidden.dtype and experts.w_in.device == hidden.device
+    return same and fits(experts)
 
 
 def fits(experts: ExpertWeights) -> bool:

@@ -267,8 +267,8 @@ def run_few(
     num_tiles = triton.cdiv(experts.d_ff, tiles_in.columns)
     _few_in[(num_active * num_tiles,)](
         hidden, expert_ids, experts.w_in, experts.b_in, inner, finished, num_tokens,
-        experts.num_experts, experts.d_ff, D_MODEL=width, COLUMNS=tiles_in.columns, DEPTH_STEP=tiles_in.depth,
-        GATED=experts.gated, BIAS=experts.b_in is not None,
+        experts.num_experts, experts.d_ff, D_MODEL=width, COLUMNS=tiles_in.columns,
+        DEPTH_STEP=tiles_in.depth, GATED=experts.gated, BIAS=experts.b_in is not None,
         ACTIVATION=ACTIVATION_CODES[experts.activation], COUNTERS=num_counters,
         num_stages=tiles_in.num_stages, num_warps=tiles_in.num_warps, **shape,
     )  # fmt: skip

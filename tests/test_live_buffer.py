@@ -18,7 +18,6 @@ from moeprof.errors import UsageError  # noqa: E402
 from moeprof.live import expert_buffer, expert_store  # noqa: E402
 from moeprof.live.expert_buffer import BufferSettings, ExpertBuffer  # noqa: E402
 from moeprof.live.experts import ExpertWeights, random_experts  # noqa: E402
-from moeprof.live.residency import CacheSpec, MissRule, Residency  # noqa: E402
 from moeprof.live.routed_runs import (  # noqa: E402
     ExpertGeometry,
     RoutedStep,
@@ -29,6 +28,7 @@ from moeprof.live.routed_runs import (  # noqa: E402
 )
 from moeprof.live.transfers import HostTransfers  # noqa: E402
 from moeprof.replay.cache import policies  # noqa: E402
+from moeprof.replay.cache.residency import CacheSpec, MissRule, Residency  # noqa: E402
 from moeprof.trace.synthetic import synthetic_trace  # noqa: E402
 
 GEOMETRY = ExpertGeometry(d_model=24, d_ff=16, dtype=torch.float32, bias=True)

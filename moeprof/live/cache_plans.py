@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from moeprof.errors import UsageError
-from moeprof.live.residency import CacheSpec
 from moeprof.replay.cache import policies, reference, streams
 from moeprof.replay.cache.policies import Machine
+from moeprof.replay.cache.residency import CacheSpec
 from moeprof.replay.cache.sizes import parse_capacity
 
 if TYPE_CHECKING:

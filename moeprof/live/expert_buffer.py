@@ -21,9 +21,9 @@ from moeprof.errors import UsageError
 from moeprof.live.cache_plans import plan_caches
 from moeprof.live.expert_store import ExpertStore
 from moeprof.live.experts import ExpertWeights
-from moeprof.live.residency import MISS_ACTIONS, NO_SLOT, MissRule, Planned, Residency
 from moeprof.live.row_blocks import Workspace
 from moeprof.live.transfers import Transfers, make_slots, new_event, open_transfers
+from moeprof.replay.cache.residency import MISS_ACTIONS, NO_SLOT, MissRule, Planned, Residency
 
 if TYPE_CHECKING:
     from moeprof.trace.reader import Trace
@@ -63,7 +63,7 @@ class BufferSettings:
             `moeprof.replay.buffering` takes it. None: all experts stay on the device.
         policy: Name in `moeprof.replay.cache.policies.TABLE`.
         scope: What shares a cache: ``layer``, ``stack`` or ``global``.
-        miss: ``load``, ``host`` or ``split``; see `moeprof.live.residency.MissRule`.
+        miss: ``load``, ``host`` or ``split``; see `moeprof.replay.cache.residency.MissRule`.
         host_rows: Most rows of an expert that ``split`` computes on the host.
         initial: ``empty`` or ``full``.
         staging: Slots beside the caches, for experts that are not kept and for copies ahead of the

@@ -22,8 +22,10 @@ from moeprof.reporting.layout import (
     REPLAYS,
     REPORT_VERSION,
     SECTIONS,
+    TRACE_READING,
     FindingData,
     MetricData,
+    ReadingData,
     ReportData,
     SectionData,
     TableData,
@@ -127,6 +129,16 @@ def described(
         facts=facts.run_facts(trace),
         sections=list(sections),
     )
+    return with_findings(data, findings)
+
+
+def with_findings(data: TraceData, findings: Sequence[Finding]) -> Described:
+    """Returns a part of a report with what was found in it, in the sections it belongs to.
+
+    Args:
+        data: The part.
+        findings: What was found, in any order.
+    """
     once: dict[str, Finding] = {}
     for finding in findings:
         once.setdefault(finding.text, finding)
@@ -138,7 +150,11 @@ def described(
 
 
 def assembled(
-    traces: Sequence[Described], *, title: str, comparison: TableData | None = None
+    traces: Sequence[Described],
+    *,
+    title: str,
+    comparison: TableData | None = None,
+    reading: ReadingData = TRACE_READING,
 ) -> ReportData:
     """Returns a report on traces that are described already.
 
@@ -146,6 +162,7 @@ def assembled(
         traces: At least one.
         title: Heading.
         comparison: The table that stands before the traces.
+        reading: How to read it.
     """
     ids = [each.data["id"] for each in traces]
     return ReportData(
@@ -157,6 +174,7 @@ def assembled(
         findings=_top([finding for each in traces for finding in each.findings], ids),
         comparison=comparison,
         traces=[each.data for each in traces],
+        reading=reading,
     )
 
 

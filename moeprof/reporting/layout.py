@@ -114,11 +114,26 @@ class TraceData(TypedDict):
     sections: list[SectionData]
 
 
+class ReadingData(TypedDict):
+    """How a page is to be read.
+
+    ``eyebrow`` stands above the heading, ``part`` is what one of ``traces`` is called; ``range`` is
+    the heading of ranges and ``ranges`` the sentence on them; ``method`` holds headings and texts.
+    """
+
+    eyebrow: str
+    part: str
+    range: str
+    ranges: str
+    method: list[list[str]]
+
+
 class ReportData(TypedDict):
     """The whole report.
 
     ``findings`` are the few that stand at the top, worst first; ``comparison`` is the table that
-    stands before the traces: they side by side, or published numbers beside theirs.
+    stands before the traces: they side by side, or published numbers beside theirs; ``reading``
+    says how to read it.
     """
 
     moeprof_report: int
@@ -129,3 +144,25 @@ class ReportData(TypedDict):
     findings: list[FindingData]
     comparison: TableData | None
     traces: list[TraceData]
+    reading: ReadingData
+
+
+TRACE_READING = ReadingData(
+    eyebrow="Mixture-of-experts characterization",
+    part="Trace",
+    range="90% interval",
+    ranges="Ranges are 90% intervals about traffic like this.",
+    method=[
+        [
+            "Intervals",
+            "The trace is analysed once, in its own order. Every counted unit is shared equally "
+            "among the requests that caused it; requests are drawn with replacement 200 times, "
+            "and the range is the 5th to 95th percentile of the recomputed ratio. Percentiles, "
+            "loads and evenness redraw blocks of consecutive steps as long as the longest "
+            "request; there is no interval with fewer than 10 requests or 10 blocks. Halves are "
+            "every other request of each domain. A range speaks about other traffic of the same "
+            "kind; about this trace the number itself is exact.",
+        ]
+    ],
+)
+"""How a report on traces is to be read."""

@@ -35,12 +35,13 @@ def markdown_page(report: ReportData) -> str:
         name = f"**{plain(titles[finding['trace']])}:** " if len(titles) > 1 else ""
         lines.append(f"{number}. {name}{plain(finding['text'])}{kind}")
     meanings = "; ".join(f"*{name}* {text}" for name, text in FIGURE_CLASS_MEANINGS.items())
-    lines += ["", f"{meanings}. Ranges are 90% intervals about traffic like this.", ""]
+    reading = report["reading"]
+    lines += ["", f"{meanings}. {plain(reading['ranges'])}", ""]
     if report["comparison"] is not None:
         heading = plain(report["comparison"]["title"])
         lines += [f"## {heading}", "", *_table(report["comparison"], titled=False)]
     for trace in report["traces"]:
-        lines += _trace(trace)
+        lines += _trace(trace, reading["range"])
     lines += [
         "---",
         "",
@@ -56,7 +57,7 @@ def plain(text: str) -> str:
     return " ".join(str(text).translate(_SPECIAL).split())
 
 
-def _trace(trace: TraceData) -> list[str]:
+def _trace(trace: TraceData, ranged: str) -> list[str]:
     lines = [f"## {plain(trace['title'])}", ""]
     for banner in trace["banners"]:
         lines += [f"> **{plain(banner)}**", ""]
@@ -66,11 +67,11 @@ def _trace(trace: TraceData) -> list[str]:
         lines.append(f"| {plain(fact['label'])} | {words} |")
     lines.append("")
     for section in trace["sections"]:
-        lines += _section(section)
+        lines += _section(section, ranged)
     return lines
 
 
-def _section(section: SectionData) -> list[str]:
+def _section(section: SectionData, ranged: str) -> list[str]:
     lines = [f"### {plain(section['title'])}", "", f"*{plain(section['question'])}*", ""]
     for finding in section["findings"]:
         lines += [plain(finding["text"]), ""]
@@ -78,7 +79,7 @@ def _section(section: SectionData) -> list[str]:
         lines += [plain(section["absence"]), ""]
     metrics = {metric["name"]: metric for metric in section["metrics"]}
     if section["headline"]:
-        lines += ["| | Value | 90% interval | Halves | Class |", "|---|---:|---:|---:|---|"]
+        lines += [f"| | Value | {ranged} | Halves | Class |", "|---|---:|---:|---:|---|"]
         for name in section["headline"]:
             lines.append(_metric_row(metrics[name]))
             against = yardstick_of(name)

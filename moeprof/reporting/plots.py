@@ -25,6 +25,7 @@ BOTTOM = 40
 
 _MAX_X_LABELS = 13
 _INLINE_LABEL_SHARE = 0.085
+_MAX_POWERS = 9
 _NUM_TICKS = 4
 _NEAR_ZERO = 0.2
 _FINE = 256
@@ -213,7 +214,7 @@ def _layer_panel(panel: dict[str, Any], alt: str) -> Markup:
                 '<circle class="{} s-{}" cx="{}" cy="{}" r="3.6"><title>{}</title></circle>'
             ).format(
                 shape, series["key"], _px(x), _px(place_y(value)),
-                f"{series['label']}, layer {categories[index]}: "
+                f"{series['label']}, {panel.get('category', 'layer')} {categories[index]}: "
                 f"{formatted(value, panel['y_unit'])}",
             )  # fmt: skip
     return _panel(panel, body, alt)
@@ -275,9 +276,10 @@ def _log_axis(xs: Sequence[float]) -> tuple[Callable[[float], float], Sequence[f
     low = math.floor(math.log2(max(min(xs, default=1.0), 1.0)))
     high = max(math.ceil(math.log2(max(xs, default=2.0)) - 1e-9), low + 1)
     width = WIDTH - LEFT - RIGHT - 10
+    every = 2 if high - low > _MAX_POWERS else 1
     return (
         lambda x: LEFT + 5 + width * (math.log2(max(x, 1.0)) - low) / (high - low),
-        [2.0**power for power in range(low, high + 1)],
+        [2.0**power for power in range(high, low - 1, -every)][::-1],
     )
 
 

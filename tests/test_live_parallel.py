@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import multiprocessing
 
 import numpy as np
@@ -38,16 +39,17 @@ from moeprof.live.parallel_plans import (  # noqa: E402
     shard_counts,
     shard_starts,
 )
-from moeprof.live.parallel_traces import Setting, site_dispatches  # noqa: E402
+from moeprof.live.parallel_traces import PlannerSetting, site_dispatches  # noqa: E402
 from moeprof.live.rank_processes import run_ranks  # noqa: E402
 from moeprof.replay import balancing, loads  # noqa: E402
 from moeprof.replay.loads import layout as laid_out  # noqa: E402
 from moeprof.replay.planners import PLANNERS  # noqa: E402
+from moeprof.trace.schema import RankInfo  # noqa: E402
 from moeprof.trace.synthetic import synthetic_trace  # noqa: E402
 
 SETTINGS = [
-    *(Setting(planner=name) for name in PLANNERS),
-    *(Setting(planner=name, num_redundant=8) for name in ("greedy", "eplb", "robust")),
+    *(PlannerSetting(planner=name) for name in PLANNERS),
+    *(PlannerSetting(planner=name, num_redundant=8) for name in ("greedy", "eplb", "robust")),
 ]
 
 
@@ -390,7 +392,7 @@ def test_loads_are_those_that_balancing_reports(ranks, trace, dispatches, num_re
             continue  # Doing nothing is always added; with redundant slots it was not run.
         place = [each.site.site for each in dispatches].index(site)
         each = dispatches[place]
-        index = SETTINGS.index(Setting(planner=planner, num_redundant=num_redundant))
+        index = SETTINGS.index(PlannerSetting(planner=planner, num_redundant=num_redundant))
         total = live[place, index][each.judged].sum(axis=0)
         assert frame.sort_values("device")["num_rows"].tolist() == total.tolist()
         placed = replayed["placements"].query("planner == @planner and site == @site")
@@ -419,6 +421,26 @@ def test_dispatches_hold_what_the_trace_recorded(trace, dispatches):
         site_dispatches(trace, sites=[9])
     with pytest.raises(UsageError, match="no stack 'encoder'"):
         site_dispatches(trace, stack="encoder")
+
+
+def test_ranks_that_recorded_together_are_one_dispatch(tmp_path):
+    recorded = synthetic_trace(
+        tmp_path / "two.moeprof", num_requests=16, num_sites=1, batch=4, num_ranks=2, domains=("a",)
+    )
+    apart = site_dispatches(recorded)[0]
+    ranks = tuple(
+        RankInfo(rank=rank, world_size=2, data_parallel=rank, expert_parallel=rank)
+        for rank in range(2)
+    )
+    recorded.info = dataclasses.replace(recorded.info, ranks=ranks)
+    merged = site_dispatches(recorded)[0]
+    assert len(merged) < len(apart)
+    assert merged.rows.sum() == apart.rows.sum()
+    # Rank 0's tokens come first: its part of a pass is what it recorded.
+    first = recorded.routing(stack="decoder", steps=[0]).query("rank == 0")
+    ids = first.sort_values(["request", "position", "slot"])["expert"].to_numpy().reshape(-1, 2)
+    assert (merged.dispatch(0)[: len(ids)] == ids).all()
+    assert len(merged.dispatch(0)) > len(ids)
 
 
 def test_parts_are_timed_in_order(ranks):

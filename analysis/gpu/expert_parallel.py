@@ -55,7 +55,7 @@ from moeprof.errors import UsageError
 from moeprof.live.expert_parallel import PARTS
 from moeprof.live.parallel_estimates import StepEstimate
 from moeprof.live.parallel_plans import rows_to_slots, shard_counts
-from moeprof.live.parallel_traces import Setting, SiteDispatches, site_dispatches
+from moeprof.live.parallel_traces import PlannerSetting, SiteDispatches, site_dispatches
 from moeprof.live.rank_processes import run_ranks
 from moeprof.live.routing_sources import read_routing
 from moeprof.replay.loads import Layout, max_over_mean
@@ -92,12 +92,18 @@ BY_EXPERTS = {(512, 2): "paper LM", (128, 2): "paper MT", (128, 6): "Qwen3-30B-A
 """Whose experts a layer of so many experts and slots drives; others drive their own."""
 
 
-def settings_for(planners: Sequence[str], num_experts: int, num_devices: int) -> list[Setting]:
+def settings_for(
+    planners: Sequence[str], num_experts: int, num_devices: int
+) -> list[PlannerSetting]:
     """Returns the planners without replicas, and those that make something of them with some."""
     redundant = num_devices * max(1, num_experts // SHARE_REDUNDANT // num_devices)
     return [
-        *(Setting(planner=name) for name in planners),
-        *(Setting(planner=n, num_redundant=redundant) for n in planners if n in WITH_REPLICAS),
+        *(PlannerSetting(planner=name) for name in planners),
+        *(
+            PlannerSetting(planner=n, num_redundant=redundant)
+            for n in planners
+            if n in WITH_REPLICAS
+        ),
     ]
 
 
@@ -117,7 +123,7 @@ def shape_of(site: Site, *, tiny: bool) -> tuple[str, dict[str, Any]]:
 
 def planned(
     sites: Sequence[SiteDispatches], planners: Sequence[str], num_devices: int
-) -> list[dict[Setting, Layout]]:
+) -> list[dict[PlannerSetting, Layout]]:
     """Returns the placements of every site."""
     found = []
     with ThreadPoolExecutor(os.cpu_count()) as pool:
@@ -253,7 +259,7 @@ def step_rows(
             scaled_rows.append(
                 {
                     **described(subject, setting, index, study.layouts[count][setting]),
-                    "figure_class": "estimate",
+                    "figure_class": estimate.figure_class,
                     "step_ms": estimate.step_ms,
                     "low_ms": low_ms,
                     "high_ms": high_ms,
@@ -271,7 +277,9 @@ def predicted_parts(estimate: StepEstimate) -> dict[str, float]:
     return {part: getattr(estimate, f"{part}_ms") for part in PARTS}
 
 
-def described(subject: Subject, setting: Setting, index: int, layout: Layout) -> dict[str, Any]:
+def described(
+    subject: Subject, setting: PlannerSetting, index: int, layout: Layout
+) -> dict[str, Any]:
     """Returns what a step was of."""
     ids = subject.study.batches[index]
     counts = shard_counts(ids, [0, len(ids)], subject.study.num_experts)

@@ -22,7 +22,7 @@ from moeprof.live.parallel_estimates import (
     fitted_line,
 )
 from moeprof.live.parallel_plans import shard_starts
-from moeprof.live.parallel_traces import Setting
+from moeprof.live.parallel_traces import PlannerSetting
 from moeprof.live.repetitions import Repetitions
 from moeprof.replay.loads import Layout
 
@@ -59,7 +59,7 @@ class SiteCheck:
     """
 
     dispatches: list[np.ndarray]
-    layouts: dict[Setting, Layout]
+    layouts: dict[PlannerSetting, Layout]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -78,7 +78,7 @@ class Study:
     num_experts: int
     checks: list[SiteCheck]
     batches: list[np.ndarray]
-    layouts: dict[int, dict[Setting, Layout]]
+    layouts: dict[int, dict[PlannerSetting, Layout]]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -94,12 +94,12 @@ class Findings:
         steps: By setting, one per batch: times of the whole and of the parts.
     """
 
-    outputs: dict[Setting, dict[str, Any]]
-    timed_outputs: dict[Setting, dict[str, Any]]
+    outputs: dict[PlannerSetting, dict[str, Any]]
+    timed_outputs: dict[PlannerSetting, dict[str, Any]]
     arrived: list[np.ndarray]
-    size_exchange: dict[Setting, Repetitions]
-    estimates: dict[tuple[int, Setting], list[StepEstimate]]
-    steps: dict[Setting, list[dict[str, Any]]]
+    size_exchange: dict[PlannerSetting, Repetitions]
+    estimates: dict[tuple[int, PlannerSetting], list[StepEstimate]]
+    steps: dict[PlannerSetting, list[dict[str, Any]]]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -302,7 +302,7 @@ def all_estimates(
     plan: Plan,
     line: AllToAllLine,
     size_ms: dict[bool, float],
-) -> dict[tuple[int, Setting], list[StepEstimate]]:
+) -> dict[tuple[int, PlannerSetting], list[StepEstimate]]:
     """Returns estimates by (devices, setting), one per batch; ranks share the work."""
     jobs = [(count, name) for count, layouts in study.layouts.items() for name in layouts]
     mine = {}

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from moeprof.live.forcing import ForcedRouting, force_routing
     from moeprof.live.parallel_clocks import PartClock
     from moeprof.live.parallel_estimates import estimated_step
-    from moeprof.live.parallel_traces import site_dispatches
+    from moeprof.live.parallel_traces import PlannerSetting, site_dispatches
     from moeprof.live.rank_processes import run_ranks
     from moeprof.live.routing_controls import (
         RoutingShape,
@@ -36,6 +36,7 @@ __all__ = [
     "ForcedRouting",
     "ParallelExperts",
     "PartClock",
+    "PlannerSetting",
     "Routing",
     "RoutingBuffers",
     "RoutingShape",
@@ -66,6 +67,7 @@ _HOMES = {
     "ForcedRouting": "forcing",
     "ParallelExperts": "expert_parallel",
     "PartClock": "parallel_clocks",
+    "PlannerSetting": "parallel_traces",
     "Routing": "routing_sources",
     "RoutingBuffers": "routing_schedules",
     "RoutingShape": "routing_controls",

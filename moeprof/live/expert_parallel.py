@@ -232,10 +232,9 @@ class ParallelExperts:
             expert_ids: [T, k]; -1: not executed.
             clock: Takes the times of both exchanges.
         """
-        counts, where = self.exchange_sizes(expert_ids)
+        plan, where = self.exchange_sizes(expert_ids)
         _mark(clock, "size_exchange")
         order = rows_by_expert(where, len(self.layout.expert))
-        plan = rank_plan(counts, self.layout, self.rank)
         given = hidden.index_select(0, order.slots[: plan.num_sent] // expert_ids.shape[1])
         rows = hidden.new_empty(plan.num_received, hidden.shape[1])
         self._all_to_all(rows, given, plan.receive_splits, plan.send_splits)
@@ -244,8 +243,8 @@ class ParallelExperts:
         _mark(clock, "token_exchange")
         return Sent(order=order, plan=plan, rows=rows, slots=slots)
 
-    def exchange_sizes(self, expert_ids: torch.Tensor) -> tuple[np.ndarray, torch.Tensor]:
-        """Tells every rank this rank's counts, and waits for theirs.
+    def exchange_sizes(self, expert_ids: torch.Tensor) -> tuple[RankPlan, torch.Tensor]:
+        """Tells every rank this rank's counts, waits for theirs, and plans.
 
         Without replicas, where rows go is found meanwhile.
 
@@ -253,7 +252,7 @@ class ParallelExperts:
             expert_ids: [T, k]; -1: not executed.
 
         Returns:
-            (counts [ranks, experts] on the host, slot of each row [T, k]).
+            (the plan, slot of each row [T, k]).
         """
         num_experts = self.layout.num_experts
         flat = expert_ids.reshape(-1).long()
@@ -266,7 +265,7 @@ class ParallelExperts:
         work.wait()
         if where is None:
             where = slot_ids(expert_ids, self._tables, every[: self.rank].sum(dim=0))
-        return every.cpu().numpy(), where
+        return rank_plan(every.cpu().numpy(), self.layout, self.rank), where
 
     def run(self, sent: Sent) -> torch.Tensor:
         """Returns [received, d_model] what the own experts make of the rows that came."""

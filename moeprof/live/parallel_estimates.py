@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -30,6 +31,7 @@ from moeprof.live.parallel_plans import (
 )
 from moeprof.live.repetitions import Repetitions, repeat
 from moeprof.replay.loads import Layout
+from moeprof.replay.result import FigureClass
 
 _LEAST_POINTS = 2
 
@@ -174,9 +176,10 @@ def share_times(
 
 @dataclass(frozen=True, kw_only=True)
 class StepEstimate:
-    """What one step would take on so many devices; an estimate.
+    """What one step would take on so many devices.
 
     Attributes:
+        figure_class: Never a measurement.
         num_devices: Devices.
         size_exchange_ms: As given.
         token_exchange_ms: Bringing rows in order, and sending them: from the line.
@@ -187,6 +190,7 @@ class StepEstimate:
         busiest_bytes: Bytes that the busiest device sends to others, or receives, in an exchange.
     """
 
+    figure_class: ClassVar[FigureClass] = "estimate"
     num_devices: int
     size_exchange_ms: float
     token_exchange_ms: float

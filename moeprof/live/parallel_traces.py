@@ -32,7 +32,7 @@ Bools = NDArray[np.bool_]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Setting:
+class PlannerSetting:
     """A planner and how many slots it may add.
 
     Attributes:
@@ -74,7 +74,7 @@ class SiteDispatches:
         """Returns [tokens, top_k] the ids of one pass."""
         return self.experts[self.starts[index] : self.starts[index + 1]]
 
-    def layout(self, setting: Setting, num_devices: int) -> Layout:
+    def layout(self, setting: PlannerSetting, num_devices: int) -> Layout:
         """Returns the placement that a planner makes of the passes that plan.
 
         Raises:

@@ -19,6 +19,7 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from moeprof.errors import UsageError
+from moeprof.live.grouping import can_group
 
 EXPERT_KERNELS = ("auto", "grouped", "loop")
 # Without cuDNN's, which plans anew, for some 30 ms, at each length of the cache it has not seen.
@@ -27,8 +28,6 @@ ATTENTION_KERNELS = [
     SDPBackend.EFFICIENT_ATTENTION,
     SDPBackend.MATH,
 ]
-_ROW_ALIGNMENT_BYTES = 16
-_GROUPED_CAPABILITY = (9, 0)
 _POSITION_BASE = 10000.0
 
 
@@ -211,17 +210,6 @@ class PaperExperts(nn.Module):
                 out[start:end] = F.linear(hidden, self.w_out[expert], b_out)
             start = end
         return out
-
-
-def can_group(weight: torch.Tensor, rows: torch.Tensor) -> bool:
-    """Returns True where torch has a fast grouped matrix product for these tensors."""
-    if rows.device.type != "cuda" or rows.dtype != torch.bfloat16:
-        return False
-    if not hasattr(F, "grouped_mm"):
-        return False
-    widths = (weight.shape[1], weight.shape[2])
-    aligned = all(n * rows.element_size() % _ROW_ALIGNMENT_BYTES == 0 for n in widths)
-    return aligned and torch.cuda.get_device_capability(rows.device) >= _GROUPED_CAPABILITY
 
 
 class PaperCombine(nn.Module):

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from analysis.gpu.twins.shape import TwinConfig
-from moeprof.live.paper_lm import can_group
+from moeprof.live.grouping import can_group
 
 
 class _Gather(torch.autograd.Function):

@@ -9,10 +9,8 @@ import torch
 import torch.nn.functional as F
 
 from moeprof.live.experts import ExpertWeights
+from moeprof.live.grouping import can_group
 from moeprof.live.kernels.slots import combine_rows, rows_by_expert, within_capacity
-
-_ROW_ALIGNMENT_BYTES = 16
-_GROUPED_CAPABILITY = (9, 0)
 
 
 def dynamic_loop(
@@ -51,7 +49,7 @@ def dynamic_grouped(
 
     Falls back to `dynamic_loop` where torch has none that is fast (see `can_group`).
     """
-    if not can_group(hidden, experts):
+    if not can_group(experts.w_in, hidden):
         return dynamic_loop(hidden, expert_ids, weights, experts, capacity=capacity)
     kept = within_capacity(expert_ids, experts.num_experts, capacity)
     order = rows_by_expert(kept, experts.num_experts)
@@ -64,14 +62,3 @@ def dynamic_grouped(
     if experts.b_out is not None:
         rows += experts.b_out[row_experts]
     return combine_rows(rows, order, weights)
-
-
-def can_group(hidden: torch.Tensor, experts: ExpertWeights) -> bool:
-    """Returns True where torch has a fast grouped matrix product for these tensors."""
-    if hidden.device.type != "cuda" or hidden.dtype != torch.bfloat16:
-        return False
-    if not hasattr(F, "grouped_mm"):
-        return False
-    widths = (experts.d_model, experts.d_ff)
-    aligned = all(n * hidden.element_size() % _ROW_ALIGNMENT_BYTES == 0 for n in widths)
-    return aligned and torch.cuda.get_device_capability(hidden.device) >= _GROUPED_CAPABILITY

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 from functools import cache
 from pathlib import Path
@@ -187,6 +188,67 @@ def test_small_log(tmp_path: Path) -> None:
     assert stream.last[:3].tolist() == [0, 1, 2]
 
 
+def imported_text(text: str, folder: Path) -> Trace:
+    (folder / "log.csv").write_text(text)
+    return import_trace(folder / "log.csv", folder / "log.moeprof", source_format="bigmoeonedge")
+
+
+def test_unknown_weights_stay_unknown(tmp_path: Path) -> None:
+    """The engine writes nan where the graph shows no weight; it is no fault of the file."""
+    trace = imported_text(SMALL.replace(",0.6,", ",nan,"), tmp_path)
+    result = check(trace)
+    assert result.ok, result.problems
+    assert "1 of 12 choices have no weight" in trace.info.notes[0]
+    assert not trace.has_column("routing/decoder", "weight")
+    assert {site.slot_order for site in trace.sites} == {"by_score"}
+    assert (
+        int(replay.buffering(trace, policies=["lru"], capacities=[1]).table["num_lookups"].max())
+        == 11
+    )
+
+
+def test_discarded_choices_ran_nowhere(tmp_path: Path) -> None:
+    """Newer files mark misses that were discarded instead of read."""
+    head, rows = SMALL.split("expert_bytes\n0", 1)
+    lines = ("0" + rows).splitlines()
+    lines = [f"{line},{int(line.startswith('0,1,2,1,1'))}" for line in lines]
+    text = head + "expert_bytes,dropped\n" + "\n".join(lines) + "\n"
+    trace = imported_text(text, tmp_path)
+    result = check(trace)
+    assert result.ok, result.problems
+    routing = trace.routing()
+    (row,) = routing[routing["status"] == SlotStatus.DROPPED].to_dict("records")
+    assert (row["expert"], row["layer"], row["weight"]) == (0, 1, 0.0)
+    assert trace.layers["num_dropped"].sum() == 1
+    assert (
+        int(replay.buffering(trace, policies=["lru"], capacities=[1]).table["num_lookups"].max())
+        == 10
+    )
+
+
+def test_routers_that_rank_by_another_score(tmp_path: Path) -> None:
+    """Slots are in rank order; with a selection bias the weights need not fall."""
+    trace = imported_text(SMALL.replace("0,3,0.6,0,100", "0,3,0.2,0,100"), tmp_path)
+    result = check(trace)
+    assert result.ok, result.problems
+    assert [site.slot_order for site in trace.sites] == ["by_score", "by_weight"]
+
+
+def test_any_order_columns_by_name_and_a_turn_that_only_decodes(tmp_path: Path) -> None:
+    text = SMALL + "2,1,9,1,0,2,1.0,0,100\n2,1,9,2,0,2,1.0,0,60\n"
+    start = text.index("turn,phase")
+    frame = pd.read_csv(io.StringIO(text[start:])).sample(frac=1, random_state=0)
+    frame = frame[frame.columns[::-1]].assign(note="x")
+    changed = text[:start] + frame.to_csv(index=False).replace(",", ", ")
+    trace = imported_text(changed, tmp_path)
+    assert check(trace).ok
+    plain = tmp_path / "plain"
+    plain.mkdir()
+    pd.testing.assert_frame_equal(trace.routing(), imported_text(text, plain).routing())
+    assert trace.requests["num_prompt_tokens"].tolist() == [2, 1, 0]
+    assert trace.requests["num_output_tokens"].tolist() == [1, 0, 1]
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -197,6 +259,13 @@ def test_small_log(tmp_path: Path) -> None:
         (("0,0,0,1,1,1,0.4,0,100", "0,0,0,1,0,1,0.4,0,100"), "twice"),
         (("residency,", ""), "lacks the column residency"),
         (("0,1,2,2,1,3,0.5,0,60", "0,7,2,2,1,3,0.5,0,60"), "phase"),
+        (("# route_trace v1", "# route_trace v10"), "is no route_trace v1"),
+        (("0,0,0,1,0,3,0.6,0,100", "0,0,0,1,0,2.5,0.6,0,100"), "column expert .* whole numbers"),
+        (("0,0,0,1,0,3,0.6,0,100", "0,0,inf,1,0,3,0.6,0,100"), "column step .* whole numbers"),
+        (("0,0,0,1,0,3,0.6,0,100", "0,0,0,99999,0,3,0.6,0,100"), "column layer .* up to 32,767"),
+        (("0,0,0,1,0,3,0.6,0,100", "0,0,-1,1,0,3,0.6,0,100"), "without a position"),
+        (("0,0,0,1,0,3,0.6,0,100", "0,0,0,1,0,3,inf,0,100"), "column weight"),
+        (("0,0,0,1,1,1,0.4,0,100", "0,0,0,1,7,1,0.4,0,100"), "8 slots per token"),
     ],
 )
 def test_damaged_logs_are_refused(tmp_path: Path, change: tuple[str, str], message: str) -> None:

@@ -2,9 +2,11 @@
 
 A ``#`` preamble gives the geometry (``model= arch= n_layer= n_expert= n_expert_used=``, then
 ``layer= expert_bytes= dense_bytes=`` per layer); rows are ``turn,phase,step,layer,slot,expert,
-weight,residency,expert_bytes``. All prompt rows of a turn are one forward pass, every generated
-token is one of its own; a turn becomes a request. Leaves out ``residency``: it is what the
-device's own cache did, not routing.
+weight,residency,expert_bytes`` and, in newer files, ``dropped``; columns are found by name. All
+prompt rows of a turn are one forward pass, every generated token is one of its own; a turn becomes
+a request. A weight of ``nan`` means that the run could not tell; ``dropped`` marks a choice that
+was discarded instead of read. Leaves out ``residency``: it is what the device's own cache did, not
+routing.
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ from moeprof.trace.writer import TraceWriter
 Array = np.ndarray[Any, Any]
 
 FORMAT_LINE = "route_trace v1"
+_FORMAT = re.compile(r"\broute_trace v1\b")
 COLUMNS = (
     "turn",
     "phase",
@@ -36,9 +39,13 @@ COLUMNS = (
     "residency",
     "expert_bytes",
 )
+DROPPED = "dropped"
+"""A column that older files lack."""
 PREFILL, DECODE = 0, 1
 
-_INTEGERS = tuple(name for name in COLUMNS if name != "weight")
+_INTEGERS = (*(name for name in COLUMNS if name != "weight"), DROPPED)
+_LARGEST = {"layer": np.iinfo(np.int16).max, "expert_bytes": np.iinfo(np.int64).max}
+_LARGEST_OTHERWISE = np.iinfo(np.int32).max
 _PAIR = re.compile(r"(\w+)=(\S+)")
 _STACK = "decoder"
 _UNIT_STEPS = 4096
@@ -66,6 +73,7 @@ def convert(source: Path, output: Path, *, force: bool = False) -> Trace:
         mode="import",
         command=f"import bigmoeonedge {source.name}",
         origin={"format": FORMAT_LINE, "file": source.name},
+        notes=_notes(rows),
         capture=spec.CaptureCounts(
             num_sites=len(sites),
             num_calls_expected=num_steps * len(sites),
@@ -90,9 +98,9 @@ def read_rows(source: Path) -> pd.DataFrame:
         TraceError: Columns are missing or hold no numbers, or there are no rows.
     """
     try:
-        rows = pd.read_csv(source, comment="#")
+        rows = pd.read_csv(source, comment="#", skipinitialspace=True)
     except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError) as error:
-        raise TraceError(f"{source} is no {FORMAT_LINE}: {error}") from None
+        raise TraceError(f"{source} is no {FORMAT_LINE}: {str(error).strip()}") from None
     missing = [name for name in COLUMNS if name not in rows]
     if missing:
         raise TraceError(
@@ -101,14 +109,13 @@ def read_rows(source: Path) -> pd.DataFrame:
         )
     if rows.empty:
         raise TraceError(f"{source} holds no rows")
-    for name in COLUMNS:
-        if not pd.api.types.is_numeric_dtype(rows[name]) or rows[name].isna().any():
-            raise TraceError(
-                f"{source}: column {name} holds something that is no number",
-                hint="the file may be cut short; copy it again",
-            )
+    rows[DROPPED] = rows.get(DROPPED, 0)
+    for name in (*COLUMNS, DROPPED):
+        _check_numbers(source, name, rows[name])
     for name in _INTEGERS:
         rows[name] = rows[name].astype(np.int64)
+    if (rows["step"] < 0).any():
+        raise TraceError(f"{source}: column step holds rows without a position (below 0)")
     if not rows["phase"].isin((PREFILL, DECODE)).all():
         raise TraceError(f"{source}: column phase holds values other than 0 and 1")
     order = ["turn", "phase", "step", "layer", "slot"]
@@ -116,6 +123,35 @@ def read_rows(source: Path) -> pd.DataFrame:
     if twice.any():
         raise TraceError(f"{source}: row {int(np.flatnonzero(twice)[0]) + 1} is there twice")
     return rows.sort_values(order, kind="stable", ignore_index=True)
+
+
+def _check_numbers(source: Path, name: str, column: pd.Series) -> None:
+    """Refuses what is no number, or no whole one where whole ones belong."""
+    if not pd.api.types.is_numeric_dtype(column):
+        wrong = True
+    elif name == "weight":
+        wrong = bool(np.isinf(column).any())
+    else:
+        wrong = bool(column.isna().any())
+    if wrong:
+        raise TraceError(
+            f"{source}: column {name} holds something that is no number",
+            hint="the file may be cut short; copy it again",
+        )
+    if name in _INTEGERS:
+        largest = _LARGEST.get(name, _LARGEST_OTHERWISE)
+        if ((column % 1 != 0) | (column.abs() > largest)).any():
+            raise TraceError(
+                f"{source}: column {name} holds something else than whole numbers up to {largest:,}"
+            )
+
+
+def _notes(rows: pd.DataFrame) -> tuple[str, ...]:
+    """Returns what the trace lacks and the log does not say."""
+    unknown = int(rows["weight"].isna().sum())
+    if not unknown:
+        return ()
+    return (f"{unknown:,} of {len(rows):,} choices have no weight in the log: weights left out",)
 
 
 class _Geometry:
@@ -140,7 +176,7 @@ def _preamble(source: Path) -> _Geometry:
     geometry = _Geometry(source)
     with source.open(encoding="utf-8", errors="replace") as file:
         first = file.readline()
-        if FORMAT_LINE not in first:
+        if not _FORMAT.search(first):
             raise TraceError(
                 f"{source} is no {FORMAT_LINE}",
                 hint=f"its first line should be '# {FORMAT_LINE}'",
@@ -167,6 +203,12 @@ def _sites(geometry: _Geometry, rows: pd.DataFrame) -> tuple[spec.Site, ...]:
         raise TraceError(
             f"{geometry.source}: an expert or slot lies outside the {num_experts} experts"
         )
+    if top_k > num_experts:
+        raise TraceError(
+            f"{geometry.source}: {top_k} slots per token cannot hold different experts of "
+            f"{num_experts}"
+        )
+    falling = _falling(rows)
     read = rows.groupby("layer")["expert_bytes"].max()
     sites = []
     for index, layer in enumerate(int(layer) for layer in read.index):
@@ -183,11 +225,28 @@ def _sites(geometry: _Geometry, rows: pd.DataFrame) -> tuple[spec.Site, ...]:
                 top_k=top_k,
                 first_slot=index * top_k,
                 expert_bytes=size,
-                slot_order="by_weight",
+                slot_order="by_weight" if falling[layer] else "by_score",
                 adapter="bigmoeonedge",
             )
         )
     return tuple(sites)
+
+
+def _falling(rows: pd.DataFrame) -> dict[int, bool]:
+    """Returns, per layer, whether weights never rise from slot to slot.
+
+    Slots are in the router's rank order; where that ranks biased scores, weights may rise.
+    """
+    kept = rows[rows[DROPPED] == 0]
+    token = ["turn", "phase", "step", "layer"]
+    same = (kept[token].diff().iloc[1:] == 0).all(axis=1).to_numpy()
+    # As they are stored, so that the trace keeps what is stated.
+    weight = kept["weight"].to_numpy().astype(np.float16)
+    rising = np.zeros(len(kept), bool)
+    rising[1:] = same & ~(weight[1:] <= weight[:-1])
+    unknown = kept["weight"].isna().any()
+    wrong = set(kept["layer"][rising].tolist())
+    return {int(layer): not unknown and layer not in wrong for layer in rows["layer"].unique()}
 
 
 def _tokens(rows: pd.DataFrame, sites: tuple[spec.Site, ...]) -> dict[str, Array]:
@@ -204,9 +263,11 @@ def _tokens(rows: pd.DataFrame, sites: tuple[spec.Site, ...]) -> dict[str, Array
     expert = np.full((num_tokens, len(sites) * top_k), spec.NO_EXPERT, np.int32)
     weight = np.zeros(expert.shape, np.float32)
     status = np.full(expert.shape, SlotStatus.UNUSED, np.uint8)
+    dropped = rows[DROPPED].to_numpy() != 0
     expert[token, slot] = rows["expert"].to_numpy()
-    weight[token, slot] = rows["weight"].to_numpy()
-    status[token, slot] = SlotStatus.ROUTED
+    # The log keeps the weight that the router gave a discarded choice; what was applied is 0.
+    weight[token, slot] = np.where(dropped, 0.0, rows["weight"].to_numpy())
+    status[token, slot] = np.where(dropped, SlotStatus.DROPPED, SlotStatus.ROUTED)
     _mark_unseen(status, top_k)
     opens = np.ones(num_tokens, bool)
     opens[1:] = (np.diff(turn) != 0) | (phase[1:] == DECODE) | (np.diff(phase) != 0)
@@ -222,7 +283,7 @@ def _tokens(rows: pd.DataFrame, sites: tuple[spec.Site, ...]) -> dict[str, Array
         "position": (position - position[first_of_turn][turn_index]).astype(np.int32),
         "decode": phase == DECODE,
         "expert": expert,
-        "weight": weight,
+        **({} if rows["weight"].isna().any() else {"weight": weight}),
         "status": status,
     }
 
@@ -270,18 +331,22 @@ def _unit(tokens: dict[str, Array], sites: tuple[spec.Site, ...]) -> dict[str, d
     phase = np.where(decode == 0, "prefill", "decode")
     of_token = np.repeat(np.arange(len(steps)), sizes)
     layers: dict[str, list[Array]] = {
-        name: [] for name in ("step", "layer", "site", "tokens", "active")
+        name: [] for name in ("step", "layer", "site", "tokens", "active", "dropped")
     }
     for site in sites:
         slots = slice(site.first_slot, site.first_slot + site.top_k)
         routed = tokens["status"][:, slots] == SlotStatus.ROUTED
+        dropped = tokens["status"][:, slots] == SlotStatus.DROPPED
         key = (of_token[:, None] * site.num_experts + tokens["expert"][:, slots])[routed]
         active = np.bincount(np.unique(key) // site.num_experts, minlength=len(steps))
         layers["step"].append(steps)
         layers["layer"].append(np.full(len(steps), site.layer))
         layers["site"].append(np.full(len(steps), site.site))
         layers["tokens"].append(
-            np.bincount(of_token, weights=routed.any(axis=1), minlength=len(steps))
+            np.bincount(of_token, weights=(routed | dropped).any(axis=1), minlength=len(steps))
+        )
+        layers["dropped"].append(
+            np.bincount(of_token, weights=dropped.sum(axis=1), minlength=len(steps))
         )
         layers["active"].append(active)
     joined = {name: np.concatenate(parts) for name, parts in layers.items()}
@@ -308,6 +373,7 @@ def _unit(tokens: dict[str, Array], sites: tuple[spec.Site, ...]) -> dict[str, d
             "num_tokens": joined["tokens"],
             "num_rows": joined["tokens"],
             "num_active_experts": joined["active"],
+            "num_dropped": joined["dropped"],
             "component_source": None,
         },
         f"routing/{_STACK}": {
@@ -320,6 +386,6 @@ def _unit(tokens: dict[str, Array], sites: tuple[spec.Site, ...]) -> dict[str, d
             "phase": np.where(tokens["decode"], "decode", "prefill"),
             "expert": tokens["expert"],
             "status": tokens["status"],
-            "weight": tokens["weight"],
+            **({"weight": tokens["weight"]} if "weight" in tokens else {}),
         },
     }

@@ -11,11 +11,11 @@ from hypothesis import strategies as st
 from replay_tools import make_site, make_tokens, mark_trained
 
 from moeprof import replay
-from moeprof.replay import affinity
+from moeprof.replay import affinity, layer_pairs
 from moeprof.trace.handmade import HandToken, hand_trace
 from moeprof.trace.synthetic import synthetic_trace
 
-ONCE = affinity.MULTIPLES.index(1.0)
+ONCE = layer_pairs.MULTIPLES.index(1.0)
 
 
 def two_sites(step, request, first, second, *, num_experts, **options):
@@ -122,14 +122,14 @@ def test_a_single_expert_tells_nothing(num_experts):
 def test_probabilities_by_hand():
     """Two experts, four tokens each: 4 and 0 of 4 go to expert 0, against 4 of 8 at large."""
     first = np.repeat([0, 1], 4)[:, None].astype(np.int32)
-    assert affinity.conditional(first, first, (2, 2)).tolist() == [[1, 0], [0, 1]]
+    assert layer_pairs.conditional(first, first, (2, 2)).tolist() == [[1, 0], [0, 1]]
     # 3 of 4 and 1 of 4: squares 4 x (1 - 4/4) = 0 beyond what chance gives, so popularity alone.
     second = np.array([0, 0, 0, 1, 0, 1, 1, 1])[:, None].astype(np.int32)
-    assert affinity.conditional(first, second, (2, 2)).tolist() == [[0.5, 0.5], [0.5, 0.5]]
+    assert layer_pairs.conditional(first, second, (2, 2)).tolist() == [[0.5, 0.5], [0.5, 0.5]]
     # 10 tokens each, 9 and 1: (4 x 16 - 4 x 2.5) / (4 x 10 x 9 x 0.25) = 0.6; prior of 2/3 tokens.
     first = np.repeat([0, 1], 10)[:, None].astype(np.int32)
     second = np.r_[np.zeros(9), 1, 0, np.ones(9)][:, None].astype(np.int32)
-    found = affinity.conditional(first, second, (3, 2))
+    found = layer_pairs.conditional(first, second, (3, 2))
     assert found[0, 0] == pytest.approx((9 + 1 / 3) / (10 + 2 / 3))
     # Never seen: popularity.
     assert found[2].tolist() == [0.5, 0.5]
@@ -137,7 +137,7 @@ def test_probabilities_by_hand():
 
 def test_tokens_get_the_experts_of_others():
     dispatch = np.array([0, 0, 1, 2, 2, 2, 3, 4, 5], np.int32)
-    partner = affinity.exchanged(dispatch, np.array([0] * 6 + [0, 0, 1], np.int32))
+    partner = layer_pairs.exchanged(dispatch, np.array([0] * 6 + [0, 0, 1], np.int32))
     assert sorted(partner.tolist()) == list(range(9))
     assert partner[:2].tolist() == [1, 0]
     assert set(partner[3:6].tolist()) == {3, 4, 5}
@@ -155,14 +155,14 @@ def test_nothing_is_judged_on_what_it_was_fitted_on():
     later = request >= 20
     second = np.where(later[:, None], 7 - first, first)
     tokens = two_sites(step, request, first, second, num_experts=(8, 8))
-    assert affinity.later_requests(tokens, "decode").tolist() == [False] * 20 + [True] * 20
+    assert layer_pairs.later_requests(tokens, "decode").tolist() == [False] * 20 + [True] * 20
     row = row_of(tokens)
     assert row["token_share"] == 0.0
     assert row["num_tokens"] == 20 * 50
     labels = dataclasses.replace(
         tokens.requests, label=np.arange(40) % 4, labels=("a", "b", "c", "d")
     )
-    judged = affinity.later_requests(dataclasses.replace(tokens, requests=labels), "decode")
+    judged = layer_pairs.later_requests(dataclasses.replace(tokens, requests=labels), "decode")
     assert np.bincount(np.arange(40)[judged] % 4).tolist() == [5, 5, 5, 5]
     assert np.flatnonzero(judged).min() == 20
 
@@ -179,8 +179,8 @@ def test_ranks_and_shares_equal_the_obvious_loop(seed):
     first[rng.random(first.shape) < 0.2] = -1
     second[rng.random(second.shape) < 0.2] = -1
     tokens = two_sites(step, request, first, second, num_experts=(5, 7), num_requests=num_requests)
-    judged = affinity.later_requests(tokens, "decode")
-    pair = affinity._pair(tokens, "decode", 0, judged)
+    judged = layer_pairs.later_requests(tokens, "decode")
+    pair = layer_pairs.judged_pair(tokens, "decode", 0, judged)
     first, second = tokens.expert
     seen = [t for t in range(len(first)) if max(first[t]) >= 0 and max(second[t]) >= 0]
     fitted = [t for t in seen if not judged[tokens.request[t]]]
@@ -189,7 +189,7 @@ def test_ranks_and_shares_equal_the_obvious_loop(seed):
         return
     popularity = np.array([(second[fitted] == each).sum() for each in range(7)])
     popular = sorted(range(7), key=lambda each: (-popularity[each], each))
-    table = affinity.conditional(first[fitted], second[fitted], (5, 7))
+    table = layer_pairs.conditional(first[fitted], second[fitted], (5, 7))
     needed = [len({e for t in fitted if tokens.dispatch[t] == d for e in second[t] if e >= 0})
               for d in sorted({tokens.dispatch[t] for t in fitted})]  # fmt: skip
     fetched = (3, int(np.median(needed)))
@@ -228,7 +228,7 @@ def test_ranks_and_shares_equal_the_obvious_loop(seed):
 
 
 def test_long_traces_are_thinned_evenly(monkeypatch):
-    monkeypatch.setattr(affinity, "MAX_TOKENS", 500)
+    monkeypatch.setattr(layer_pairs, "MAX_TOKENS", 500)
     rng = np.random.default_rng(5)
     step, request = batches(40, 50, 4)
     first = rng.integers(0, 8, (len(step), 1))

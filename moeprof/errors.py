@@ -42,6 +42,12 @@ class TraceError(MoeprofError):
     exit_code = EXIT_BAD_TRACE
 
 
+class CalibrationError(MoeprofError):
+    """A calibration file that is missing, damaged or of another version (exit code 3)."""
+
+    exit_code = EXIT_BAD_TRACE
+
+
 class CaptureError(MoeprofError):
     """A recording that captured nothing, or less than it should have (exit code 1)."""
 

@@ -12,19 +12,27 @@ if TYPE_CHECKING:
     from moeprof.replay.balance import balancing
     from moeprof.replay.breakdown import latency
     from moeprof.replay.cache.study import BufferingResult, buffering
+    from moeprof.replay.calibration_file import Calibration, read_calibration, write_calibration
     from moeprof.replay.composition import compose
+    from moeprof.replay.cost_model import cost
     from moeprof.replay.domains import transfer
+    from moeprof.replay.expert_shapes import ExpertShape
     from moeprof.replay.flips import agreement
     from moeprof.replay.footprint import memory
     from moeprof.replay.gates import gating
     from moeprof.replay.result import Finding, Metric, Result
     from moeprof.replay.reuse import locality
+    from moeprof.replay.serving_settings import BufferingSetting, GatingSetting, parse_setting
     from moeprof.replay.usage import activation
     from moeprof.replay.working_set import batching
 
 __all__ = [
     "BufferingResult",
+    "BufferingSetting",
+    "Calibration",
+    "ExpertShape",
     "Finding",
+    "GatingSetting",
     "Metric",
     "Result",
     "activation",
@@ -33,16 +41,24 @@ __all__ = [
     "batching",
     "buffering",
     "compose",
+    "cost",
     "gating",
     "latency",
     "locality",
     "memory",
+    "parse_setting",
+    "read_calibration",
     "transfer",
+    "write_calibration",
 ]
 
 _HOMES = {
     "BufferingResult": "cache.study",
+    "BufferingSetting": "serving_settings",
+    "Calibration": "calibration_file",
+    "ExpertShape": "expert_shapes",
     "Finding": "result",
+    "GatingSetting": "serving_settings",
     "Metric": "result",
     "Result": "result",
     "activation": "usage",
@@ -51,11 +67,15 @@ _HOMES = {
     "batching": "working_set",
     "buffering": "cache.study",
     "compose": "composition",
+    "cost": "cost_model",
     "gating": "gates",
     "latency": "breakdown",
     "locality": "reuse",
     "memory": "footprint",
+    "parse_setting": "serving_settings",
+    "read_calibration": "calibration_file",
     "transfer": "domains",
+    "write_calibration": "calibration_file",
 }
 
 

@@ -1,0 +1,402 @@
+"""What one machine was measured to do, as a file that predictions are made from.
+
+Every number has a spread, so that a prediction can say how sure it is. Leaves out measuring, which
+needs the machine (`moeprof.live.calibrate`), and predicting (`cost_model`).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from moeprof.errors import CalibrationError, MoeprofError
+
+SCHEMA_VERSION = 1
+KIND = "moeprof calibration"
+
+Floats = NDArray[np.float64]
+
+_LOW, _HIGH = 0.05, 0.95
+_INTERQUARTILE_SIGMAS = 1.349
+_MEDIAN_PENALTY = 1.2533
+_HINT = "measure this machine again: moeprof calibrate -o FILE"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measured:
+    """One constant; its unit is the suffix of the field that holds it.
+
+    Attributes:
+        median: Median of the repetitions.
+        low: 5th percentile of them.
+        high: 95th percentile.
+        error: Relative standard error of the median: 1.2533 sigma / sqrt(n) / median, sigma from
+            the distance of the quartiles, so that single outliers do not count.
+        num_repetitions: Repetitions.
+    """
+
+    median: float
+    low: float
+    high: float
+    error: float
+    num_repetitions: int
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Measured:
+        """Returns what repetitions say; at least one."""
+        every = np.asarray(values, np.float64)
+        median = float(np.median(every))
+        low, high = np.quantile(every, (_LOW, _HIGH)).tolist()
+        first, third = np.quantile(every, (0.25, 0.75)).tolist()
+        sigma = (third - first) / _INTERQUARTILE_SIGMAS
+        error = _MEDIAN_PENALTY * sigma / math.sqrt(len(every)) / median if median > 0 else 0.0
+        return cls(median=median, low=low, high=high, error=error, num_repetitions=len(every))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Curve:
+    """A time that depends on a size: straight between the points that were measured.
+
+    Below the smallest size it stays what it is there; above the largest it goes on as between the
+    last two, or in proportion where there is one point only.
+
+    Attributes:
+        sizes: Ascending.
+        times_s: One per size.
+    """
+
+    sizes: tuple[float, ...]
+    times_s: tuple[Measured, ...]
+
+    def at(self, sizes: ArrayLike) -> Floats:
+        """Returns the times [...] in seconds for sizes [...]."""
+        given = np.asarray(sizes, np.float64)
+        return _straight(given, np.array(self.sizes), [one.median for one in self.times_s])
+
+    @property
+    def error(self) -> float:
+        """Largest relative standard error of its points."""
+        return max(one.error for one in self.times_s)
+
+
+def _straight(given: Floats, sizes: Floats, times: Sequence[float] | Floats) -> Floats:
+    """Returns times by straight lines between points; see `Curve`."""
+    known = np.asarray(times, np.float64)
+    if len(sizes) == 1:
+        in_proportion: Floats = known[0] * np.maximum(given / sizes[0], 1.0)
+        return in_proportion
+    slope = max(0.0, (known[-1] - known[-2]) / (sizes[-1] - sizes[-2]))
+    beyond = known[-1] + slope * (given - sizes[-1])
+    found: Floats = np.where(given > sizes[-1], beyond, np.interp(given, sizes, known))
+    return found
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExpertTimes:
+    """Time of one expert, by its bytes and the rows it is given.
+
+    Attributes:
+        expert_bytes: Sizes measured, ascending.
+        by_rows: For each of them the time by rows.
+    """
+
+    expert_bytes: tuple[int, ...]
+    by_rows: tuple[Curve, ...]
+
+    def at(self, expert_bytes: int, rows: ArrayLike) -> Floats:
+        """Returns the times [...] in seconds of an expert for rows [...]."""
+        given = np.asarray(rows, np.float64)
+        of_size = np.stack([curve.at(given) for curve in self.by_rows])
+        if len(self.expert_bytes) == 1:
+            only: Floats = of_size[0] * max(expert_bytes / self.expert_bytes[0], 1.0)
+            return only
+        sizes = np.array(self.expert_bytes, np.float64)
+        above = int(np.clip(np.searchsorted(sizes, expert_bytes), 1, len(sizes) - 1))
+        share = max(0.0, (expert_bytes - sizes[above - 1]) / (sizes[above] - sizes[above - 1]))
+        grown: Floats = of_size[above] - of_size[above - 1]
+        found: Floats = of_size[above - 1] + share * (
+            grown if share <= 1 else np.maximum(grown, 0.0)
+        )
+        return found
+
+    @property
+    def error(self) -> float:
+        """Largest relative standard error of its points."""
+        return max(curve.error for curve in self.by_rows)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecisionTimes:
+    """Host time in which a policy's state machine decides about a dispatch.
+
+    Attributes:
+        dispatch_s: Per dispatch.
+        hit_s: Per lookup that hits.
+        miss_s: Per lookup that misses.
+        slot_s: Per miss and slot of the cache: some policies look through all residents.
+        error: Relative error of the fit.
+    """
+
+    dispatch_s: float
+    hit_s: float
+    miss_s: float
+    slot_s: float
+    error: float
+
+    def at(self, hits: ArrayLike, misses: ArrayLike, capacity: ArrayLike) -> Floats:
+        """Returns the times [dispatches] in seconds."""
+        missed = np.asarray(misses, np.float64)
+        return (
+            self.dispatch_s
+            + self.hit_s * np.asarray(hits, np.float64)
+            + missed * (self.miss_s + self.slot_s * np.asarray(capacity, np.float64))
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class GatingTimes:
+    """Time of a gating kernel, as a sum of what it does; no part is negative.
+
+    Attributes:
+        host_dispatch_s: Host time per dispatch.
+        host_expert_s: Host time per active expert.
+        device_dispatch_s: Device time per dispatch.
+        device_expert_s: Device time per active expert.
+        weight_factor: Device time over weight bytes / copy rate.
+        flops_factor: Device time over FLOPs / matrix rate.
+        moved_factor: Device time over bytes of rows and masks / copy rate.
+        waits: The host waits for the device in it.
+        error: Relative error of the fit.
+    """
+
+    host_dispatch_s: float
+    host_expert_s: float
+    device_dispatch_s: float
+    device_expert_s: float
+    weight_factor: float
+    flops_factor: float
+    moved_factor: float
+    waits: bool
+    error: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trial:
+    """A run on the machine beside what the constants alone say: what a model leaves over.
+
+    Attributes:
+        kind: ``buffering`` or ``gating``.
+        setting: Its name.
+        routing: Where the routing came from.
+        modelled_ms: [steps] by the constants, without correction.
+        measured_ms: [repetitions][steps].
+    """
+
+    kind: str
+    setting: str
+    routing: str
+    modelled_ms: tuple[float, ...]
+    measured_ms: tuple[tuple[float, ...], ...]
+
+    def ratios(self) -> Floats:
+        """Returns measured over modelled, [repetitions * steps]."""
+        found: Floats = (np.array(self.measured_ms) / np.array(self.modelled_ms)).ravel()
+        return found
+
+
+@dataclass(frozen=True, kw_only=True)
+class Calibration:
+    """What a machine was measured to do.
+
+    Attributes:
+        device: Device, processor, driver and memory, as in a trace.
+        versions: Of packages.
+        date: When, ISO 8601.
+        command: What measured it.
+        dtype: Of weights and rows.
+        is_serial: The device has no queue of its own: it is the host.
+        device_copy_bytes_per_s: Bytes read plus written by a large copy on the device.
+        matrix_flops_per_s: Of a large matrix product.
+        launch_host_s: Host time to launch a small kernel.
+        launch_device_s: Device time of a small kernel among others.
+        to_device: Copy of so many bytes from page-locked host memory to the device.
+        device_expert: One expert on the device, its weights not in a device cache.
+        host_expert: One expert on the host, likewise.
+        expert_host_s: Host time to launch one expert.
+        slot_host_s: Host time besides where it lies in a slot.
+        load_host_s: Host time to ask for one copy.
+        fetch_s: From asking for rows on the host to having them.
+        return_host_s: Host time to send rows back.
+        known_s: From the start of a dispatch on an idle device until the host knows the active
+            experts.
+        sort_device: Device part of that, by (token, slot) rows.
+        combine_host_s: Host time of what follows the experts.
+        combine_device: Device time of it, by (token, slot) rows.
+        sync_s: Wait for an idle device.
+        decisions: By policy.
+        gating: By kernel.
+        all_to_all: Time of an exchange by bytes per device; None on a single device.
+        trials: Runs that say what the model leaves over.
+    """
+
+    device: Mapping[str, Any]
+    versions: Mapping[str, str]
+    date: str
+    command: str
+    dtype: str
+    is_serial: bool
+    device_copy_bytes_per_s: Measured
+    matrix_flops_per_s: Measured
+    launch_host_s: Measured
+    launch_device_s: Measured
+    to_device: Curve
+    device_expert: ExpertTimes
+    host_expert: ExpertTimes
+    expert_host_s: Measured
+    slot_host_s: Measured
+    load_host_s: Measured
+    fetch_s: Measured
+    return_host_s: Measured
+    known_s: Measured
+    sort_device: Curve
+    combine_host_s: Measured
+    combine_device: Curve
+    sync_s: Measured
+    decisions: Mapping[str, DecisionTimes] = field(default_factory=dict)
+    gating: Mapping[str, GatingTimes] = field(default_factory=dict)
+    all_to_all: Curve | None = None
+    trials: tuple[Trial, ...] = ()
+
+    @property
+    def name(self) -> str:
+        """The machine in a few words."""
+        return str(self.device.get("device_name") or self.device.get("cpu_name") or "unknown")
+
+
+_CONSTANTS = (
+    "device_copy_bytes_per_s", "matrix_flops_per_s", "launch_host_s", "launch_device_s",
+    "expert_host_s", "slot_host_s", "load_host_s", "fetch_s", "return_host_s", "known_s",
+    "combine_host_s", "sync_s",
+)  # fmt: skip
+_CURVES = ("to_device", "sort_device", "combine_device")
+_SURFACES = ("device_expert", "host_expert")
+_PLAIN = ("device", "versions", "date", "command", "dtype", "is_serial")
+
+
+def write_calibration(
+    calibration: Calibration, path: str | os.PathLike[str], *, force: bool = False
+) -> Path:
+    """Writes a calibration file: beside its place first, then renamed.
+
+    Raises:
+        MoeprofError: The file exists.
+    """
+    target = Path(path)
+    if target.exists() and not force:
+        raise MoeprofError(f"{target} exists", hint="choose another name, or replace it: --force")
+    content = {"kind": KIND, "schema_version": SCHEMA_VERSION, **asdict(calibration)}
+    beside = target.with_name(f".{target.name}.{os.getpid()}")
+    try:
+        beside.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        beside.replace(target)
+    finally:
+        beside.unlink(missing_ok=True)
+    return target
+
+
+def read_calibration(path: str | os.PathLike[str]) -> Calibration:
+    """Reads a calibration file.
+
+    Raises:
+        CalibrationError: It is missing, damaged, something else, or of another version.
+    """
+    source = Path(path)
+    try:
+        content = json.loads(source.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CalibrationError(f"there is no calibration file {source}", hint=_HINT) from None
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise CalibrationError(
+            f"{source} cannot be read as a calibration file: {error}", hint=_HINT
+        ) from None
+    if not isinstance(content, dict) or content.get("kind") != KIND:
+        raise CalibrationError(f"{source} is no calibration file", hint=_HINT)
+    version = content.get("schema_version")
+    if version != SCHEMA_VERSION:
+        raise CalibrationError(
+            f"{source} has version {version}, this moeprof reads version {SCHEMA_VERSION}",
+            hint=_HINT,
+        )
+    try:
+        return _calibration(content)
+    except (KeyError, TypeError, ValueError) as error:
+        what = f"it lacks {error}" if isinstance(error, KeyError) else str(error)
+        raise CalibrationError(f"{source} is damaged: {what}", hint=_HINT) from None
+
+
+def _calibration(content: Mapping[str, Any]) -> Calibration:
+    exchange = content["all_to_all"]
+    parts: dict[str, Any] = {name: content[name] for name in _PLAIN}
+    parts |= {name: _measured(content[name]) for name in _CONSTANTS}
+    parts |= {name: _curve(content[name]) for name in _CURVES}
+    parts |= {name: _surface(content[name]) for name in _SURFACES}
+    rates = [parts["device_copy_bytes_per_s"], parts["matrix_flops_per_s"]]
+    if min(one.median for one in [*rates, *parts["to_device"].times_s]) <= 0:
+        raise ValueError("a rate, or the time of a copy, is zero")
+    return Calibration(
+        **parts,
+        decisions={name: DecisionTimes(**one) for name, one in content["decisions"].items()},
+        gating={name: GatingTimes(**one) for name, one in content["gating"].items()},
+        all_to_all=None if exchange is None else _curve(exchange),
+        trials=tuple(_trial(one) for one in content["trials"]),
+    )
+
+
+def _measured(content: Mapping[str, Any]) -> Measured:
+    found = Measured(**content)
+    if not all(math.isfinite(one) for one in (found.median, found.low, found.high, found.error)):
+        raise ValueError("a constant is no finite number")
+    if found.median < 0 or found.error < 0:
+        raise ValueError("a constant is negative")
+    return found
+
+
+def _curve(content: Mapping[str, Any]) -> Curve:
+    sizes = tuple(float(one) for one in content["sizes"])
+    times = tuple(_measured(one) for one in content["times_s"])
+    _check_ascending(sizes, len(times))
+    return Curve(sizes=sizes, times_s=times)
+
+
+def _surface(content: Mapping[str, Any]) -> ExpertTimes:
+    sizes = tuple(int(one) for one in content["expert_bytes"])
+    curves = tuple(_curve(one) for one in content["by_rows"])
+    _check_ascending(sizes, len(curves))
+    return ExpertTimes(expert_bytes=sizes, by_rows=curves)
+
+
+def _check_ascending(sizes: Sequence[float], count: int) -> None:
+    if not sizes or len(sizes) != count or any(np.diff(sizes) <= 0) or sizes[0] <= 0:
+        raise ValueError("the sizes of a curve do not ascend, or do not match its times")
+
+
+def _trial(content: Mapping[str, Any]) -> Trial:
+    modelled = tuple(float(one) for one in content["modelled_ms"])
+    measured = tuple(tuple(float(x) for x in run) for run in content["measured_ms"])
+    if not modelled or not measured or any(len(run) != len(modelled) for run in measured):
+        raise ValueError("a trial has no steps, or not as many measured as modelled")
+    return Trial(
+        kind=content["kind"],
+        setting=content["setting"],
+        routing=content["routing"],
+        modelled_ms=modelled,
+        measured_ms=measured,
+    )

@@ -1,0 +1,113 @@
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from calibrations import exactly, flat, hand_calibration, trial
+
+from moeprof.errors import EXIT_BAD_TRACE, CalibrationError, MoeprofError
+from moeprof.replay.calibration_file import (
+    Curve,
+    DecisionTimes,
+    ExpertTimes,
+    Measured,
+    read_calibration,
+    write_calibration,
+)
+
+
+def test_what_is_written_is_read(tmp_path: Path) -> None:
+    calibration = hand_calibration(
+        all_to_all=Curve(sizes=(1.0, 2.0), times_s=(exactly(0.1, 0.02), exactly(0.3))),
+        trials=(trial(1.25), trial(0.5, kind="gating")),
+    )
+    path = write_calibration(calibration, tmp_path / "machine.json")
+    assert read_calibration(path) == calibration
+    assert [each.name for each in tmp_path.iterdir()] == ["machine.json"]
+
+
+def test_nothing_is_overwritten_unless_asked(tmp_path: Path) -> None:
+    path = write_calibration(hand_calibration(), tmp_path / "machine.json")
+    with pytest.raises(MoeprofError, match="exists"):
+        write_calibration(hand_calibration(date="later"), path)
+    assert read_calibration(path).date == hand_calibration().date
+    write_calibration(hand_calibration(date="later"), path, force=True)
+    assert read_calibration(path).date == "later"
+
+
+def _damaged(change: Any) -> Any:
+    def apply(content: dict[str, Any]) -> str:
+        change(content)
+        return json.dumps(content)
+
+    return apply
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda content: json.dumps(content)[:100], "cannot be read"),
+        (lambda _: "[1, 2]", "no calibration file"),
+        (_damaged(lambda c: c.update(kind="x")), "no calibration file"),
+        (_damaged(lambda c: c.update(schema_version=99)), "has version 99"),
+        (_damaged(lambda c: c.pop("known_s")), "lacks 'known_s'"),
+        (_damaged(lambda c: c["sync_s"].update(median=-1.0)), "negative"),
+        (_damaged(lambda c: c["matrix_flops_per_s"].update(median=0.0)), "is zero"),
+        (_damaged(lambda c: c["sync_s"].update(median=math.nan)), "no finite"),
+        (_damaged(lambda c: c["sync_s"].update(median="fast")), "damaged"),
+        (_damaged(lambda c: c["to_device"].update(sizes=[1, 2])), "do not ascend"),
+        (_damaged(lambda c: c["trials"][0].update(modelled_ms=[1.0])), "not as many"),
+    ],
+)
+def test_damaged_files_are_one_line(tmp_path: Path, damage: Any, message: str) -> None:
+    path = write_calibration(hand_calibration(trials=(trial(1.0),)), tmp_path / "machine.json")
+    path.write_text(damage(json.loads(path.read_text())))
+    with pytest.raises(CalibrationError, match=message) as caught:
+        read_calibration(path)
+    assert caught.value.exit_code == EXIT_BAD_TRACE
+    assert "\n" not in caught.value.message
+    assert "moeprof calibrate" in caught.value.hint
+
+
+def test_a_missing_file(tmp_path: Path) -> None:
+    with pytest.raises(CalibrationError, match="there is no calibration file"):
+        read_calibration(tmp_path / "none.json")
+
+
+def test_spreads() -> None:
+    values = np.random.default_rng(0).normal(10.0, 0.5, 400).tolist()
+    found = Measured.of([*values, 1e6])
+    assert found.median == pytest.approx(10.0, abs=0.1)
+    assert found.low < found.median < found.high < 12
+    # 1.2533 sigma / sqrt(n), over the median; one outlier changes nothing.
+    assert found.error == pytest.approx(1.2533 * 0.5 / 20 / 10, rel=0.15)
+    assert Measured.of([3.0]).error == 0
+
+
+def test_curves() -> None:
+    curve = Curve(sizes=(10.0, 20.0, 40.0), times_s=(exactly(1.0), exactly(2.0), exactly(6.0)))
+    np.testing.assert_allclose(curve.at([5, 10, 15, 30, 40, 50]), [1, 1, 1.5, 4, 6, 8])
+    np.testing.assert_allclose(flat(2.0).at([1.0, 2e9]), [2.0, 4.0])
+    falling = dataclasses.replace(curve, times_s=(exactly(1.0), exactly(2.0), exactly(1.5)))
+    assert falling.at(100) == 1.5
+
+
+def test_expert_times() -> None:
+    by_rows = tuple(
+        Curve(sizes=(1.0, 101.0), times_s=(exactly(base), exactly(2 * base))) for base in (1.0, 3.0)
+    )
+    times = ExpertTimes(expert_bytes=(100, 200), by_rows=by_rows)
+    np.testing.assert_allclose(times.at(100, [1, 51, 101]), [1, 1.5, 2])
+    np.testing.assert_allclose(times.at(150, [1, 101]), [2, 4])
+    np.testing.assert_allclose(times.at(300, [1]), [5])
+    np.testing.assert_allclose(times.at(10, [1]), [1])
+
+
+def test_decision_times() -> None:
+    times = DecisionTimes(dispatch_s=1.0, hit_s=2.0, miss_s=3.0, slot_s=0.5, error=0.0)
+    np.testing.assert_allclose(times.at([0, 2], [0, 1], [4, 4]), [1.0, 1 + 4 + 3 + 2])

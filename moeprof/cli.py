@@ -707,7 +707,9 @@ def _replay(
     given = {option: value for option, value in options.items() if value is not None}
     result = getattr(analyses, name)(open_trace(path), **given)
     if output is not None:
-        Path(output).write_text(result.table.to_csv(index=False), encoding="utf-8")
+        from moeprof.reporting.writing import write_files
+
+        write_files({Path(output): result.table.to_csv(index=False)})
         talk.say(f"Wrote {output}")
     elif as_csv:
         click.echo(result.table.to_csv(index=False), nl=False)

@@ -176,10 +176,22 @@ def test_replanning_charges_bytes(result):
     once = frame.loc[("eplb", 1)]
     again = frame.loc[("eplb", 4)]
     assert once["bytes_moved"] == 0
-    assert again["bytes_moved"] % (1 << 20) == 0
+    assert again["bytes_moved"] == again["num_experts_moved"] << 20
     assert 0 < again["bytes_moved_relabelled"] <= again["bytes_moved"]
     # Three changes of two sites of 32 experts of 1 MiB: more cannot move.
     assert again["bytes_moved"] <= 3 * 2 * 32 << 20
+
+
+def test_replanning_experts_of_unknown_size(by_domain, tmp_path):
+    sites = tuple(dataclasses.replace(site, expert_bytes=0) for site in by_domain.sites)
+    trace = rewrite(by_domain, tmp_path / "unsized", sites=sites)
+    result = balancing(trace, planners=FEW)
+    frame = result.tables["replanning"]
+    assert frame[["bytes_moved", "bytes_moved_relabelled", "bytes_per_token"]].isna().all(axis=None)
+    (again,) = frame[(frame["planner"] == "eplb") & (frame["num_plans"] == 4)].to_dict("records")
+    assert 0 < again["num_experts_moved"] <= 3 * 2 * 32
+    said = next(each.text for each in result.findings if "times instead of once" in each.text)
+    assert "0 B" not in said and said.endswith(" experts.")
 
 
 @pytest.mark.parametrize("rule", ["even", "round_robin"])

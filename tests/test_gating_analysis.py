@@ -95,7 +95,10 @@ def test_gating_on_the_command_line(tmp_path, traces, capsys):
     assert len(pd.read_csv(target)) == len(table)
     assert main([*command, "-o", str(target)]) == 1
     assert main([*command, "-o", str(target), "--force"]) == 0
+    assert [each.name for each in tmp_path.iterdir() if "rows" in each.name] == ["rows.csv"]
     capsys.readouterr()
+    assert main([*command, "-o", str(tmp_path / "no" / "rows.csv")]) == 1
+    assert "cannot write" in capsys.readouterr().err
     assert main(["replay", "gating", path, "--values", "a"]) == 2
     assert main(["replay", "gating", path, "--rule", "model"]) == 2
     assert "hint:" in capsys.readouterr().err

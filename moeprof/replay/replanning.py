@@ -42,6 +42,7 @@ _COLUMNS = (
     "num_dispatches",
     "mean_max_over_mean",
     "gain_over_once",
+    "num_experts_moved",
     "bytes_moved",
     "bytes_moved_relabelled",
     "bytes_per_token",
@@ -61,7 +62,8 @@ def replanned(
 
     ``bytes_moved`` counts every expert that a device has to fetch because the new plan puts it
     there and the old one did not; ``bytes_moved_relabelled`` the same after devices swap names so
-    that they keep as much as possible, which changes no load.
+    that they keep as much as possible, which changes no load. Both are None where the size of an
+    expert is unknown; ``num_experts_moved`` counts what ``bytes_moved`` weighs.
 
     Args:
         sites: Rows of the stack's sites.
@@ -131,6 +133,8 @@ class _Run:
     min_tokens: int
     total_ratio: float = 0.0
     num_dispatches: int = 0
+    experts_moved: int = 0
+    sizes_known: bool = True
     bytes_moved: int = 0
     bytes_relabelled: int = 0
     passes_per_plan: float = 0.0
@@ -151,8 +155,11 @@ class _Run:
             else:
                 return
             self._judge(rows, passes, segment == index, plans[-1])
+        self.sizes_known &= rows.site.expert_bytes > 0
         for old, new in itertools.pairwise(plans):
-            self.bytes_moved += moved_experts(old, new) * rows.site.expert_bytes
+            moved = moved_experts(old, new)
+            self.experts_moved += moved
+            self.bytes_moved += moved * rows.site.expert_bytes
             fewest = moved_experts(old, new, relabelled=True)
             self.bytes_relabelled += fewest * rows.site.expert_bytes
 
@@ -165,9 +172,10 @@ class _Run:
             "passes_per_plan": self.passes_per_plan,
             "num_dispatches": self.num_dispatches,
             "mean_max_over_mean": self.total_ratio / self.num_dispatches,
-            "bytes_moved": self.bytes_moved,
-            "bytes_moved_relabelled": self.bytes_relabelled,
-            "bytes_per_token": self.bytes_moved / max(num_tokens, 1),
+            "num_experts_moved": self.experts_moved,
+            "bytes_moved": self.bytes_moved if self.sizes_known else None,
+            "bytes_moved_relabelled": self.bytes_relabelled if self.sizes_known else None,
+            "bytes_per_token": self.bytes_moved / max(num_tokens, 1) if self.sizes_known else None,
         }
 
     def _judge(self, rows: SiteRows, passes: Passes, chosen: Bools, layout: Layout) -> None:

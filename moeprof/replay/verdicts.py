@@ -208,16 +208,23 @@ def _replanning(evidence: Evidence, section: str, of_stack: str) -> list[Finding
     gain = float(mean_gain.max())
     mine = again[again["planner"] == planner]
     times = ", ".join(str(number) for number in mine["num_plans"].tolist())
-    fewest, most = (wording.num_bytes(float(end(mine["bytes_moved"]))) for end in (min, max))
     advice = "" if gain >= WORTH_IT else "do not plan again while traffic goes on: "
     change = "lowers" if gain >= 0 else "raises"
     said = (
         f"{advice}planning {times} times instead of once{of_stack} ({planner}) {change} the "
-        f"fullest device's load by {_percent(abs(gain))} on average, and moves {fewest} to "
-        f"{most} of experts."
+        f"fullest device's load by {_percent(abs(gain))} on average, and moves {_moved(mine)}."
     )
     severity = SEVERITY_FACT - 3 if gain >= WORTH_IT else SEVERITY_NOTE
     return [_finding(said, severity, section, evidence, planner)]
+
+
+def _moved(plans: pd.DataFrame) -> str:
+    """Returns what planning again moves, in bytes where the experts' sizes are known."""
+    sized = bool(plans["bytes_moved"].notna().all())
+    moved = plans["bytes_moved" if sized else "num_experts_moved"]
+    ends = [float(moved.min()), float(moved.max())]
+    said = [wording.num_bytes(end) if sized else wording.number(end) for end in ends]
+    return " to ".join(dict.fromkeys(said)) + (" of experts" if sized else " experts")
 
 
 def _size(evidence: Evidence, section: str, of_stack: str) -> Finding:

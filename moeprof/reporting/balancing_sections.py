@@ -34,7 +34,6 @@ PLANNERS = {
     "robust": "robust",
 }
 
-_BYTES = ("bytes_moved", "bytes_moved_relabelled", "bytes_per_token")
 _CURVES = {"contiguous": "shuffled", "eplb": "popularity", "second_moment": "recorded"}
 
 
@@ -59,7 +58,7 @@ def balancing_section(
         label=lambda name: _label(name, num_stacks=len(trace.stacks)),
         headline=_headline(trace, result),
         figures=[*_planners(result), *_loads(result), *_layers(result), *_curves(sweep)],
-        tables=[*_tables(trace, result), *extra_tables],
+        tables=[*_tables(result), *extra_tables],
     )
 
 
@@ -262,10 +261,8 @@ def _curves(sweep: Sequence[Result]) -> list[FigureData]:
     ]
 
 
-def _tables(trace: Trace, result: Result) -> list[TableData]:
+def _tables(result: Result) -> list[TableData]:
     figure_class = str(result.table["figure_class"].iloc[0])
-    # The bytes of experts of unknown size are unknown, not zero.
-    sized = all(site.expert_bytes > 0 for site in trace.sites)
     stack = ["stack", "Stack", "text"]
     planner = ["planner", "Planner", "text"]
     return [
@@ -328,14 +325,12 @@ def _tables(trace: Trace, result: Result) -> list[TableData]:
                 ["num_plans", "Plans", "count"],
                 ["mean_max_over_mean", "Fullest over mean", "ratio"],
                 ["gain_over_once", "Less than planned once", "share"],
-                ["bytes_moved", "Experts moved", "bytes"],
+                ["num_experts_moved", "Experts moved", "count"],
+                ["bytes_moved", "Their bytes", "bytes"],
                 ["bytes_moved_relabelled", "The same, devices renamed", "bytes"],
                 ["bytes_per_token", "Moved per token", "bytes"],
             ],
-            rows=[
-                row if sized else {**row, **dict.fromkeys(_BYTES)}
-                for row in records(result.tables["replanning"])
-            ],
+            rows=records(result.tables["replanning"]),
         ),
     ]
 

@@ -128,8 +128,8 @@ def _bar_rows(panel: dict[str, Any]) -> list[str]:
         + ", ".join(
             f"{plain(segment['label'])} "
             + (
-                formatted(segment["value"], "bytes")
-                if segment["unit"] == "bytes"
+                formatted(segment["value"], segment["unit"])
+                if segment["unit"] == "bytes" or row.get("by_value", False)
                 else formatted(segment["share"], "share")
             )
             for segment in row["segments"]

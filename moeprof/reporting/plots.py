@@ -60,10 +60,11 @@ def _bars(figure: FigureData) -> Markup:
             items.append((segment["key"], "block", segment["label"]))
             value = formatted(segment["value"], segment["unit"])
             words = f"{segment['label']}: {formatted(share, 'share')}, {value}"
-            if segment["unit"] == "bytes":
+            by_value = segment["unit"] == "bytes" or row.get("by_value", False)
+            if by_value:
                 words = f"{segment['label']}: {value}"
             inline = (
-                (formatted(share, "share") if segment["unit"] != "bytes" else value)
+                (value if by_value else formatted(share, "share"))
                 if share >= _INLINE_LABEL_SHARE
                 else ""
             )
@@ -135,15 +136,17 @@ def _line_panel(panel: dict[str, Any], alt: str) -> Markup:
     xs = [point[0] for point in points]
     log = panel["x_scale"] == "log2"
     place_x, x_ticks = (_log_axis if log else _linear_axis)(xs)
-    place_y, y_ticks = _value_axis(largest_y, panel["y_unit"])
+    place_y, y_ticks = _value_axis(panel.get("y_max", largest_y), panel["y_unit"])
     body = _grid(y_ticks, place_y, panel["y_unit"])
     for x in x_ticks:
         body += Markup('<text x="{}" y="{}" class="tick" text-anchor="middle">{}</text>').format(
             _px(place_x(x)), HEIGHT - BOTTOM + 15, compact(x)
         )
     for series in panel["series"]:
-        band = [point for point in series["points"] if point[2] is not None]
-        if len(band) > 1:
+        ranged = [point for point in series["points"] if point[2] is not None]
+        for band in _unbroken(ranged, panel.get("gap")):
+            if len(band) == 1:
+                continue
             edge = [f"{_px(place_x(p[0]))},{_px(place_y(p[3]))}" for p in band]
             edge += [f"{_px(place_x(p[0]))},{_px(place_y(p[2]))}" for p in reversed(band)]
             body += Markup('<polygon class="band s-{}" points="{}"/>').format(
@@ -152,8 +155,9 @@ def _line_panel(panel: dict[str, Any], alt: str) -> Markup:
     for series in reversed(panel["series"]):
         if series.get("marks"):
             continue
-        path = " ".join(f"{_px(place_x(p[0]))},{_px(place_y(p[1]))}" for p in series["points"])
-        body += Markup('<polyline class="curve s-{}" points="{}"/>').format(series["key"], path)
+        for part in _unbroken(series["points"], panel.get("gap")):
+            path = " ".join(f"{_px(place_x(p[0]))},{_px(place_y(p[1]))}" for p in part)
+            body += Markup('<polyline class="curve s-{}" points="{}"/>').format(series["key"], path)
     for series in panel["series"]:
         if series.get("marks"):
             for point in series["points"]:
@@ -161,6 +165,16 @@ def _line_panel(panel: dict[str, Any], alt: str) -> Markup:
                     series["key"], _px(place_x(point[0])), _px(place_y(point[1]))
                 )
     return _panel(panel, body, alt)
+
+
+def _unbroken(
+    points: Sequence[Sequence[Any]], gap: Sequence[float] | None
+) -> list[list[Sequence[Any]]]:
+    """Returns the points of a line on either side of a gap that it must not cross."""
+    if gap is None:
+        return [list(points)] if points else []
+    sides = [p for p in points if p[0] <= gap[0]], [p for p in points if p[0] >= gap[1]]
+    return [side for side in sides if side]
 
 
 def _layers(figure: FigureData) -> Markup:

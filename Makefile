@@ -37,10 +37,11 @@ demo: $(STAMP)  ## Record both built-in models, check the traces, write demo/rep
 test: $(STAMP)  ## Run the tests
 	$(BIN)/python -m pytest -n 2
 
-analysis: $(STAMP)  ## Replay the sample traces into pages, demo/analysis/
+analysis: $(STAMP)  ## Replays and GPU results as pages, demo/analysis/
 	$(BIN)/python -m analysis.gating -o demo/analysis/gating
 	$(BIN)/python -m analysis.buffering -o demo/analysis/buffering
 	$(BIN)/python -m analysis.balancing -o demo/analysis/balancing
+	$(BIN)/python -m analysis.live_results -o demo/analysis/live
 
 check: $(STAMP)  ## Lint, format check, types, import rules
 	$(BIN)/ruff check

@@ -1,0 +1,398 @@
+"""What was measured on a GPU, read from the results that are kept, as rows and as numbers.
+
+Every figure of `analysis.live_results` comes through here, so that a page
+cannot say something else than the files. Leaves out how it is drawn.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from moeprof.errors import MoeprofError
+
+RESULTS = Path(__file__).resolve().parent / "results"
+FILES: Mapping[str, str] = MappingProxyType(
+    {
+        "headline": "paper_headline.json",
+        "kernels": "gating_kernels.json",
+        "buffering": "buffering_live.json",
+        "twin": "twin_lm.json",
+    }
+)
+_NEEDED: Mapping[str, tuple[str, ...]] = MappingProxyType(
+    {
+        "headline": ("config", "routing", "weight_bytes", "rows", "breakdown", "headline"),
+        "kernels": ("check", "ceilings", "routing", "rows"),
+        "buffering": ("studies",),
+        "twin": ("config", "text", "learned", "held_out", "recorded", "routing"),
+    }
+)
+_ALWAYS = ("command", "date", "hardware", "versions")
+
+GATINGS: Mapping[str, str] = MappingProxyType(
+    {
+        "dense": "dense twin, equal FLOPs",
+        "dynamic": "dynamic, moeprof's kernel",
+        "dynamic_grouped": "dynamic, torch grouped GEMM",
+        "dynamic_loop": "dynamic, one GEMM per expert (the paper's)",
+        "static_index": "static, indices (as Tutel)",
+        "static_grouped": "static, masks per 1,024 tokens (as GShard)",
+        "static_mask": "static, one mask (as fairseq)",
+    }
+)
+"""What each way of gating is called, fastest first."""
+KERNELS: Mapping[str, str] = MappingProxyType(
+    {
+        "dynamic": "moeprof",
+        "moe-ops": "moe-ops (PyPI)",
+        "transformers grouped_mm": "transformers grouped_mm",
+    }
+)
+"""The kernels that stand beside each other: moeprof's, then the public ones."""
+GEOMETRY = "lm"
+MANY_TOKENS = 16_384
+MOST_GRAPH_TOKENS = 64
+GRAPH, EAGER = "graph", "eager"
+RECORDED = "recorded, decoder"
+ROUTINGS: Mapping[str, str] = MappingProxyType(
+    {
+        "uniform": "uniform",
+        "zipf 1": "Zipf 1",
+        RECORDED: "recorded by the twin",
+        "zipf 2.2": "Zipf 2.2",
+    }
+)
+
+GOAL_LINK_ERROR = 0.02
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evidence:
+    """The four results, as they were written.
+
+    Attributes:
+        headline: The founding paper's language model, whole.
+        kernels: Gating kernels against the floor.
+        buffering: Live expert buffering.
+        twin: The model whose routing drove them.
+    """
+
+    headline: Mapping[str, Any]
+    kernels: Mapping[str, Any]
+    buffering: Mapping[str, Any]
+    twin: Mapping[str, Any]
+
+
+def read_evidence(folder: Path = RESULTS) -> Evidence:
+    """Reads the results.
+
+    Args:
+        folder: Where the files named in `FILES` lie.
+
+    Raises:
+        MoeprofError: One is missing, is no JSON or lacks a field.
+    """
+    return Evidence(**{name: _read(folder / file, name) for name, file in FILES.items()})
+
+
+def _read(path: Path, name: str) -> Mapping[str, Any]:
+    hint = "analysis/gpu/ holds the script that measures it on a GPU"
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise MoeprofError(f"there is no {path}", hint=hint) from error
+    except (OSError, ValueError) as error:
+        raise MoeprofError(f"cannot read {path}: {error}", hint=hint) from error
+    lacking = [
+        field
+        for field in (*_ALWAYS, *_NEEDED[name])
+        if not isinstance(data, dict) or field not in data
+    ]
+    if lacking:
+        raise MoeprofError(f"{path} lacks {', '.join(lacking)}", hint=hint)
+    return data
+
+
+def spread(times_ms: Sequence[float]) -> tuple[float, float, float]:
+    """Returns the median and the quartiles of repetitions."""
+    low, median, high = np.percentile(np.asarray(times_ms, dtype=float), [25, 50, 75])
+    return float(median), float(low), float(high)
+
+
+def kernel_rows(kernels: Mapping[str, Any]) -> pd.DataFrame:
+    """Returns one row per kernel, size and routing: times in ms, and shares of the floor."""
+    rows = []
+    for row in kernels["rows"]:
+        median, low, high = spread(row["times_ms"])
+        floor = row["floor_ms"]
+        rows.append(
+            {
+                "geometry": row["geometry"],
+                "num_tokens": row["num_tokens"],
+                "routing": row["routing"],
+                "mean_active_experts": row["mean_active_experts"],
+                "kernel": row["kernel"],
+                "mode": row["mode"],
+                "floor_ms": floor,
+                "median_ms": median,
+                "low_ms": low,
+                "high_ms": high,
+                "share": floor / median,
+                "share_low": floor / high,
+                "share_high": floor / low,
+                "num_repetitions": len(row["times_ms"]),
+            }
+        )
+    return pd.DataFrame(rows)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Share:
+    """A share of the floor, with the quartiles of its repetitions."""
+
+    value: float
+    low: float
+    high: float
+
+
+def share_of_floor(
+    rows: pd.DataFrame, kernel: str, num_tokens: int, routing: str, mode: str
+) -> Share:
+    """Returns one share of the floor at the paper's LM geometry.
+
+    Args:
+        rows: As `kernel_rows` gives them.
+        kernel: As the file names it.
+        num_tokens: Of the layer's input.
+        routing: One of `ROUTINGS`.
+        mode: `GRAPH` or `EAGER`.
+    """
+    found = rows[
+        (rows["geometry"] == GEOMETRY)
+        & (rows["kernel"] == kernel)
+        & (rows["num_tokens"] == num_tokens)
+        & (rows["routing"] == routing)
+        & (rows["mode"] == mode)
+    ]
+    if len(found) != 1:
+        raise MoeprofError(
+            f"{FILES['kernels']} has {len(found)} rows of {kernel} at {num_tokens} tokens, "
+            f"{routing}, {mode}",
+            hint="measure again with analysis/gpu/gating_kernels.py",
+        )
+    row = found.iloc[0]
+    return Share(
+        value=float(row["share"]), low=float(row["share_low"]), high=float(row["share_high"])
+    )
+
+
+def graph_sizes(rows: pd.DataFrame) -> list[int]:
+    """Returns the sizes, in tokens, that were timed as CUDA graphs."""
+    own = rows[(rows["geometry"] == GEOMETRY) & (rows["mode"] == GRAPH)]
+    return sorted(int(size) for size in own["num_tokens"].unique())
+
+
+def graph_range(rows: pd.DataFrame, kernel: str, routing: str) -> tuple[float, float]:
+    """Returns the smallest and the largest share over `graph_sizes`."""
+    shares = [
+        share_of_floor(rows, kernel, size, routing, GRAPH).value for size in graph_sizes(rows)
+    ]
+    return min(shares), max(shares)
+
+
+def headline_rows(headline: Mapping[str, Any]) -> pd.DataFrame:
+    """Returns one row per gating and batch: times in ms, tokens per second, bytes; NaN where out.
+
+    The range of tokens per second is that of the quartiles of the repetitions.
+    """
+    rows = []
+    for row in headline["rows"]:
+        out = "out_of_memory" in row
+        tokens = row.get("num_tokens", math.nan)
+        median, low, high = (math.nan,) * 3 if out else spread(row["times_ms"])
+        rows.append(
+            {
+                "gating": row["gating"],
+                "batch": row["batch"],
+                "num_tokens": tokens,
+                "out_of_memory": out,
+                "median_ms": median,
+                "low_ms": low,
+                "high_ms": high,
+                "p95_ms": row.get("p95_ms", math.nan),
+                "tokens_per_s": row.get("tokens_per_s", math.nan),
+                "tokens_per_s_low": 1e3 * tokens / high,
+                "tokens_per_s_high": 1e3 * tokens / low,
+                "extra_bytes": row.get("extra_bytes", math.nan),
+                "num_repetitions": 0 if out else len(row["times_ms"]),
+            }
+        )
+    return pd.DataFrame(rows)
+
+
+def best_of(rows: pd.DataFrame, gating: str) -> pd.Series[Any]:
+    """Returns the row of a gating with the most tokens per second."""
+    own = rows[(rows["gating"] == gating) & ~rows["out_of_memory"]]
+    if own.empty:
+        raise MoeprofError(f"{FILES['headline']} has no row of {gating}")
+    return own.loc[own["tokens_per_s"].idxmax()]
+
+
+def at_batch(rows: pd.DataFrame, gating: str, batch: int) -> pd.Series[Any]:
+    """Returns the row of a gating at a batch."""
+    return rows[(rows["gating"] == gating) & (rows["batch"] == batch)].iloc[0]
+
+
+def best_at_the_end(rows: pd.DataFrame) -> list[str]:
+    """Returns the gatings whose best batch is the largest tried: more might have given more."""
+    found = []
+    for gating in GATINGS:
+        own = rows[rows["gating"] == gating]
+        if best_of(rows, gating)["batch"] == own["batch"].max():
+            found.append(gating)
+    return found
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gain:
+    """moeprof's gating against another.
+
+    Attributes:
+        own_best: Tokens per second over the other's, each at its own best batch.
+        equal_terms: The same with no more memory beyond the weights and no longer at the 95th
+            percentile than the other at its best batch; None where there is no such batch.
+        equal_batch: The batch of that.
+    """
+
+    own_best: float
+    equal_terms: float | None
+    equal_batch: int | None
+
+
+def gains(headline: Mapping[str, Any]) -> dict[str, Gain]:
+    """Returns moeprof's gain over every other gating, as it was written by the run."""
+    return {
+        row["baseline"]: Gain(
+            own_best=row["gain_at_own_best"],
+            equal_terms=row["gain_at_equal_terms"],
+            equal_batch=row["equal_terms_batch"],
+        )
+        for row in headline["headline"]
+    }
+
+
+PARTS: Mapping[str, str] = MappingProxyType(
+    {
+        "attention": "attention",
+        "dense_ffn": "dense FFN",
+        "gate": "gate",
+        "dispatch_experts_combine": "dispatch, experts, combine",
+        "head": "head",
+        "rest": "rest",
+    }
+)
+
+
+def breakdown_rows(headline: Mapping[str, Any]) -> pd.DataFrame:
+    """Returns one row per gating: ms of each of `PARTS` and of a whole pass."""
+    rows = []
+    for row in headline["breakdown"]:
+        parts = dict(row["parts_ms"])
+        total = parts.pop("all")
+        known = {name: parts.get(name, 0.0) for name in PARTS if name != "rest"}
+        rest = max(total - sum(known.values()), 0.0)
+        rows.append(
+            {"gating": row["gating"], "batch": row["batch"], **known, "rest": rest, "all": total}
+        )
+    order = {name: index for index, name in enumerate(GATINGS)}
+    rows.sort(key=lambda row: -order[row["gating"]])
+    return pd.DataFrame(rows)
+
+
+def buffering_study(buffering: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Returns the study of Qwen3-30B-A3B's geometry."""
+    name = "qwen3-30b-a3b"
+    if name not in buffering["studies"]:
+        raise MoeprofError(f"{FILES['buffering']} lacks the study {name}")
+    study: Mapping[str, Any] = buffering["studies"][name]
+    return study
+
+
+def buffering_rows(buffering: Mapping[str, Any]) -> pd.DataFrame:
+    """Returns one row per setting, the model without a buffer first; ms of decode steps."""
+    study = buffering_study(buffering)
+    settings = [study["unbuffered"], *study["settings"]]
+    rows = []
+    for row in settings:
+        buffered = row is not settings[0]
+        own = row.get("p50_by_repetition_ms", [])
+        profiler = row.get("profiler", {})
+        rows.append(
+            {
+                "policy": row["policy"] if buffered else "all on the GPU",
+                "capacity": row["capacity"] if buffered else study["experts_per_layer_here"],
+                "hit_rate": row.get("hit_rate", math.nan),
+                "lookups": row.get("lookups", 0),
+                "copies": row.get("copies", 0),
+                "copied_bytes": row.get("copied_bytes", 0),
+                "p50_ms": row["decode_p50_ms"],
+                "p95_ms": row["decode_p95_ms"],
+                "p99_ms": row["decode_p99_ms"],
+                "p50_low_ms": min(own),
+                "p50_high_ms": max(own),
+                "device_bytes": row["device_bytes"]["requested"],
+                "saved_bytes": row["memory"]["saved_bytes"] if buffered else 0,
+                "rounding_bytes": row.get("rounding_bytes", 0),
+                "memory_as_predicted": row.get("requested_as_predicted"),
+                "outputs_bit_equal": (
+                    row["outputs_hold"] and row["outputs_compared"] == "bits" if buffered else None
+                ),
+                "lookups_equal_replay": row.get("lookups_equal_replay"),
+                "profiler_copies_equal": profiler.get("holds"),
+                "link_error": max(row["link_errors"]) if buffered else math.nan,
+                "allocations_in_steady_state": row.get("allocations_in_steady_state", 0),
+                "slots_broken": row.get("slots_broken", 0),
+                "num_repetitions": len(row["repetitions"]),
+            }
+        )
+    return pd.DataFrame(rows)
+
+
+def checks_held(buffering: Mapping[str, Any]) -> dict[str, bool]:
+    """Returns each check of the buffered runs and whether it held in every setting."""
+    rows = buffering_rows(buffering)
+    own = rows[rows["policy"] != rows["policy"].iloc[0]]
+    wrong = buffering_study(buffering)["wrong_slot_map"]
+    return {
+        "outputs bit-equal to the model without a buffer": bool(own["outputs_bit_equal"].all()),
+        "lookups equal to the sequential replay, row by row": bool(
+            own["lookups_equal_replay"].all()
+        ),
+        "copies and bytes counted by the profiler equal to the predicted misses, per step": bool(
+            own["profiler_copies_equal"].all()
+        ),
+        "bytes counted by the PCIe counters within 2% of the copies": bool(
+            (own["link_error"] <= GOAL_LINK_ERROR).all()
+        ),
+        "memory asked for as predicted, to the byte": bool(own["memory_as_predicted"].all()),
+        "no allocation in steady state": bool((own["allocations_in_steady_state"] == 0).all()),
+        "a slot map made wrong on purpose changes the outputs": bool(
+            wrong["held_before"] and wrong["outputs_differ_after"]
+        ),
+    }
+
+
+def held_out_rows(twin: Mapping[str, Any]) -> pd.DataFrame:
+    """Returns bits per byte on held-out text per domain, beside a unigram model of tokens."""
+    rows = pd.DataFrame(twin["held_out"])
+    rows["share"] = rows["bits_per_byte"] / rows["unigram_bits_per_byte"]
+    return rows

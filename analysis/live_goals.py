@@ -1,0 +1,300 @@
+"""Goals that were set for what was measured on a GPU, and the README's table: words, each computed.
+
+Leaves out reading the results (`analysis.live_evidence`) and the page (`analysis.live_results`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from types import MappingProxyType
+
+from analysis.live_evidence import (
+    EAGER,
+    GOAL_LINK_ERROR,
+    KERNELS,
+    MANY_TOKENS,
+    RECORDED,
+    ROUTINGS,
+    Evidence,
+    best_of,
+    buffering_rows,
+    checks_held,
+    gains,
+    graph_range,
+    graph_sizes,
+    headline_rows,
+    held_out_rows,
+    kernel_rows,
+    share_of_floor,
+)
+
+PUBLISHED_GAIN = 6.21
+"""LM, dynamic over static gating, one node (arXiv 2303.06182, Fig. 9)."""
+PUBLISHED_GAIN_NODES = 11.23
+"""The same over several nodes, as its abstract has it."""
+
+GOAL_MANY_UNIFORM = 0.80
+GOAL_MANY_SKEWED = 0.60
+GOAL_FEW_UNIFORM = 0.80
+GOAL_DENSE = 0.75
+GOAL_GROUPED = 5.0
+GOAL_MASK_TOKENS_PER_S = 27_600.0
+GIB = 2**30
+
+
+@dataclass(frozen=True, kw_only=True)
+class Goal:
+    """A goal and what was measured.
+
+    Attributes:
+        quantity: What it is about.
+        goal: As set; the paper's own figure where no goal is set.
+        found: As measured, in words.
+        met: Whether it is reached; None where no goal is set or nothing was measured.
+        section: Where the page shows it.
+    """
+
+    quantity: str
+    goal: str
+    found: str
+    met: bool | None
+    section: str
+
+    @property
+    def verdict(self) -> str:
+        """One word or two."""
+        if self.met is None:
+            return "no goal set" if self.found != NOT_MEASURED else NOT_MEASURED
+        return "reached" if self.met else "missed"
+
+
+NOT_MEASURED = "not measured"
+
+
+def percent(value: float) -> str:
+    """Returns a share as a whole percentage; ``97%``."""
+    return f"{100 * value:.0f}%"
+
+
+def goals(evidence: Evidence) -> list[Goal]:
+    """Returns every goal that the measurements can be held to, reached or not."""
+    kernels = kernel_rows(evidence.kernels)
+    rows = headline_rows(evidence.headline)
+    gained = gains(evidence.headline)
+    own = buffering_rows(evidence.buffering)
+    made = []
+
+    def add(quantity: str, goal: str, found: str, met: bool | None, section: str) -> None:
+        judged = None if met is None else bool(met)
+        made.append(Goal(quantity=quantity, goal=goal, found=found, met=judged, section=section))
+
+    for routing, words in ROUTINGS.items():
+        least = GOAL_MANY_UNIFORM if routing == "uniform" else GOAL_MANY_SKEWED
+        share = share_of_floor(kernels, "dynamic", MANY_TOKENS, routing, EAGER)
+        add(
+            f"Kernel, {MANY_TOKENS:,} tokens, routing {words}: share of the floor",
+            f"at least {percent(least)}",
+            percent(share.value),
+            share.value >= least,
+            "kernels",
+        )
+    low, high = graph_range(kernels, "dynamic", "uniform")
+    sizes = graph_sizes(kernels)
+    add(
+        f"Kernel, {sizes[0]} to {sizes[-1]} tokens as CUDA graphs, routing uniform",
+        f"at least {percent(GOAL_FEW_UNIFORM)}",
+        f"{percent(low)} to {percent(high)}",
+        low >= GOAL_FEW_UNIFORM,
+        "kernels",
+    )
+    dense, grouped, mask = (gained[name] for name in ("dense", "static_grouped", "static_mask"))
+    add(
+        "LM of 52B parameters: share of the dense twin's tokens/s, each at its own best batch",
+        f"at least {percent(GOAL_DENSE)}",
+        percent(dense.own_best),
+        dense.own_best >= GOAL_DENSE,
+        "headline",
+    )
+    add(
+        "The same at equal memory beyond the weights and equal p95",
+        f"at least {percent(GOAL_DENSE)}",
+        _share_or_none(dense.equal_terms),
+        dense.equal_terms is not None and dense.equal_terms >= GOAL_DENSE,
+        "headline",
+    )
+    add(
+        "The same model over static gating in groups",
+        f"at least {GOAL_GROUPED:g}x",
+        f"{grouped.own_best:.2f}x at own best, {_gain(grouped.equal_terms)} at equal terms",
+        min(grouped.own_best, grouped.equal_terms or 0.0) >= GOAL_GROUPED,
+        "headline",
+    )
+    best = best_of(rows, "static_mask")
+    add(
+        "Static gating with one mask, its best batch: a baseline not held back",
+        f"at least {GOAL_MASK_TOKENS_PER_S:,.0f} tokens/s",
+        f"{best['tokens_per_s']:,.0f} tokens/s at batch {best['batch']}",
+        best["tokens_per_s"] >= GOAL_MASK_TOKENS_PER_S,
+        "headline",
+    )
+    add(
+        "Over static gating with one mask, each at its own best batch",
+        f"the paper: {PUBLISHED_GAIN}x on one node, {PUBLISHED_GAIN_NODES}x on several",
+        f"{mask.own_best:.2f}x; {_gain(mask.equal_terms)} at equal memory and p95",
+        None,
+        "headline",
+    )
+    held = checks_held(evidence.buffering)
+    add(
+        "Live buffering: checks that held in every setting",
+        "all",
+        f"{sum(held.values())} of {len(held)}",
+        all(held.values()),
+        "buffering",
+    )
+    worst = own["link_error"].max()
+    add(
+        "Live buffering: PCIe counters against the bytes copied, largest difference",
+        f"within {percent(GOAL_LINK_ERROR)}",
+        f"{100 * worst:.1f}%",
+        bool(worst <= GOAL_LINK_ERROR),
+        "buffering",
+    )
+    for quantity, goal in (
+        ("The paper's MT encoder and decoder, whole", "throughput beside 5.75x and 2.58x"),
+        ("Total memory on one rank's share of the paper's 8 GPUs", "at least 1.36x and 1.1x"),
+    ):
+        add(quantity, goal, NOT_MEASURED, None, "headline")
+    return made
+
+
+def _gain(value: float | None) -> str:
+    return "not to be had" if value is None else f"{value:.2f}x"
+
+
+def _share_or_none(value: float | None) -> str:
+    return "not to be had" if value is None else percent(value)
+
+
+README_HEADINGS = ("Measured", "Result", "Goal", "Command")
+_SCRIPTS: Mapping[str, str] = MappingProxyType(
+    {
+        "headline": "`-m analysis.gpu.paper_headline`",
+        "kernels": "`-m analysis.gpu.gating_kernels`",
+        "buffering": "`analysis/gpu/buffering_live.py`",
+        "twin": "`-m analysis.gpu.twins lm`",
+    }
+)
+
+
+def readme_rows(evidence: Evidence) -> list[tuple[str, str, str, str]]:
+    """Returns the rows of the README's table, as it prints them: see `README_HEADINGS`."""
+    kernels = kernel_rows(evidence.kernels)
+    rows = headline_rows(evidence.headline)
+    gained = gains(evidence.headline)
+    ours = best_of(rows, "dynamic")
+    mask = best_of(rows, "static_mask")
+    dense = gained["dense"]
+    low, high = graph_range(kernels, "dynamic", "uniform")
+    sizes = graph_sizes(kernels)
+    many = {
+        routing: share_of_floor(kernels, "dynamic", MANY_TOKENS, routing, EAGER).value
+        for routing in ROUTINGS
+    }
+    public = {
+        name: share_of_floor(kernels, name, MANY_TOKENS, RECORDED, EAGER).value
+        for name in KERNELS
+        if name != "dynamic"
+    }
+    buffered = buffering_rows(evidence.buffering)
+    base = buffered.iloc[0]
+    lru = buffered[buffered["policy"] == "lru"].iloc[0]
+    held = checks_held(evidence.buffering)
+    text = held_out_rows(evidence.twin)
+    skewed = [many[routing] for routing in ROUTINGS if routing != "uniform"]
+    made = [
+        (
+            "LM of 52B parameters, tokens/s: dynamic over one static mask, own best batches",
+            f"{ours['tokens_per_s']:,.0f} over {mask['tokens_per_s']:,.0f}: "
+            f"{gained['static_mask'].own_best:.1f}x",
+            f"paper {PUBLISHED_GAIN}x, several nodes {PUBLISHED_GAIN_NODES}x",
+            "headline",
+        ),
+        (
+            "the same at equal memory and p95",
+            _one_digit(gained["static_mask"].equal_terms),
+            "",
+            "headline",
+        ),
+        (
+            "over static gating in groups",
+            f"{gained['static_grouped'].own_best:.1f}x, "
+            f"{_one_digit(gained['static_grouped'].equal_terms)} at equal memory and p95",
+            f"{GOAL_GROUPED:g}x",
+            "headline",
+        ),
+        (
+            "share of the dense twin of equal FLOPs",
+            f"{percent(dense.own_best)}; {_share_or_none(dense.equal_terms)} at equal memory and "
+            "p95",
+            percent(GOAL_DENSE),
+            "headline",
+        ),
+        (
+            f"moeprof's kernel, share of the floor, {MANY_TOKENS:,} tokens, uniform routing",
+            percent(many["uniform"]),
+            percent(GOAL_MANY_UNIFORM),
+            "kernels",
+        ),
+        (
+            "the same, Zipf 1 / recorded / Zipf 2.2",
+            " / ".join(percent(share) for share in skewed),
+            f"{percent(GOAL_MANY_SKEWED)}{_missed(skewed, GOAL_MANY_SKEWED)}",
+            "kernels",
+        ),
+        (
+            "recorded routing, public kernels: " + ", ".join(public),
+            ", ".join(percent(share) for share in public.values()),
+            "",
+            "kernels",
+        ),
+        (
+            f"moeprof's kernel, {sizes[0]} to {sizes[-1]} tokens as CUDA graphs, uniform routing",
+            f"{percent(low)} to {percent(high)}",
+            percent(GOAL_FEW_UNIFORM),
+            "kernels",
+        ),
+        (
+            f"Qwen3-30B-A3B geometry, {lru['capacity']} of {base['capacity']} experts a layer on "
+            "the GPU (LRU)",
+            f"hit rate {percent(lru['hit_rate'])}, {lru['saved_bytes'] / GIB:.1f} of "
+            f"{base['device_bytes'] / GIB:.1f} GiB saved, median decode step "
+            f"{base['p50_ms']:.0f} to {lru['p50_ms']:.0f} ms; "
+            f"{sum(held.values())} of {len(held)} checks held",
+            "all checks",
+            "buffering",
+        ),
+        (
+            "The routing twin, bits per byte over a unigram's",
+            f"{percent(text['share'].min())} to {percent(text['share'].max())}",
+            "",
+            "twin",
+        ),
+    ]
+    return [(what, found, goal, _SCRIPTS[section]) for what, found, goal, section in made]
+
+
+def _one_digit(value: float | None) -> str:
+    return "not to be had" if value is None else f"{value:.1f}x"
+
+
+def _missed(shares: Sequence[float], goal: float) -> str:
+    count = sum(share < goal for share in shares)
+    return f", {count} missed" if count else ""
+
+
+def readme_table(evidence: Evidence) -> str:
+    """Returns the README's table as Markdown."""
+    lines = [README_HEADINGS, ("---",) * len(README_HEADINGS), *readme_rows(evidence)]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines) + "\n"

@@ -1,0 +1,173 @@
+"""What the parts of the page on GPU measurements are made of: facts of a run, figures, tables."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import pandas as pd
+
+from analysis.live_evidence import (
+    FILES,
+)
+from moeprof.replay import wording
+from moeprof.replay.result import Result
+from moeprof.reporting.document import Described, with_findings
+from moeprof.reporting.layout import (
+    FactData,
+    FigureData,
+    SectionData,
+    TableData,
+    TraceData,
+)
+from moeprof.reporting.vocabulary import records, section_data
+
+_LISTED_VERSIONS = ("moeprof", "torch", "transformers", "cuda", "python", "numpy")
+
+_UNITS = (
+    ("_ms", "ms"), ("_bytes", "bytes"), ("_share", "share"), ("share", "share"),
+    ("hit_rate", "share"), ("link_error", "share"),
+)  # fmt: skip
+
+_NUMBERS = ("batch", "num_tokens", "mean_active_experts", "tokens_per_s", "copies", "lookups",
+            "capacity", "num_repetitions", "rounding", "num_bytes", "nats_per_token",
+            "bits_per_byte", "unigram_bits_per_byte", "allocations_in_steady_state",
+            "slots_broken")  # fmt: skip
+
+_COUNTS = ("batch", "num_tokens", "tokens_per_s", "copies", "lookups", "capacity",
+           "num_repetitions", "num_bytes", "allocations_in_steady_state",
+           "slots_broken")  # fmt: skip
+
+
+def part(
+    name: str,
+    data: Mapping[str, Any],
+    *,
+    title: str,
+    verdict: str,
+    routing: Sequence[str],
+    facts: Mapping[str, str],
+    banners: Sequence[str],
+    section: SectionData,
+    result: Result,
+) -> Described:
+    """Returns one result as a part of the page, with what has to be known of its measurement."""
+    hardware, versions = data["hardware"], data["versions"]
+    memory = hardware.get("device_memory_bytes")
+    lines = [
+        ("Device", [hardware["device_name"], wording.num_bytes(memory) if memory else ""]),
+        ("Driver", [hardware.get("driver") or "unknown"]),
+        (
+            "Versions",
+            [", ".join(f"{key} {versions[key]}" for key in _LISTED_VERSIONS if key in versions)],
+        ),
+        ("Date", [str(data["date"]).replace("T", " ").replace("+00:00", " UTC")]),
+        ("Routing source", list(routing)),
+        *((label, [text]) for label, text in facts.items()),
+        ("Class", ["measured"]),
+        ("Command", [data["command"]]),
+    ]
+    return with_findings(
+        TraceData(
+            id=name,
+            name=FILES[name],
+            title=title,
+            verdict=verdict,
+            banners=list(banners),
+            facts=[
+                FactData(label=label, lines=[str(line) for line in each if line])
+                for label, each in lines
+            ],
+            sections=[section],
+        ),
+        result.findings,
+    )
+
+
+def result_section(
+    result: Result,
+    *,
+    question: str,
+    labels: Mapping[str, str],
+    figures: Sequence[FigureData],
+    tables: Sequence[TableData],
+    headline: Sequence[str],
+) -> SectionData:
+    """Returns a result as a section of the page."""
+    return section_data(
+        result,
+        question=question,
+        label=labels.__getitem__,
+        headline=headline,
+        figures=figures,
+        tables=tables,
+    )
+
+
+def figure_data(
+    name: str, kind: str, title: str, *, alt: str, how: str, panels: list[dict[str, Any]]
+) -> FigureData:
+    """Returns a figure of measured numbers."""
+    return FigureData(
+        id=name,
+        kind=kind,
+        title=title,
+        alt=alt,
+        how_to_read=how,
+        figure_class="measured",
+        collapsed=False,
+        panels=panels,
+    )
+
+
+def panel(
+    title: str, x_label: str, y_label: str, unit: str, series: list[dict[str, Any]]
+) -> dict[str, Any]:
+    """Returns a panel of lines over a logarithmic axis."""
+    return {
+        "title": title,
+        "x_label": x_label,
+        "x_scale": "log2",
+        "y_label": y_label,
+        "y_unit": unit,
+        "series": series,
+    }
+
+
+def rows_table(title: str, rows: pd.DataFrame, *, figure_class: str = "measured") -> TableData:
+    """Returns rows as a table; columns of ranges stand below what they bound."""
+    columns = []
+    named = rows.rename(
+        columns={
+            "low_ms": "median_ms_low", "high_ms": "median_ms_high",
+            "p50_low_ms": "p50_ms_low", "p50_high_ms": "p50_ms_high",
+        }
+    )  # fmt: skip
+    for key in named.columns:
+        if str(key).endswith(("_low", "_high")) or key == "unit":
+            continue
+        columns.append([str(key), str(key).replace("_", " "), _unit(str(key), named)])
+    table = records(named)
+    for row in table:
+        for key, value in row.items():
+            if isinstance(value, bool):
+                row[key] = "yes" if value else "no"
+    return TableData(title=title, figure_class=figure_class, columns=columns, rows=table)
+
+
+def _unit(key: str, rows: pd.DataFrame) -> str:
+    if key in {"prefill", "decode"}:
+        return "row"
+    if key in _COUNTS:
+        return "count"
+    for end, unit in _UNITS:
+        if key.endswith(end) and key != "num_bytes":
+            return unit
+    return "number" if key in _NUMBERS else "text"
+
+
+def repetitions_said(counts: pd.Series[int]) -> str:
+    """Returns how many repetitions there are, in words."""
+    low, high = int(counts.min()), int(counts.max())
+    each = f"{low}" if low == high else f"{low} to {high}"
+    return f"{each} of each; medians, ranges are quartiles"

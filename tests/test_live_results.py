@@ -1,0 +1,294 @@
+"""The page on GPU measurements and the README's table: numbers equal to those of the results."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from analysis import live_results as analysis
+from analysis.live_evidence import (
+    FILES,
+    RESULTS,
+    best_of,
+    buffering_rows,
+    checks_held,
+    gains,
+    headline_rows,
+    kernel_rows,
+    read_evidence,
+    share_of_floor,
+)
+from analysis.live_goals import README_HEADINGS, goals, readme_rows
+
+ROOT = Path(__file__).resolve().parents[1]
+SECTION = "## Measured on a GPU"
+MAX_FIGURE_BYTES = 150_000
+PUBLIC = ("moe-ops", "transformers grouped_mm")
+
+
+@pytest.fixture(scope="module")
+def evidence():
+    return read_evidence()
+
+
+@pytest.fixture(scope="module")
+def raw():
+    return {name: json.loads((RESULTS / file).read_text()) for name, file in FILES.items()}
+
+
+@pytest.fixture(scope="module")
+def page(evidence):
+    return analysis.results_page(evidence)
+
+
+def readme_section():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    return text.split(f"{SECTION}\n", maxsplit=1)[1].split("\n## ", maxsplit=1)[0]
+
+
+def readme_table_rows():
+    rows = [line for line in readme_section().splitlines() if line.startswith("|")]
+    return [tuple(cell.strip() for cell in line.strip("|").split("|")) for line in rows]
+
+
+def test_the_readme_prints_what_the_results_say(evidence):
+    printed = readme_table_rows()
+    assert printed[0] == README_HEADINGS
+    assert printed[2:] == readme_rows(evidence)
+    assert 5 <= len(printed[2:]) <= 10
+
+
+def test_the_readme_numbers_from_the_raw_results(raw):
+    """Recomputed here from the repetitions, by other code than that which wrote the table."""
+    found = {row[0]: row[1] for row in readme_table_rows()[2:]}
+    results = list(found.values())
+    rows = [row for row in raw["headline"]["rows"] if "times_ms" in row]
+    best = {}
+    for row in rows:
+        rate = row["num_tokens"] / np.median(row["times_ms"]) * 1e3
+        best[row["gating"]] = max(best.get(row["gating"], 0.0), rate)
+
+    def numbers(text):
+        return [float(number.replace(",", "")) for number in re.findall(r"\d[\d,]*\.?\d*", text)]
+
+    ours, mask, gain = numbers(results[0])
+    assert ours == pytest.approx(best["dynamic"], rel=1e-4)
+    assert mask == pytest.approx(best["static_mask"], rel=1e-4)
+    assert gain == pytest.approx(best["dynamic"] / best["static_mask"], abs=0.051)
+    assert numbers(results[2])[0] == pytest.approx(
+        best["dynamic"] / best["static_grouped"], abs=0.051
+    )
+    assert numbers(results[3])[0] == pytest.approx(100 * best["dynamic"] / best["dense"], abs=0.51)
+
+    def share(kernel, tokens, routing, mode):
+        (row,) = [
+            row
+            for row in raw["kernels"]["rows"]
+            if (row["geometry"], row["kernel"], row["num_tokens"], row["routing"], row["mode"])
+            == ("lm", kernel, tokens, routing, mode)
+        ]
+        return 100 * row["floor_ms"] / np.median(row["times_ms"])
+
+    many = [share("dynamic", 16384, name, "eager")
+            for name in ("uniform", "zipf 1", "recorded, decoder", "zipf 2.2")]  # fmt: skip
+    assert numbers(results[4]) == pytest.approx(many[:1], abs=0.51)
+    assert numbers(results[5]) == pytest.approx(many[1:], abs=0.51)
+    public = [share(name, 16384, "recorded, decoder", "eager") for name in PUBLIC]
+    assert numbers(results[6]) == pytest.approx(public, abs=0.51)
+    few = [share("dynamic", tokens, "uniform", "graph") for tokens in (8, 16, 32, 64)]
+    assert numbers(results[7]) == pytest.approx([min(few), max(few)], abs=0.51)
+    study = raw["buffering"]["studies"]["qwen3-30b-a3b"]
+    (lru,) = [row for row in study["settings"] if row["policy"] == "lru"]
+    hit, saved, whole, before, after, held, checks = numbers(results[8])
+    counts = lru["repetitions"][0]["counts"]
+    assert hit == pytest.approx(100 * counts["hits"] / counts["lookups"], abs=0.51)
+    slots = study["experts_per_layer_here"] - lru["capacity"]
+    assert saved == pytest.approx(study["layers"] * slots * study["expert_bytes"] / 2**30, abs=0.06)
+    assert whole == pytest.approx(
+        study["unbuffered"]["device_bytes"]["requested"] / 2**30, abs=0.06
+    )
+    for printed, setting in ((before, study["unbuffered"]), (after, lru)):
+        steps = [
+            wall
+            for run in setting["repetitions"]
+            for wall, phase in zip(run["wall_ms"], run["phase"], strict=True)
+            if phase == "decode"
+        ]
+        assert printed == pytest.approx(np.median(steps), abs=0.51)
+    assert held == checks
+    text = [row["bits_per_byte"] / row["unigram_bits_per_byte"] for row in raw["twin"]["held_out"]]
+    assert numbers(results[9]) == pytest.approx([100 * min(text), 100 * max(text)], abs=0.51)
+
+
+def test_equal_terms_are_equal_terms(raw, evidence):
+    rows = headline_rows(evidence.headline)
+    ours = rows[(rows["gating"] == "dynamic") & ~rows["out_of_memory"]]
+    for name, gain in gains(raw["headline"]).items():
+        other = best_of(rows, name)
+        fair = ours[
+            (ours["extra_bytes"] <= other["extra_bytes"]) & (ours["p95_ms"] <= other["p95_ms"])
+        ]
+        top = fair.loc[fair["tokens_per_s"].idxmax()]
+        assert gain.equal_batch == top["batch"]
+        assert gain.equal_terms == pytest.approx(top["tokens_per_s"] / other["tokens_per_s"])
+        assert gain.own_best == pytest.approx(ours["tokens_per_s"].max() / other["tokens_per_s"])
+
+
+def test_medians_and_shares_are_those_of_the_repetitions(raw, evidence):
+    rows = kernel_rows(evidence.kernels)
+    assert len(rows) == len(raw["kernels"]["rows"])
+    for row, given in zip(rows.itertuples(), raw["kernels"]["rows"], strict=True):
+        assert row.median_ms == pytest.approx(given["median_ms"])
+        assert row.share == pytest.approx(given["share_of_floor"], abs=1e-3)
+        assert row.low_ms <= row.median_ms <= row.high_ms
+
+
+def test_goals_are_judged_as_they_fell(evidence, raw):
+    found = {goal.quantity: goal for goal in goals(evidence)}
+    skewed = found["Kernel, 16,384 tokens, routing Zipf 2.2: share of the floor"]
+    assert skewed.met is False and skewed.verdict == "missed"
+    assert found["The same at equal memory beyond the weights and equal p95"].met is False
+    assert sum(goal.met is True for goal in found.values()) >= 8
+    assert {goal.found for goal in found.values() if goal.verdict == "not measured"} == {
+        "not measured"
+    }
+    # The same code, given a slower kernel, says so.
+    slow = json.loads(json.dumps(raw["kernels"]))
+    for row in slow["rows"]:
+        row["times_ms"] = [2 * time for time in row["times_ms"]]
+    worse = goals(
+        type(evidence)(
+            headline=evidence.headline, kernels=slow, buffering=evidence.buffering,
+            twin=evidence.twin,
+        )
+    )  # fmt: skip
+    assert not any(goal.met for goal in worse if goal.section == "kernels")
+
+
+def test_a_check_that_does_not_hold_is_said(evidence, raw):
+    broken = json.loads(json.dumps(raw["buffering"]))
+    broken["studies"]["qwen3-30b-a3b"]["settings"][0]["link_errors"] = [0.05]
+    assert sum(checks_held(broken).values()) == len(checks_held(broken)) - 1
+    page = analysis.results_page(
+        type(evidence)(
+            headline=evidence.headline, kernels=evidence.kernels, buffering=broken,
+            twin=evidence.twin,
+        )
+    )  # fmt: skip
+    said = [finding.text for finding in page.findings if "checks hold" in finding.text]
+    assert "6 of 7" in said[0] and "Not: bytes counted by the PCIe counters" in said[0]
+
+
+def test_the_page_says_where_how_and_how_widely_it_was_measured(page, raw):
+    for data in raw.values():
+        for words in (
+            data["hardware"]["device_name"], data["hardware"]["driver"], data["command"],
+            data["date"][:10], f"torch {data['versions']['torch']}",
+        ):  # fmt: skip
+            assert words in page.html
+    assert "shared by all layers" in page.html
+    assert "40 steps and 2 repetitions" in page.html
+    assert "A share slightly above 1 is possible" in page.html
+    assert "quartiles" in page.html
+    assert "{" not in re.sub(r"<style>.*?</style>", "", page.html, flags=re.DOTALL)
+    data = page.json_data
+    for part in data["traces"]:
+        labels = {fact["label"] for fact in part["facts"]}
+        assert labels >= {"Device", "Driver", "Versions", "Date", "Command", "Routing source"}
+        for metric in part["sections"][0]["metrics"]:
+            assert metric["figure_class"] in {"measured", "exact"}
+    assert "3.48x at equal memory and p95" in page.markdown
+    assert "| missed |" in page.markdown
+
+
+def test_every_picture_has_words(page):
+    pictures = re.findall(r"<svg[^>]*>", page.html)
+    assert len(pictures) >= 7
+    for picture in pictures:
+        assert len(re.search(r'aria-label="([^"]*)"', picture).group(1)) > 40
+    for part in page.json_data["traces"]:
+        for figure in part["sections"][0]["figures"]:
+            assert figure["alt"] and figure["how_to_read"]
+    (image,) = re.findall(r"!\[([^\]]*)\]\(([^)]*)\)", readme_section())
+    assert len(image[0]) > 40
+    figure = ROOT / image[1]
+    assert figure.read_bytes().startswith(b"\x89PNG")
+    assert figure.stat().st_size <= MAX_FIGURE_BYTES
+
+
+def test_the_command_writes_page_rows_and_figures(tmp_path, capsys):
+    out = tmp_path / "out"
+    figure = tmp_path / "docs" / "figure.png"
+    assert analysis.main(["-o", str(out), "--figure", str(figure)]) == 0
+    names = {path.name for path in out.iterdir()}
+    assert names == {
+        "live-results.html", "live-results.md", "live-results.json", "readme-table.md",
+        "headline.csv", "breakdown.csv", "kernels.csv", "buffering.csv", "twin.csv",
+        "twin-routing.csv", "goals.csv", "headline.png", "kernels.png", "buffering.png",
+    }  # fmt: skip
+    assert figure.read_bytes() == (out / "headline.png").read_bytes()
+    assert str(figure) in capsys.readouterr().out
+    rows = pd.read_csv(out / "buffering.csv")
+    assert len(rows) == len(buffering_rows(read_evidence().buffering))
+    assert (out / "readme-table.md").read_text() in readme_section()
+    assert analysis.main(["-o", str(out)]) == 0
+    (out / "live-results.json").write_text('{"own": "file"}')
+    assert analysis.main(["-o", str(out)]) == 1
+    assert "is no report" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("file", FILES.values())
+def test_a_result_that_is_missing_or_broken_is_named(tmp_path, capsys, file):
+    for other in FILES.values():
+        shutil.copy(RESULTS / other, tmp_path)
+    command = ["-o", str(tmp_path / "out"), "--results", str(tmp_path)]
+    (tmp_path / file).unlink()
+    assert analysis.main(command) == 1
+    error = capsys.readouterr().err
+    assert file in error and "hint:" in error and "Traceback" not in error
+    (tmp_path / file).write_text("[1")
+    assert analysis.main(command) == 1
+    assert f"cannot read {tmp_path / file}" in capsys.readouterr().err
+    for text in ('{"date": ""}', "[]"):
+        (tmp_path / file).write_text(text)
+        assert analysis.main(command) == 1
+        assert "lacks command" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_rows_that_are_not_there_are_named(raw, evidence):
+    rows = kernel_rows({"rows": raw["kernels"]["rows"][:1]})
+    with pytest.raises(analysis.MoeprofError, match="0 rows of moe-ops"):
+        share_of_floor(rows, "moe-ops", 8, "uniform", "graph")
+    with pytest.raises(analysis.MoeprofError, match="lacks the study"):
+        buffering_rows({"studies": {}})
+    with pytest.raises(analysis.MoeprofError, match="no row of dense"):
+        best_of(headline_rows(evidence.headline).query("gating != 'dense'"), "dense")
+
+
+def test_hostile_text_is_escaped(tmp_path, raw):
+    hostile = '<script>alert("x")</script> $\\frac{ | _a_'
+    for name, file in FILES.items():
+        data = json.loads(json.dumps(raw[name]))
+        data["command"] = data["date"] = hostile
+        data["hardware"]["device_name"] = hostile
+        data["versions"]["torch"] = hostile
+        if name == "headline":
+            data["routing"] = hostile
+        if name == "buffering":
+            source = data["studies"]["qwen3-30b-a3b"]["routing_source"]
+            source["model"] = source["trace"] = hostile
+        if name == "twin":
+            data["held_out"][0]["group"] = hostile
+        (tmp_path / file).write_text(json.dumps(data))
+    assert analysis.main(["-o", str(tmp_path / "out"), "--results", str(tmp_path)]) == 0
+    assert "<script" not in (tmp_path / "out" / "live-results.html").read_text()
+    text = (tmp_path / "out" / "live-results.md").read_text()
+    assert "<script" not in text
+    assert "\\_a\\_" in text

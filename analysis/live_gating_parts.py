@@ -124,7 +124,7 @@ def headline_part(data: Mapping[str, Any]) -> Described:
             f"Still at their best at the largest batch tried, so that more might give more: {end}. "
             "Only what is marked out of memory ran out of it.",
             "Static gating has a capacity of 0.05 of the tokens, as the paper's; tokens beyond it "
-            "are dropped and cost nothing.",
+            "are dropped.",
             "The language model only: the paper's translation model and one rank's share of its 8 "
             "GPUs are not among these results.",
         ),

@@ -19,7 +19,9 @@ What was published, and what is done here:
   in multiples of the mean load instead. The correlation with an expert whose share never changes
   is undefined; it counts as 0.
 - **EPLB** (deepseek-ai/EPLB, MIT): in float32 and with a stable sort, bit for bit. The published
-  code sorts without promising stability, so on ties its ids may differ; its loads do not.
+  code sorts without promising stability, so on ties its ids may differ; its loads do not. It also
+  leaves open in which order the fractional loads of a group are added up: groups that are equal
+  but for rounding may change places.
 - **Replicas** for planners that know none: EPLB's rule on the mean load, then each replica counts
   as an item with its part of the load.
 """

@@ -472,7 +472,7 @@ def _notes(settings: _Settings) -> tuple[str, ...]:
         "Ceilings (bound) hold for each row by itself.",
         "Intervals take requests for independent. Where those that run together need nearly all "
         "experts of a cache, intervals are wider than they need to be; where what they need "
-        "together just fits or just does not, they are narrower.",
+        "together just fits or just does not, they are too narrow.",
     ]
     if settings.rows.num_replicas > 1:
         notes.append(

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from moeprof.live.application import AppliedGating, apply_gating
     from moeprof.live.buffered_models import buffer_experts
+    from moeprof.live.calibration import CPU_SIZES, GPU_SIZES, CalibrationSizes, calibrate
     from moeprof.live.expert_buffer import BufferSettings, ExpertBuffer
     from moeprof.live.expert_parallel import ParallelExperts, experts_of_rank
     from moeprof.live.experts import ExpertWeights, random_experts
@@ -26,10 +27,14 @@ if TYPE_CHECKING:
     from moeprof.live.routing_schedules import DeviceRouting, RoutingBuffers, routing_of
     from moeprof.live.routing_sources import Routing, RoutingSource, read_routing
     from moeprof.live.stacking import stack_experts
+    from moeprof.live.verification import VerifyOptions, verify
 
 __all__ = [
+    "CPU_SIZES",
+    "GPU_SIZES",
     "AppliedGating",
     "BufferSettings",
+    "CalibrationSizes",
     "DeviceRouting",
     "ExpertBuffer",
     "ExpertWeights",
@@ -41,8 +46,10 @@ __all__ = [
     "RoutingBuffers",
     "RoutingShape",
     "RoutingSource",
+    "VerifyOptions",
     "apply_gating",
     "buffer_experts",
+    "calibrate",
     "estimated_step",
     "experts_of_rank",
     "force_routing",
@@ -56,11 +63,15 @@ __all__ = [
     "stack_experts",
     "staggered_routing",
     "uniform_routing",
+    "verify",
 ]
 
 _HOMES = {
+    "CPU_SIZES": "calibration",
+    "GPU_SIZES": "calibration",
     "AppliedGating": "application",
     "BufferSettings": "expert_buffer",
+    "CalibrationSizes": "calibration",
     "DeviceRouting": "routing_schedules",
     "ExpertBuffer": "expert_buffer",
     "ExpertWeights": "experts",
@@ -72,8 +83,10 @@ _HOMES = {
     "RoutingBuffers": "routing_schedules",
     "RoutingShape": "routing_controls",
     "RoutingSource": "routing_sources",
+    "VerifyOptions": "verification",
     "apply_gating": "application",
     "buffer_experts": "buffered_models",
+    "calibrate": "calibration",
     "estimated_step": "parallel_estimates",
     "experts_of_rank": "expert_parallel",
     "force_routing": "forcing",
@@ -87,6 +100,7 @@ _HOMES = {
     "stack_experts": "stacking",
     "staggered_routing": "routing_controls",
     "uniform_routing": "routing_controls",
+    "verify": "verification",
 }
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -193,36 +193,65 @@ def plan_buffer(
             num_slots=sum(site.num_experts for site in routed.sites),
             num_staging=0,
         )
-    caches = _caches(streams.read_rows(trace) if rows is None else rows, routed, setting)
-    needs_staging = setting.policy in _NOT_ALL_KEPT or any(not one.capacity for one in caches)
-    staging = _STAGING if needs_staging and setting.miss != "host" else 0
-    slots = sum(cache.capacity for cache in caches)
-    residency = Residency(caches, [slots + staging], full=setting.initial == "full")
-    planned = _run(residency, routed, setting)
-    capacity_of = {site: cache.capacity for cache in caches for site, _ in cache.sites}
+    made = residency_of(trace, routed, setting, rows=rows)
+    planned = [one for each in planned_dispatches(made.residency, routed, setting) for one in each]
     return BufferPlan(
         hit=np.array([one.hit for one in planned], np.uint8),
         loads=np.array([one.loads for one in planned], np.uint8),
         after=np.array([one.after for one in planned], np.int32),
         awaits=_awaits(planned, routed),
         on_host=np.array([one.on_host for one in planned], np.uint8),
+        capacity=made.capacity,
+        num_slots=made.num_slots,
+        num_staging=made.num_staging,
+    )
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class EmptyCaches:
+    """The caches of a buffer before its first dispatch.
+
+    Attributes:
+        residency: Who is in which slot.
+        capacity: [sites] slots of the cache that serves the site.
+        num_slots: Slots of all caches.
+        num_staging: Slots beside them.
+    """
+
+    residency: Residency
+    capacity: Int32s
+    num_slots: int
+    num_staging: int
+
+
+def residency_of(
+    trace: Trace, routed: RoutedRows, setting: BufferingSetting, *, rows: Rows | None = None
+) -> EmptyCaches:
+    """Returns the caches of a buffer; arguments as in `plan_buffer`, with a capacity."""
+    caches = _caches(streams.read_rows(trace) if rows is None else rows, routed, setting)
+    needs_staging = setting.policy in _NOT_ALL_KEPT or any(not one.capacity for one in caches)
+    staging = _STAGING if needs_staging and setting.miss != "host" else 0
+    slots = sum(cache.capacity for cache in caches)
+    capacity_of = {site: cache.capacity for cache in caches for site, _ in cache.sites}
+    return EmptyCaches(
+        residency=Residency(caches, [slots + staging], full=setting.initial == "full"),
         capacity=np.array([capacity_of.get(site.site, 0) for site in routed.sites], np.int32),
         num_slots=slots,
         num_staging=staging,
     )
 
 
-def _run(residency: Residency, routed: RoutedRows, setting: BufferingSetting) -> list[Planned]:
+def planned_dispatches(
+    residency: Residency, routed: RoutedRows, setting: BufferingSetting
+) -> Iterator[list[Planned]]:
+    """Yields what is done in each dispatch, one after the other."""
     rule = MissRule(action=setting.miss, host_rows=setting.host_rows)
     experts, rows = routed.expert.tolist(), routed.rows.tolist()
     bounds = routed.starts.tolist()
-    planned: list[Planned] = []
     for dispatch, index in enumerate(routed.site.tolist()):
         first, end = bounds[dispatch], bounds[dispatch + 1]
-        if first < end:
-            site = routed.sites[index].site
-            planned += residency.plan(site, experts[first:end], rows[first:end], rule)
-    return planned
+        site = routed.sites[index].site
+        yield residency.plan(site, experts[first:end], rows[first:end], rule) if end > first else []
 
 
 def _caches(rows: Rows, routed: RoutedRows, setting: BufferingSetting) -> list[CacheSpec]:

@@ -1,0 +1,663 @@
+"""Measures what this machine does, once, for the cost model.
+
+Constants first, each by itself; then trials: whole steps under several settings, driven by made-up
+routing, next to what the constants alone say of them. What is left over corrects predictions and
+says how sure they are. Leaves out the file (`moeprof.replay.calibration_file`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from moeprof.errors import MoeprofError, UsageError
+from moeprof.live.ceilings import measure_ceilings
+from moeprof.live.expert_store import ExpertStore
+from moeprof.live.experts import ExpertWeights, random_experts
+from moeprof.live.grouping import can_group
+from moeprof.live.kernels import KERNELS
+from moeprof.live.kernels.fused import can_fuse
+from moeprof.live.part_times import PartTimes
+from moeprof.live.routed_runs import random_sites
+from moeprof.live.row_blocks import Workspace
+from moeprof.live.setting_runs import (
+    RoutedStack,
+    SettingRun,
+    gating_layer,
+    geometry_of,
+    open_stack,
+    timed_steps,
+)
+from moeprof.live.transfers import HostTransfers, make_slots, open_transfers
+from moeprof.recording.hardware import hardware, versions
+from moeprof.replay import cost_model
+from moeprof.replay.buffer_plans import planned_dispatches, read_routed_rows, residency_of
+from moeprof.replay.cache import policies, streams
+from moeprof.replay.calibration_file import (
+    Calibration,
+    Curve,
+    DecisionTimes,
+    ExpertTimes,
+    GatingTimes,
+    Measured,
+    Trial,
+)
+from moeprof.replay.expert_shapes import ExpertShape
+from moeprof.replay.gating_work import Dispatches, device_columns, kernel_work
+from moeprof.replay.least_squares import fit_parts
+from moeprof.replay.serving_settings import (
+    STATIC_KERNELS,
+    BufferingSetting,
+    GatingSetting,
+    Setting,
+)
+from moeprof.trace.synthetic import synthetic_trace
+
+if TYPE_CHECKING:
+    from moeprof.trace.reader import Trace
+
+Progress = Callable[[str, int, int], None]
+
+ROUTING = "made-up routing (Zipf, half of the experts kept from token to token)"
+DEFAULT_POLICIES = tuple(policies.POLICIES)
+
+_SMALL_ROWS = 8
+_PLAN_REPEATS = 3
+_TRIAL_SHARES = (0.25, 0.5)
+_TRIAL_MISSES = ("load", "host", "split")
+_ACTIVE_SHARES = (0.25, 1.0)
+_DECISION_SHARES = (0.125, 0.25, 0.5)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CalibrationSizes:
+    """How large the things are that are measured.
+
+    Attributes:
+        expert_bytes: Sizes of experts, ascending.
+        d_model: Width of a row.
+        gated: Experts of three matrices, not two.
+        dtype: Of weights and rows.
+        num_experts: Experts per layer of trials.
+        top_k: Slots per token of trials.
+        num_layers: Layers of trials.
+        batch: Requests at a time in trials.
+        output_tokens: Tokens of each.
+        rows: Rows of an expert on the device.
+        host_rows: Rows of an expert on the host.
+        slots: (token, slot) rows of a dispatch.
+        tokens: Tokens of a dispatch, for gating kernels.
+        cold_bytes: Experts that take turns take so much at least, so that no cache of the device
+            holds them.
+        repeats: Repetitions of each part.
+        trial_repetitions: Repetitions of each trial.
+    """
+
+    expert_bytes: tuple[int, ...]
+    d_model: int
+    gated: bool = True
+    dtype: str
+    num_experts: int
+    top_k: int
+    num_layers: int
+    batch: int
+    output_tokens: int
+    rows: tuple[int, ...]
+    host_rows: tuple[int, ...]
+    slots: tuple[int, ...]
+    tokens: tuple[int, ...]
+    cold_bytes: int
+    repeats: int
+    trial_repetitions: int
+
+    def __post_init__(self) -> None:
+        """Refuses what cannot be measured."""
+        for name in ("expert_bytes", "rows", "host_rows", "slots", "tokens"):
+            values = getattr(self, name)
+            if not values or min(values) < 1 or list(values) != sorted(set(values)):
+                raise UsageError(f"{name} has to ascend from 1 or more, not {values}")
+
+    def shape(self, expert_bytes: int) -> ExpertShape:
+        """Returns the shape of experts of about that size."""
+        base = ExpertShape(d_model=self.d_model, d_ff=1, gated=self.gated, dtype=self.dtype)
+        return base.with_bytes(expert_bytes)
+
+
+GPU_SIZES = CalibrationSizes(
+    expert_bytes=(9 << 20, 32 << 20, 64 << 20),
+    d_model=2048,
+    dtype="bfloat16",
+    num_experts=64,
+    top_k=6,
+    num_layers=8,
+    batch=4,
+    output_tokens=12,
+    rows=(1, 2, 4, 8, 16, 64, 256, 1024),
+    host_rows=(1, 2, 4, 16),
+    slots=(8, 64, 512, 4096),
+    tokens=(1, 8, 32, 128, 512),
+    cold_bytes=256 << 20,
+    repeats=20,
+    trial_repetitions=3,
+)
+CPU_SIZES = CalibrationSizes(
+    expert_bytes=(64 << 10, 512 << 10),
+    d_model=128,
+    dtype="float32",
+    num_experts=16,
+    top_k=2,
+    num_layers=4,
+    batch=4,
+    output_tokens=12,
+    rows=(1, 4, 16, 64),
+    host_rows=(1, 4, 16),
+    slots=(8, 64, 256),
+    tokens=(1, 8, 32),
+    cold_bytes=4 << 20,
+    repeats=10,
+    trial_repetitions=3,
+)
+
+
+def calibrate(
+    device: torch.device | str | None = None,
+    *,
+    sizes: CalibrationSizes | None = None,
+    expert_bytes: Sequence[int] | None = None,
+    policies: Sequence[str] = DEFAULT_POLICIES,
+    kernels: Sequence[str] = tuple(KERNELS),
+    command: str = "moeprof.live.calibrate",
+    progress: Progress | None = None,
+) -> Calibration:
+    """Measures this machine for the cost model (`moeprof.replay.cost`).
+
+    Args:
+        device: Which; a GPU if there is one when None.
+        sizes: How large things are; `GPU_SIZES` or `CPU_SIZES` when None.
+        expert_bytes: Sizes of experts, instead of those in ``sizes``: those of the models that
+            predictions are wanted for.
+        policies: Cache policies whose decisions are timed.
+        kernels: Gating kernels that are timed.
+        command: What to write into the file as the command.
+        progress: Called with (what is measured, parts done, parts in all).
+
+    Raises:
+        UsageError: An argument makes no sense.
+        MoeprofError: The device is not there.
+    """
+    target = _device(device)
+    chosen = sizes or (GPU_SIZES if target.type == "cuda" else CPU_SIZES)
+    if expert_bytes is not None:
+        chosen = dataclasses.replace(chosen, expert_bytes=tuple(sorted(set(expert_bytes))))
+    unknown = [name for name in kernels if name not in KERNELS]
+    if unknown:
+        raise UsageError(
+            f"there is no gating kernel {unknown[0]!r}", hint=f"one of {', '.join(KERNELS)}"
+        )
+    bench = _Bench(target, chosen)
+    show = progress or (lambda *_: None)
+    with tempfile.TemporaryDirectory() as folder, torch.no_grad():
+        trace = _made_up(Path(folder), chosen, batch=chosen.batch)
+        return _measured(bench, trace, policies, kernels, command, show)
+
+
+def _device(device: torch.device | str | None) -> torch.device:
+    if device is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        found = torch.device(device)
+    except RuntimeError:
+        raise UsageError(f"there is no device {device!r}", hint="say cpu or cuda") from None
+    if found.type == "cuda" and not torch.cuda.is_available():
+        raise MoeprofError("there is no GPU that torch can use", hint="say --device cpu")
+    if found.type not in ("cpu", "cuda"):
+        raise UsageError(f"{found.type} devices cannot be calibrated", hint="say cpu or cuda")
+    return found
+
+
+def _made_up(folder: Path, sizes: CalibrationSizes, *, batch: int) -> Trace:
+    return synthetic_trace(
+        folder / f"calibration-{batch}.moeprof",
+        num_requests=2 * batch,
+        num_sites=sizes.num_layers,
+        num_experts=sizes.num_experts,
+        top_k=sizes.top_k,
+        batch=batch,
+        prompt_tokens=8,
+        output_tokens=sizes.output_tokens,
+    )
+
+
+def _measured(
+    bench: _Bench,
+    trace: Trace,
+    policy_names: Sequence[str],
+    kernels: Sequence[str],
+    command: str,
+    show: Progress,
+) -> Calibration:
+    """Returns constants, then trials."""
+    sizes = bench.sizes
+    parts = 4 + len(policy_names) + len(kernels) + len(sizes.expert_bytes)
+    count = itertools.count()
+    show("rates of the device", next(count), parts)
+    ceilings = measure_ceilings(
+        bench.device, dtype=getattr(torch, sizes.dtype), repeats=sizes.repeats
+    )
+    copy_ms, matrix_ms = ceilings.copy.times_ms, ceilings.matrix.times_ms
+    moved = ceilings.copy_bytes_per_s * ceilings.copy.median_ms
+    computed = ceilings.matrix_flops_per_s * ceilings.matrix.median_ms
+    show("experts and copies", next(count), parts)
+    by_size = [bench.of_expert(size) for size in sizes.expert_bytes]
+    show("dispatches", next(count), parts)
+    constants = bench.of_dispatch()
+    machine = Calibration(
+        device=asdict(hardware(bench.device)),
+        versions=versions(),
+        date=datetime.now(UTC).isoformat(timespec="seconds"),
+        command=command,
+        dtype=sizes.dtype,
+        is_serial=bench.times.is_serial,
+        device_copy_bytes_per_s=Measured.of([moved / each for each in copy_ms]),
+        matrix_flops_per_s=Measured.of([computed / each for each in matrix_ms]),
+        to_device=_ascending([(one.block_bytes, one.copy) for one in by_size]),
+        device_expert=_surface([(one.expert_bytes, one.on_device) for one in by_size]),
+        host_expert=_surface([(one.expert_bytes, one.on_host) for one in by_size]),
+        expert_host_s=by_size[0].launch,
+        slot_host_s=by_size[0].slot,
+        load_host_s=by_size[0].load,
+        **constants,
+    )
+    decisions = {}
+    for name in policy_names:
+        show(f"decisions of {name}", next(count), parts)
+        decisions[name] = _decision_times(trace, name)
+    gating = {}
+    for name in kernels:
+        show(f"gating {name}", next(count), parts)
+        gating[name] = bench.of_kernel(name, machine)
+    machine = dataclasses.replace(machine, decisions=decisions, gating=gating)
+    trials: list[Trial] = []
+    for size in sizes.expert_bytes:
+        show(f"trials at {size / (1 << 20):.2f} MiB an expert", next(count), parts)
+        trials += bench.trials(trace, size, machine)
+    show("done", parts, parts)
+    return dataclasses.replace(machine, trials=tuple(trials))
+
+
+@dataclass(frozen=True, kw_only=True)
+class _ExpertParts:
+    """What was measured at one size of experts."""
+
+    expert_bytes: int
+    block_bytes: int
+    copy: Measured
+    on_device: Curve
+    on_host: Curve
+    launch: Measured
+    slot: Measured
+    load: Measured
+
+
+@dataclass(frozen=True, kw_only=True)
+class _KernelPoint:
+    """A gating kernel at one size."""
+
+    columns: tuple[float, ...]
+    active: float
+    device_s: float
+    host_s: float
+
+
+class _UnwaitedWorkspace(Workspace):
+    """A workspace that is not asked what the device found: for its device part alone."""
+
+    def _received(self, count: int) -> list[int]:
+        return [0] * count
+
+
+class _Bench:
+    """Measures parts and runs trials on one device.
+
+    Args:
+        device: Which.
+        sizes: How large things are.
+    """
+
+    def __init__(self, device: torch.device, sizes: CalibrationSizes) -> None:
+        self.device = device
+        self.sizes = sizes
+        self.dtype: torch.dtype = getattr(torch, sizes.dtype)
+        self.times = PartTimes(device, repeats=sizes.repeats)
+
+    def _rows(self, count: int, device: torch.device | str | None = None) -> torch.Tensor:
+        generator = torch.Generator().manual_seed(count)
+        rows = torch.randn(count, self.sizes.d_model, generator=generator)
+        return rows.to(device=self.device if device is None else device, dtype=self.dtype)
+
+    def _store(self, shape: ExpertShape, count: int, trace: Trace) -> ExpertStore:
+        site = random_sites(
+            trace, geometry_of(shape), stack="decoder", pinned=not self.times.is_serial
+        )[0]
+        assert site.store.num_experts == count
+        return site.store
+
+    def of_expert(self, size: int) -> _ExpertParts:
+        """Measures copies and computations of experts of one size."""
+        shape = self.sizes.shape(size)
+        count = max(2, -(-self.sizes.cold_bytes // shape.block_bytes))
+        with tempfile.TemporaryDirectory() as folder:
+            only = synthetic_trace(
+                Path(folder) / "one.moeprof", num_requests=1, num_sites=1, num_experts=count
+            )
+            store = self._store(shape, count, only)
+        slots, pools = make_slots([count], [shape.block_bytes], self.device)
+        for expert, slot in enumerate(slots):
+            slot.copy_(store.block(expert))
+        views = [store.shape.weights(slot[: store.shape.block_bytes]) for slot in slots]
+        transfers = open_transfers(slots)
+        self.times.settle()
+        turn = itertools.cycle(range(count))
+
+        def load() -> None:
+            expert = next(turn)
+            slots[expert].copy_(store.block(expert), non_blocking=True)
+
+        def ask() -> None:
+            expert = next(turn)
+            transfers.load(expert, store.block(expert))
+
+        def order() -> None:
+            expert = next(turn)
+            transfers.await_load(expert)
+            transfers.release(expert)
+
+        def on_device(rows: torch.Tensor) -> Callable[[], object]:
+            return lambda: views[next(turn)].run(0, rows)
+
+        def by_host(rows: torch.Tensor) -> Callable[[], object]:
+            # As the live buffer does: the weights are looked up in their block each time.
+            return lambda: store.weights(next(turn)).run(0, rows)
+
+        given = {rows: self._rows(rows) for rows in self.sizes.rows}
+        own = {rows: self._rows(rows, "cpu") for rows in self.sizes.host_rows}
+        found = _ExpertParts(
+            expert_bytes=shape.expert_bytes,
+            block_bytes=shape.block_bytes,
+            copy=self.times.device_part(load),
+            on_device=_ascending(
+                [(n, self.times.device_part(on_device(rows))) for n, rows in given.items()]
+            ),
+            on_host=_ascending([(n, self._on_host(by_host(rows))) for n, rows in own.items()]),
+            launch=self.times.host(on_device(given[self.sizes.rows[0]])),
+            # Without a queue there is nothing to order, and a copy is done when it is asked for.
+            slot=self.times.host(order),
+            load=self.times.host(ask),
+        )
+        transfers.finish()
+        assert isinstance(transfers, HostTransfers) == self.times.is_serial
+        store.close()
+        del pools
+        return found
+
+    def _on_host(self, function: Callable[[], object]) -> Measured:
+        return PartTimes(torch.device("cpu"), repeats=self.sizes.repeats).device_part(function)
+
+    def of_dispatch(self) -> dict[str, Any]:
+        """Measures what surrounds the experts of a dispatch, by its (token, slot) rows."""
+        sizes, times = self.sizes, self.times
+        first: dict[str, Any] = {}
+        sort, combine = [], []
+        for slots in sizes.slots:
+            tokens = max(1, slots // sizes.top_k)
+            hidden = self._rows(tokens)
+            ids = torch.arange(tokens * sizes.top_k, device=self.device) % sizes.num_experts
+            ids = ids.view(tokens, sizes.top_k)
+            gates = torch.full(ids.shape, 1 / sizes.top_k, dtype=self.dtype, device=self.device)
+            spaces = [
+                kind(
+                    num_experts=sizes.num_experts,
+                    d_model=sizes.d_model,
+                    dtype=self.dtype,
+                    device=self.device,
+                )
+                for kind in (Workspace, _UnwaitedWorkspace)
+            ]
+
+            def before(
+                space: Workspace, hidden: torch.Tensor = hidden, ids: torch.Tensor = ids
+            ) -> Any:
+                rows = F.rms_norm(hidden, hidden.shape[-1:])
+                return space.sorted_rows(rows, ids, sizes.num_experts)
+
+            given, order, _ = before(spaces[0])
+            pieces = list(given.split(max(1, len(given) // min(len(given), sizes.top_k))))
+            returned = torch.empty_like(given)
+
+            def after(
+                pieces: list[torch.Tensor] = pieces,
+                returned: torch.Tensor = returned,
+                order: torch.Tensor = order,
+                gates: torch.Tensor = gates,
+                hidden: torch.Tensor = hidden,
+                space: Workspace = spaces[0],
+            ) -> torch.Tensor:
+                torch.cat(pieces, out=returned)
+                return hidden + space.combined(returned, order, gates, len(returned))
+
+            sort.append((ids.numel(), times.device_part(lambda: before(spaces[1]))))  # noqa: B023
+            combine.append((ids.numel(), times.device_part(after)))
+            if not first:
+                first["combine_host_s"] = times.host(after)
+                # The host waits inside, so what it needs is the whole of it on an idle device.
+                first["known_s"] = times.host(lambda: before(spaces[0]))  # noqa: B023
+        small = self._rows(_SMALL_ROWS)
+        pinned = torch.empty(small.shape, dtype=self.dtype, pin_memory=not times.is_serial)
+
+        def fetch() -> None:
+            pinned.copy_(small, non_blocking=True)
+            times.settle()
+
+        return {
+            **first,
+            "sort_device": _ascending(sort),
+            "combine_device": _ascending(combine),
+            "fetch_s": times.wall(fetch),
+            "return_host_s": times.wall(
+                lambda: small.copy_(pinned, non_blocking=True), settle=times.is_serial
+            ),
+            "sync_s": times.host(times.settle),
+            "launch_host_s": times.host(lambda: small.add_(1)),
+            "launch_device_s": times.device_part(lambda: small.add_(1)),
+        }
+
+    def of_kernel(self, name: str, machine: Calibration) -> GatingTimes:
+        """Measures a gating kernel over tokens and active experts, and fits its parts."""
+        found = [self._kernel_points(name, size, machine) for size in self.sizes.expert_bytes]
+        points = [point for of_size, _ in found for point in of_size]
+        waits = any(each for _, each in found)
+        fit = fit_parts(
+            np.array([point.columns for point in points]),
+            np.array([point.device_s for point in points]),
+        )
+        host = np.zeros(2)
+        if not waits and not self.times.is_serial:
+            host = fit_parts(
+                np.array([[1.0, point.active] for point in points]),
+                np.array([point.host_s for point in points]),
+            ).factors
+        return GatingTimes(
+            host_dispatch_s=float(host[0]),
+            host_expert_s=float(host[1]),
+            device_dispatch_s=float(fit.factors[0]),
+            device_expert_s=float(fit.factors[1]),
+            weight_factor=float(fit.factors[2]),
+            flops_factor=float(fit.factors[3]),
+            moved_factor=float(fit.factors[4]),
+            waits=waits and not self.times.is_serial,
+            error=fit.error,
+        )
+
+    def _kernel_points(
+        self, name: str, size: int, machine: Calibration
+    ) -> tuple[list[_KernelPoint], bool]:
+        """Returns times at one size of experts, and whether the host waits in them."""
+        sizes, times = self.sizes, self.times
+        shape = sizes.shape(size)
+        experts = _stacked(shape, sizes.num_experts, self.device)
+        kernel = KERNELS[name]
+        hidden = self._rows(max(sizes.tokens))
+        waits = _waits(name, hidden, experts)
+        found = []
+        for tokens, share in itertools.product(sizes.tokens, _ACTIVE_SHARES):
+            used = max(sizes.top_k, round(share * sizes.num_experts))
+            flat = torch.arange(tokens * sizes.top_k, device=self.device) % used
+            ids = flat.view(tokens, sizes.top_k)
+            gates = torch.full(ids.shape, 1 / sizes.top_k, dtype=self.dtype, device=self.device)
+
+            def layer(
+                rows: torch.Tensor = hidden[:tokens],
+                ids: torch.Tensor = ids,
+                gates: torch.Tensor = gates,
+            ) -> torch.Tensor:
+                return gating_layer(kernel, rows, ids, gates, experts)
+
+            numbers = {
+                "num_tokens": tokens,
+                "top_k": sizes.top_k,
+                "active": min(used, flat.numel()),
+                "executed": flat.numel(),
+                "num_experts": sizes.num_experts,
+            }
+            given = Dispatches(**{key: np.array([float(n)]) for key, n in numbers.items()})
+            work = kernel_work(name, given, shape)
+            found.append(
+                _KernelPoint(
+                    columns=tuple(device_columns(work, given.active, machine)[0].tolist()),
+                    active=float(given.active[0]),
+                    device_s=(times.wall(layer) if waits else times.device_part(layer)).median,
+                    host_s=times.host(layer).median,
+                )
+            )
+        return found, waits
+
+    def trials(self, trace: Trace, size: int, machine: Calibration) -> list[Trial]:
+        """Runs settings on made-up routing, at one size of experts."""
+        shape = self.sizes.shape(size)
+        stack = open_stack(trace, stack="decoder", device=self.device, shape=shape, share_host=True)
+        found = []
+        question = cost_model.question_of(
+            trace, shape=shape, phase="all", repetitions=self.sizes.trial_repetitions
+        )
+        for setting in trial_settings(machine):
+            found.append(self._trial(stack, question, setting, machine))
+        stack.close()
+        return found
+
+    def _trial(
+        self,
+        stack: RoutedStack,
+        question: cost_model.Question,
+        setting: Setting,
+        machine: Calibration,
+    ) -> Trial:
+        run = SettingRun(stack, setting)
+        measured = timed_steps(run, repetitions=self.sizes.trial_repetitions)
+        run.close()
+        modelled = cost_model.predict(question, setting, machine).modelled_ms
+        return Trial(
+            kind="gating" if isinstance(setting, GatingSetting) else "buffering",
+            setting=setting.name,
+            routing=ROUTING,
+            modelled_ms=tuple(modelled.tolist()),
+            measured_ms=measured,
+        )
+
+
+def trial_settings(machine: Calibration) -> list[Setting]:
+    """Returns the settings that are tried: every policy and kernel, every miss action."""
+    found: list[Setting] = [BufferingSetting(capacity=None)]
+    for index, policy in enumerate(machine.decisions):
+        share = _TRIAL_SHARES[index % len(_TRIAL_SHARES)]
+        miss = _TRIAL_MISSES[index % len(_TRIAL_MISSES)]
+        for action in dict.fromkeys(("load", miss)):
+            found.append(BufferingSetting(capacity=share, policy=policy, miss=action))
+    found += [GatingSetting(kernel=name) for name in machine.gating]
+    return found
+
+
+def _waits(name: str, hidden: torch.Tensor, experts: ExpertWeights) -> bool:
+    """Returns True where the host waits for the device in a kernel (itself, or its fallback)."""
+    if name in STATIC_KERNELS or (name == "dynamic" and can_fuse(hidden, experts)):
+        return False
+    return name == "dynamic_loop" or not can_group(experts.w_in, hidden)
+
+
+def _stacked(shape: ExpertShape, count: int, device: torch.device) -> ExpertWeights:
+    return random_experts(
+        num_experts=count,
+        d_model=shape.d_model,
+        d_ff=shape.d_ff,
+        gated=shape.gated,
+        device=device,
+        dtype=getattr(torch, shape.dtype),
+        activation="silu" if shape.gated else "relu",
+    )
+
+
+def _ascending(points: Sequence[tuple[float, Measured]]) -> Curve:
+    ordered = dict(sorted(points, key=lambda point: point[0]))
+    return Curve(sizes=tuple(map(float, ordered)), times_s=tuple(ordered.values()))
+
+
+def _surface(points: Sequence[tuple[int, Curve]]) -> ExpertTimes:
+    return ExpertTimes(
+        expert_bytes=tuple(size for size, _ in points), by_rows=tuple(curve for _, curve in points)
+    )
+
+
+def _decision_times(trace: Trace, policy: str) -> DecisionTimes:
+    """Times a policy's state machine over made-up routing; the host alone."""
+    routed = read_routed_rows(trace, "decoder")
+    rows = streams.read_rows(trace)
+    count = np.diff(routed.starts)
+    columns, seconds = [], []
+    for share in _DECISION_SHARES:
+        setting = BufferingSetting(capacity=share, policy=policy)
+        runs = []
+        for _ in range(_PLAN_REPEATS):
+            made = residency_of(trace, routed, setting, rows=rows)
+            dispatches = planned_dispatches(made.residency, routed, setting)
+            times, hits = [], []
+            for _ in range(len(count)):
+                begun_s = time.perf_counter()
+                planned = next(dispatches)
+                times.append(time.perf_counter() - begun_s)
+                hits.append(sum(one.hit for one in planned))
+            runs.append(times)
+        hit = np.array(hits, np.float64)
+        missed = count - hit
+        slots = made.capacity[routed.site]
+        columns.append(np.stack([np.ones_like(hit), hit, missed, missed * slots], axis=1))
+        # The same decisions each time: the median of the repetitions is without interruptions.
+        seconds.append(np.median(np.array(runs), axis=0))
+    every = np.concatenate(columns)
+    fit = fit_parts(every, np.concatenate(seconds))
+    return DecisionTimes(
+        dispatch_s=float(fit.factors[0]),
+        hit_s=float(fit.factors[1]),
+        miss_s=float(fit.factors[2]),
+        slot_s=float(fit.factors[3]),
+        error=fit.error / len(every) ** 0.5,
+    )

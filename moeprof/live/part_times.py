@@ -1,0 +1,88 @@
+"""Times the parts of a run apart: what the host does, what the device does, and both.
+
+On a device without a queue of its own everything is the device's, and the host's part is nothing.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+import torch
+
+from moeprof.live.repetitions import repeat
+from moeprof.replay.calibration_file import Measured
+
+_AHEAD_CYCLES = 8_000_000
+_NOTHING = Measured(median=0.0, low=0.0, high=0.0, error=0.0, num_repetitions=0)
+
+
+class PartTimes:
+    """Times functions on one device.
+
+    Args:
+        device: Which.
+        repeats: Timed repetitions of each.
+        warmup: Repetitions before them.
+    """
+
+    def __init__(self, device: torch.device, *, repeats: int, warmup: int = 3) -> None:
+        self.device = device
+        self.is_serial = device.type != "cuda"
+        self._repeats = repeats
+        self._warmup = warmup
+
+    def settle(self) -> None:
+        """Waits until the device has nothing to do."""
+        if not self.is_serial:
+            torch.cuda.synchronize(self.device)
+
+    def wall(self, function: Callable[[], object], *, settle: bool = True) -> Measured:
+        """Returns the time in seconds on the host's clock, from an idle device.
+
+        Args:
+            function: What to time.
+            settle: The device has to be done too; else the function returns when it likes.
+        """
+        for _ in range(self._warmup):
+            function()
+        times = []
+        for _ in range(self._repeats):
+            self.settle()
+            begun_s = time.perf_counter()
+            function()
+            if settle:
+                self.settle()
+            times.append(time.perf_counter() - begun_s)
+        self.settle()
+        return Measured.of(times)
+
+    def host(self, function: Callable[[], object]) -> Measured:
+        """Returns the time in seconds that the host needs to ask for something."""
+        return _NOTHING if self.is_serial else self.wall(function, settle=False)
+
+    def device_part(self, function: Callable[[], object]) -> Measured:
+        """Returns the time in seconds on the device, launches not waited for.
+
+        The device is kept busy meanwhile, so that everything is asked for before it begins; the
+        function must not wait for the device.
+        """
+        if self.is_serial:
+            times = repeat(
+                function, device=self.device, repeats=self._repeats, warmup=self._warmup
+            ).times_ms
+            return Measured.of([each / 1e3 for each in times])
+        for _ in range(self._warmup):
+            function()
+        found = []
+        for _ in range(self._repeats):
+            self.settle()
+            torch.cuda._sleep(_AHEAD_CYCLES)  # type: ignore[no-untyped-call]
+            begin = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+            end = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+            begin.record()
+            function()
+            end.record()
+            self.settle()
+            found.append(begin.elapsed_time(end) / 1e3)
+        return Measured.of(found)

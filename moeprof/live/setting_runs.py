@@ -1,0 +1,276 @@
+"""Runs the experts of a stack under one setting after another, driven by recorded routing."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+
+from moeprof.errors import MoeprofError, UsageError
+from moeprof.live.expert_buffer import BufferedSite, BufferSettings, ExpertBuffer
+from moeprof.live.expert_store import store_of_layout
+from moeprof.live.experts import ExpertWeights
+from moeprof.live.kernels import kernel_named
+from moeprof.live.model_experts import readable_experts
+from moeprof.live.routed_runs import (
+    ExpertGeometry,
+    RoutedStep,
+    random_sites,
+    routed_steps,
+    run_steps,
+    starting_rows,
+)
+from moeprof.replay.expert_shapes import ITEM_BYTES, ExpertShape, shape_of_trace
+from moeprof.replay.serving_settings import GatingSetting, Setting
+
+if TYPE_CHECKING:
+    from moeprof.trace.reader import Trace
+
+WEIGHTS = ("auto", "random")
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class RoutedStack:
+    """The experts of a stack in host memory, and the routing that drives them.
+
+    Attributes:
+        trace: Where the routing comes from.
+        sites: The experts.
+        steps: The routing, on the device.
+        hidden: Rows that every step starts with.
+        shape: Of an expert.
+        device: Where experts run.
+        weights_source: Whose weights these are, in words.
+    """
+
+    trace: Trace
+    sites: tuple[BufferedSite, ...]
+    steps: tuple[RoutedStep, ...]
+    hidden: torch.Tensor
+    shape: ExpertShape
+    device: torch.device
+    weights_source: str
+
+    def close(self) -> None:
+        """Lets go of page locks."""
+        for store in {id(site.store): site.store for site in self.sites}.values():
+            store.close()
+
+
+def geometry_of(shape: ExpertShape) -> ExpertGeometry:
+    """Returns the geometry of random experts of a shape."""
+    return ExpertGeometry(
+        d_model=shape.d_model,
+        d_ff=shape.d_ff,
+        gated=shape.gated,
+        bias=shape.bias,
+        activation="silu" if shape.gated else "relu",
+        dtype=getattr(torch, shape.dtype),
+    )
+
+
+def open_stack(
+    trace: Trace,
+    *,
+    stack: str,
+    device: torch.device | str,
+    shape: ExpertShape | None = None,
+    dtype: str | None = None,
+    weights: str = "auto",
+    max_steps: int | None = None,
+    share_host: bool = False,
+) -> RoutedStack:
+    """Returns the experts of a stack: the model's own where it can be opened, else random ones.
+
+    Args:
+        trace: The trace.
+        stack: Its stack.
+        device: Where experts run.
+        shape: Of random experts; as the trace has it when None. Where it is given, weights are
+            random: the model's have a shape of their own.
+        dtype: Of experts where no shape is given; as recorded when None.
+        weights: ``auto``, or ``random`` for random ones in any case.
+        max_steps: At most so many steps.
+        share_host: All layers of random experts read one host copy.
+
+    Raises:
+        UsageError: There is no such stack, or the shape is not known.
+    """
+    if weights not in WEIGHTS:
+        raise UsageError(f"there are no weights {weights!r}", hint=f"one of {', '.join(WEIGHTS)}")
+    target = torch.device(device)
+    pinned = target.type == "cuda"
+    sites: list[BufferedSite] | None = None
+    reason = "asked for" if weights == "random" else "the shape was given"
+    if weights == "auto" and shape is None:
+        try:
+            sites, shape = _model_sites(trace, stack, pinned=pinned, dtype=dtype)
+            source = f"weights of {trace.model.name}"
+        except MoeprofError as error:
+            reason = f"the model cannot be opened: {error.message}"
+    if sites is None:
+        shape = shape or shape_of_trace(trace, stack, dtype=dtype)
+        sites = random_sites(
+            trace, geometry_of(shape), stack=stack, pinned=pinned, share_host=share_host
+        )
+        source = f"random weights ({reason})" + (
+            ", one host copy for all layers" if share_host else ""
+        )
+    assert shape is not None
+    geometry = geometry_of(shape)
+    steps = routed_steps(
+        trace, stack=stack, device=target, dtype=geometry.dtype, max_steps=max_steps
+    )
+    return RoutedStack(
+        trace=trace,
+        sites=tuple(sites),
+        steps=tuple(steps),
+        hidden=starting_rows(steps, geometry, target),
+        shape=shape,
+        device=target,
+        weights_source=source,
+    )
+
+
+def _model_sites(
+    trace: Trace, stack: str, *, pinned: bool, dtype: str | None
+) -> tuple[list[BufferedSite], ExpertShape]:
+    """Returns the experts of the model that was recorded.
+
+    Raises:
+        MoeprofError: It cannot be opened, or is another one than the trace's.
+    """
+    from moeprof.zoo.loader import load
+
+    own_dtype = trace.model.dtype.removeprefix("torch.")
+    wanted = dtype or (own_dtype if own_dtype in ITEM_BYTES else None)
+    loaded = load(trace.model.name, task=trace.model.task, device="cpu", dtype=wanted)
+    if trace.model.weight_hash is not None and loaded.weight_hash != trace.model.weight_hash:
+        raise MoeprofError(f"{trace.model.name} has other weights than those that were recorded")
+    found, layouts = readable_experts(loaded.model)
+    own = trace.info.sites_of(stack)
+    chosen = [layout for site, layout in zip(found, layouts, strict=True) if site.stack == stack]
+    if [layout.num_experts for layout in chosen] != [site.num_experts for site in own]:
+        raise MoeprofError(f"{trace.model.name} has other experts than the trace")
+    stores = [store_of_layout(layout, pinned=pinned) for layout in chosen]
+    first = stores[0].shape
+    if any(store.shape != first for store in stores):
+        raise MoeprofError(f"the experts of {trace.model.name} differ in shape")
+    shape = ExpertShape(
+        d_model=first.shapes["w_in"][1],
+        d_ff=first.shapes["w_out"][1],
+        gated=first.gated,
+        bias="b_in" in first.shapes,
+        dtype=str(first.dtype).removeprefix("torch."),
+    )
+    sites = [
+        BufferedSite(site=site.site, stack=stack, layer=site.layer, store=store)
+        for site, store in zip(own, stores, strict=True)
+    ]
+    return sites, shape
+
+
+class SettingRun:
+    """A stack under one setting, ready to be timed.
+
+    Args:
+        stack: The experts and their routing.
+        setting: How they are run.
+    """
+
+    def __init__(self, stack: RoutedStack, setting: Setting) -> None:
+        self.setting = setting
+        self._stack = stack
+        self._buffer: ExpertBuffer | None = None
+        self._weights: dict[int, ExpertWeights] = {}
+        if isinstance(setting, GatingSetting):
+            self._kernel: Callable[..., torch.Tensor] = kernel_named(setting.kernel)
+            self._weights = {
+                site.site: site.store.all_weights(stack.device) for site in stack.sites
+            }
+            return
+        settings = BufferSettings(
+            capacity=setting.capacity,
+            policy=setting.policy,
+            scope=setting.scope,
+            miss=setting.miss,
+            host_rows=setting.host_rows,
+            initial=setting.initial,
+            future=stack.trace,
+        )
+        self._buffer = ExpertBuffer(stack.sites, settings, device=stack.device)
+        self._buffer.reserve(max(one.ids.numel() for step in stack.steps for one in step.passes))
+
+    def step_ms(self) -> list[float]:
+        """Returns the time of every step, from caches as they are at the start."""
+        if self._buffer is None:
+            return _gating_steps(self._stack, self._kernel, self._weights)
+        self._buffer.reset()
+        _settle(self._stack.device)
+        return [
+            result.wall_ms
+            for result in run_steps(self._buffer, self._stack.steps, self._stack.hidden)
+        ]
+
+    @property
+    def copied_bytes(self) -> int:
+        """Bytes copied to the device in the last repetition."""
+        return 0 if self._buffer is None else self._buffer.counts().copied_bytes
+
+    def close(self) -> None:
+        """Lets go of the device's memory."""
+        if self._buffer is not None:
+            self._buffer.close()
+        self._weights.clear()
+        if self._stack.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+def _settle(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+@torch.no_grad()
+def _gating_steps(
+    stack: RoutedStack,
+    kernel: Callable[..., torch.Tensor],
+    weights: dict[int, ExpertWeights],
+) -> list[float]:
+    _settle(stack.device)
+    times = []
+    for step in stack.steps:
+        begun_s = time.perf_counter()
+        stream = stack.hidden
+        for each in step.passes:
+            stream = gating_layer(
+                kernel, stream[: each.ids.shape[0]], each.ids, each.weights, weights[each.site]
+            )
+        _settle(stack.device)
+        times.append((time.perf_counter() - begun_s) * 1e3)
+    return times
+
+
+def gating_layer(
+    kernel: Callable[..., torch.Tensor],
+    stream: torch.Tensor,
+    ids: torch.Tensor,
+    gates: torch.Tensor,
+    experts: ExpertWeights,
+) -> torch.Tensor:
+    """Returns the stream [T, d_model] after one layer: normalization, experts, residual."""
+    rows = F.rms_norm(stream, stream.shape[-1:])
+    return stream + kernel(rows, ids, gates, experts)
+
+
+def timed_steps(
+    run: SettingRun, *, repetitions: int, warmup: int = 1
+) -> tuple[tuple[float, ...], ...]:
+    """Returns the times [repetitions][steps] in milliseconds."""
+    for _ in range(warmup):
+        run.step_ms()
+    return tuple(tuple(run.step_ms()) for _ in range(repetitions))

@@ -1,0 +1,545 @@
+"""Holds predictions to measurements: every setting of a trace predicted, run, and compared.
+
+Predictions can be written to a file before anything is measured, and read back to be judged.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+import torch
+from numpy.typing import NDArray
+
+from moeprof.errors import MoeprofError, TraceError, UsageError
+from moeprof.live.setting_runs import RoutedStack, SettingRun, open_stack, timed_steps
+from moeprof.recording.hardware import hardware, versions
+from moeprof.replay.cost_model import PERCENTILES, Question, predict, prediction_rows, question_of
+from moeprof.replay.expert_shapes import ExpertShape, shape_of_trace
+from moeprof.replay.result import SEVERITY_FACT, Finding, Metric, Result
+from moeprof.replay.serving_settings import (
+    BufferingSetting,
+    GatingSetting,
+    Setting,
+    parse_setting,
+)
+
+if TYPE_CHECKING:
+    from moeprof.replay.calibration_file import Calibration
+    from moeprof.trace.reader import Trace
+
+Floats = NDArray[np.float64]
+Progress = Callable[[str, int, int], None]
+
+NAME = "verification"
+PREDICTIONS_KIND = "moeprof predictions"
+PREDICTIONS_VERSION = 1
+DEFAULT_POLICIES = ("lru", "lfu", "paper", "min")
+DEFAULT_CAPACITIES = ("12.5%", "25%", "50%", "75%")
+TOLERANCE = 0.02
+
+_NUM_DRAWS = 200
+_LEAST_REPETITIONS = 3
+_TAIL = 0.05
+_BISECTIONS = 60
+
+
+@dataclass(frozen=True, kw_only=True)
+class VerifyOptions:
+    """What is run; the same for predictions and measurements.
+
+    Attributes:
+        stack: Stack of the trace; the last one (a decoder) when None.
+        shape: Of random experts; as the model or the trace has it when None.
+        dtype: Of the model's or trace's experts as they are run; as recorded when None.
+        phase: Steps that are judged; see `moeprof.replay.cost_model.question_of`.
+        max_steps: At most so many steps.
+        repetitions: Times that every setting runs them at least.
+        most_repetitions: At most, where percentiles are not yet known to `TOLERANCE`.
+        seed: Of the draws.
+    """
+
+    stack: str | None = None
+    shape: ExpertShape | None = None
+    dtype: str | None = None
+    phase: str | None = None
+    max_steps: int | None = None
+    repetitions: int = 5
+    most_repetitions: int = 20
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Refuses numbers that measure nothing."""
+        if not 1 <= self.repetitions <= self.most_repetitions:
+            raise UsageError(
+                f"{self.repetitions} to {self.most_repetitions} repetitions make no sense"
+            )
+
+    def question(self, trace: Trace) -> Question:
+        """Returns what is predicted."""
+        stack = trace.stacks[-1] if self.stack is None else self.stack
+        return question_of(
+            trace,
+            stack=stack,
+            shape=self.shape or shape_of_trace(trace, stack, dtype=self.dtype),
+            phase=self.phase,
+            max_steps=self.max_steps,
+            repetitions=self.repetitions,
+            seed=self.seed,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Predictions:
+    """Predictions as they are written before a measurement.
+
+    Attributes:
+        options: What is run.
+        settings: Names of the settings.
+        rows: As `moeprof.replay.cost` has them.
+        facts: Trace, model and calibration that they come from.
+    """
+
+    options: VerifyOptions
+    settings: tuple[str, ...]
+    rows: tuple[Mapping[str, Any], ...]
+    facts: Mapping[str, Any]
+
+    @property
+    def shape(self) -> ExpertShape:
+        """Of the experts that were predicted."""
+        return ExpertShape(**self.facts["shape"])
+
+
+def default_settings(calibration: Calibration) -> list[Setting]:
+    """Returns four policies at four capacities, other miss actions, no buffer, and every gating."""
+    policies = [name for name in DEFAULT_POLICIES if name in calibration.decisions]
+    found: list[Setting] = [BufferingSetting(capacity=None)]
+    found += [
+        BufferingSetting(capacity=capacity, policy=policy)
+        for policy in policies
+        for capacity in DEFAULT_CAPACITIES
+    ]
+    found += [
+        BufferingSetting(capacity=DEFAULT_CAPACITIES[1], policy=policy, miss=miss)
+        for policy in policies[:1]
+        for miss in ("host", "split")
+    ]
+    return found + [GatingSetting(kernel=kernel) for kernel in calibration.gating]
+
+
+def make_predictions(
+    trace: Trace,
+    calibration: Calibration,
+    settings: Sequence[Setting] | None = None,
+    options: VerifyOptions | None = None,
+    *,
+    progress: Progress | None = None,
+) -> Predictions:
+    """Predicts every setting; nothing is run.
+
+    Args:
+        trace: The trace.
+        calibration: The machine.
+        settings: What to predict; `default_settings` when None.
+        options: What is run.
+        progress: Called with (setting, done, all).
+
+    Raises:
+        UsageError: A setting cannot be predicted.
+    """
+    chosen = list(default_settings(calibration) if settings is None else settings)
+    if not chosen:
+        raise UsageError("there is nothing to predict", hint="name a setting, as in lru:32")
+    given = options or VerifyOptions()
+    question = given.question(trace)
+    rows = []
+    for index, setting in enumerate(chosen):
+        if progress is not None:
+            progress(setting.name, index, len(chosen))
+        rows += prediction_rows(predict(question, setting, calibration), question)
+    return Predictions(
+        options=given,
+        settings=tuple(setting.name for setting in chosen),
+        rows=tuple(rows),
+        facts={
+            "trace": str(trace.path),
+            "model": trace.model.name,
+            "num_lookups": question.routed.num_lookups,
+            "calibrated_on": calibration.name,
+            "calibrated": calibration.date,
+            "shape": asdict(question.shape),
+            "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        },
+    )
+
+
+def write_predictions(
+    predictions: Predictions, path: str | os.PathLike[str], *, force: bool = False
+) -> Path:
+    """Writes predictions, so that they can be kept before anything is measured.
+
+    Raises:
+        MoeprofError: The file exists.
+    """
+    target = Path(path)
+    if target.exists() and not force:
+        raise MoeprofError(f"{target} exists", hint="choose another name, or replace it: --force")
+    content = {
+        "kind": PREDICTIONS_KIND,
+        "schema_version": PREDICTIONS_VERSION,
+        **asdict(predictions),
+    }
+    beside = target.with_name(f".{target.name}.{os.getpid()}")
+    try:
+        beside.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        beside.replace(target)
+    finally:
+        beside.unlink(missing_ok=True)
+    return target
+
+
+def read_predictions(path: str | os.PathLike[str]) -> Predictions:
+    """Reads predictions.
+
+    Raises:
+        TraceError: The file is missing, damaged or something else.
+    """
+    hint = "write them again: moeprof verify TRACE --calibration FILE --predict-only -o FILE"
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise TraceError(f"{path} cannot be read as predictions: {error}", hint=hint) from None
+    if not isinstance(content, dict) or content.get("kind") != PREDICTIONS_KIND:
+        raise TraceError(f"{path} holds no predictions", hint=hint)
+    if content.get("schema_version") != PREDICTIONS_VERSION:
+        raise TraceError(f"{path} has version {content.get('schema_version')}", hint=hint)
+    try:
+        options = dict(content["options"])
+        if options["shape"] is not None:
+            options["shape"] = ExpertShape(**options["shape"])
+        return Predictions(
+            options=VerifyOptions(**options),
+            settings=tuple(content["settings"]),
+            rows=tuple(content["rows"]),
+            facts=content["facts"],
+        )
+    except (KeyError, TypeError) as error:
+        raise TraceError(f"{path} is damaged: {error}", hint=hint) from None
+
+
+def verify(
+    trace: Trace,
+    calibration: Calibration | None = None,
+    settings: Sequence[Setting] | None = None,
+    options: VerifyOptions | None = None,
+    *,
+    predictions: Predictions | None = None,
+    device: torch.device | str | None = None,
+    weights: str = "auto",
+    share_host: bool = False,
+    progress: Progress | None = None,
+) -> Result:
+    """Predicts settings, runs them on this machine, and says how far off the predictions were.
+
+    The table has one row per setting and percentile: ``predicted_ms`` with its stated interval,
+    ``measured_ms`` with the half width of its own 90 % interval over repetitions
+    (``measured_spread``), ``error`` (predicted over measured, less 1), ``inside``, and the errors
+    of the naive models. The routing is the trace's own; ``notes`` say whose weights ran.
+
+    Args:
+        trace: The trace.
+        calibration: The machine, measured before; not needed with ``predictions``.
+        settings: What to run; `default_settings` when None.
+        options: What is run; those of ``predictions`` where these are given.
+        predictions: Made before, by `make_predictions`; made now when None.
+        device: Where to run; a GPU if there is one when None.
+        weights: ``auto`` takes the model's where it can be opened, ``random`` never.
+        share_host: All layers of random experts read one host copy.
+        progress: Called with (setting, done, all).
+
+    Raises:
+        UsageError: An argument makes no sense.
+        TraceError: The predictions are not of this trace.
+    """
+    if predictions is None:
+        if calibration is None:
+            raise UsageError("there is no calibration", hint="moeprof calibrate -o FILE")
+        predictions = make_predictions(trace, calibration, settings, options)
+    elif settings is not None or options is not None:
+        raise UsageError("settings and options are those of the predictions")
+    chosen = predictions.options
+    question = chosen.question(trace)
+    if predictions.facts["num_lookups"] != question.routed.num_lookups:
+        raise TraceError(f"the predictions are not of {trace.path}", hint="give their trace")
+    target = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    stack = open_stack(
+        trace,
+        stack=question.routed.sites[0].stack,
+        device=target,
+        shape=chosen.shape,
+        dtype=question.shape.dtype,
+        weights=weights,
+        max_steps=chosen.max_steps,
+        share_host=share_host,
+    )
+    if stack.shape.expert_bytes != predictions.shape.expert_bytes:
+        raise UsageError(
+            f"experts of {stack.shape.expert_bytes} bytes run here, predicted were "
+            f"{predictions.shape.expert_bytes}",
+            hint="say the shape of the experts, for both",
+        )
+    measured: dict[str, Floats | None] = {}
+    for index, name in enumerate(predictions.settings):
+        if progress is not None:
+            progress(name, index, len(predictions.settings))
+        measured[name] = _measured(stack, parse_setting(name), chosen, question.judged)
+    stack.close()
+    table = _table(predictions.rows, measured)
+    return Result(
+        name=NAME,
+        title="Predicted against measured",
+        table=table,
+        **_summary(table),
+        notes=(
+            f"measured on {hardware(target).device_name or hardware(target).cpu_name}, predicted "
+            f"for {predictions.facts['calibrated_on']} as calibrated "
+            f"{predictions.facts['calibrated']}",
+            f"routing of {trace.path} ({trace.model.name}), {stack.weights_source}",
+            f"{len(question.judged)} of {len(question.routed.steps)} steps judged",
+            "versions: " + ", ".join(f"{name} {one}" for name, one in versions().items()),
+        ),
+        tables={"step_times": _step_table(measured, question)},
+    )
+
+
+def _measured(
+    stack: RoutedStack, setting: Setting, options: VerifyOptions, judged: NDArray[np.int64]
+) -> Floats | None:
+    """Returns [repetitions, judged steps] in milliseconds; None where memory does not suffice."""
+    try:
+        run = SettingRun(stack, setting)
+        times = np.array(timed_steps(run, repetitions=options.repetitions))
+        while len(times) < options.most_repetitions and not _is_known(times[:, judged]):
+            more = timed_steps(run, repetitions=1, warmup=0)
+            times = np.concatenate([times, np.array(more)])
+        run.close()
+    except torch.cuda.OutOfMemoryError:
+        torch.cuda.empty_cache()
+        return None
+    return times[:, judged]
+
+
+def _is_known(times: Floats) -> bool:
+    return all(spread_of(times, each) <= TOLERANCE for each in PERCENTILES)
+
+
+def spread_of(times: Floats, percentile: int) -> float:
+    """Returns half the width of the 90 % interval of a percentile, over the percentile.
+
+    Args:
+        times: [repetitions, steps]; repetitions are drawn with replacement.
+        percentile: Which.
+    """
+    if len(times) < _LEAST_REPETITIONS:
+        return math.inf
+    generator = np.random.default_rng(0)
+    drawn = times[generator.integers(len(times), size=(_NUM_DRAWS, len(times)))]
+    found = np.percentile(drawn.reshape(_NUM_DRAWS, -1), percentile, axis=1)
+    low, high = np.quantile(found, (_TAIL, 1 - _TAIL)).tolist()
+    return float((high - low) / 2 / np.percentile(times, percentile))
+
+
+def _table(
+    rows: Sequence[Mapping[str, Any]], measured: Mapping[str, Floats | None]
+) -> pd.DataFrame:
+    found = []
+    for row in rows:
+        times = measured[row["setting"]]
+        own: dict[str, Any] = {
+            **row,
+            "measured_ms": None,
+            "measured_spread": None,
+            "repetitions": 0,
+            "error": None,
+            "inside": None,
+            "naive_bandwidth_error": None,
+            "naive_mean_error": None,
+        }
+        if times is not None:
+            value = float(np.percentile(times, row["percentile"]))
+            low, high = row["low_ms"], row["high_ms"]
+            own |= {
+                "measured_ms": value,
+                "measured_spread": spread_of(times, row["percentile"]),
+                "repetitions": len(times),
+                "error": row["predicted_ms"] / value - 1,
+                "inside": None if low is None else bool(low <= value <= high),
+                "naive_bandwidth_error": row["naive_bandwidth_ms"] / value - 1,
+                "naive_mean_error": row["naive_mean_ms"] / value - 1,
+            }
+        found.append(own)
+    return pd.DataFrame(found)
+
+
+def _step_table(measured: Mapping[str, Floats | None], question: Question) -> pd.DataFrame:
+    """Returns every repetition of every judged step."""
+    frames = []
+    steps = question.routed.steps[question.judged]
+    for name, times in measured.items():
+        if times is not None:
+            frames.append(
+                pd.DataFrame(
+                    {
+                        "setting": name,
+                        "repetition": np.repeat(np.arange(len(times)), len(steps)),
+                        "step": np.tile(steps, len(times)),
+                        "measured_ms": times.ravel(),
+                    }
+                )
+            )
+    return pd.concat(frames, ignore_index=True) if frames else pd.DataFrame()
+
+
+def regrets(table: pd.DataFrame) -> pd.DataFrame:
+    """Returns what it costs to take the setting that the model recommends.
+
+    Settings compete at equal memory and for one percentile; recommended is the least predicted.
+
+    Args:
+        table: As `verify` returns it.
+
+    Returns:
+        Columns percentile, device_bytes, recommended, best, regret (recommended over best, both
+        measured, less 1), settings; one row where at least two were measured.
+    """
+    found = []
+    known = table.dropna(subset=["measured_ms"])
+    for (percentile, size), group in known.groupby(["percentile", "device_bytes"]):
+        if len(group) < 2:  # noqa: PLR2004
+            continue
+        taken = group.iloc[int(np.argmin(group["predicted_ms"].to_numpy(float)))]
+        best = group.iloc[int(np.argmin(group["measured_ms"].to_numpy(float)))]
+        found.append(
+            {
+                "percentile": percentile,
+                "device_bytes": size,
+                "recommended": taken["setting"],
+                "best": best["setting"],
+                "regret": taken["measured_ms"] / best["measured_ms"] - 1,
+                "settings": len(group),
+            }
+        )
+    columns = ["percentile", "device_bytes", "recommended", "best", "regret", "settings"]
+    return pd.DataFrame(found, columns=columns)
+
+
+def binomial_interval(successes: int, trials: int) -> tuple[float, float]:
+    """Returns the exact (Clopper-Pearson) 90 % interval of a share."""
+
+    def at_least(share: float, count: int) -> float:
+        return math.fsum(
+            math.comb(trials, n) * share**n * (1 - share) ** (trials - n)
+            for n in range(count, trials + 1)
+        )
+
+    def solved(count: int, wanted: float) -> float:
+        low, high = 0.0, 1.0
+        for _ in range(_BISECTIONS):
+            middle = (low + high) / 2
+            low, high = (middle, high) if at_least(middle, count) < wanted else (low, middle)
+        return (low + high) / 2
+
+    least = 0.0 if successes == 0 else solved(successes, _TAIL)
+    most = 1.0 if successes == trials else solved(successes + 1, 1 - _TAIL)
+    return least, most
+
+
+def _summary(table: pd.DataFrame) -> dict[str, Any]:
+    """Returns the metrics and what they say."""
+    known = table.dropna(subset=["measured_ms"])
+    if known.empty:
+        return {"metrics": (), "findings": (_finding("Nothing fitted into the device's memory."),)}
+    errors = {
+        name: float(known[column].astype(float).abs().median())
+        for name, column in (
+            ("model", "error"),
+            ("bytes over bandwidth", "naive_bandwidth_error"),
+            ("mean", "naive_mean_error"),
+        )
+    }
+    metrics = [
+        _metric(f"verification/median error/{name}", value) for name, value in errors.items()
+    ]
+    findings = [
+        _finding(
+            f"Over {len(known)} predictions the model is off by {errors['model']:.1%} (median), "
+            f"bytes over bandwidth by {errors['bytes over bandwidth']:.1%}, the mean by "
+            f"{errors['mean']:.1%}."
+        )
+    ]
+    stated = known.dropna(subset=["inside"])
+    if len(stated):
+        inside = int(stated["inside"].astype(bool).sum())
+        low, high = binomial_interval(inside, len(stated))
+        metrics.append(
+            _metric("verification/coverage", inside / len(stated), low, high, better=None)
+        )
+        findings.append(
+            _finding(
+                f"{inside} of {len(stated)} measurements lie in their stated 90 % interval: "
+                f"{inside / len(stated):.1%} ({low:.1%} to {high:.1%})."
+            )
+        )
+    found = regrets(table)
+    if len(found):
+        median, worst = float(found["regret"].median()), float(found["regret"].max())
+        metrics += [
+            _metric("verification/regret/median", median),
+            _metric("verification/regret/worst", worst),
+        ]
+        findings.append(
+            _finding(
+                f"Taking what the model recommends at equal memory costs {median:.1%} (median of "
+                f"{len(found)} choices) and at worst {worst:.1%} over the best measured."
+            )
+        )
+    rough = known[known["measured_spread"].astype(float) > TOLERANCE]
+    if len(rough):
+        findings.append(
+            _finding(f"{len(rough)} of {len(known)} are not measured to {TOLERANCE:.0%}.")
+        )
+    left_out = table[table["measured_ms"].isna()]["setting"].unique()
+    if len(left_out):
+        findings.append(_finding(f"No room on the device for {', '.join(left_out)}."))
+    return {"metrics": tuple(metrics), "findings": tuple(findings)}
+
+
+def _metric(
+    name: str,
+    value: float,
+    low: float | None = None,
+    high: float | None = None,
+    better: Any = "lower",
+) -> Metric:
+    return Metric(
+        name=name,
+        value=value,
+        unit="share",
+        figure_class="measured",
+        low=low,
+        high=high,
+        better=better,
+    )
+
+
+def _finding(text: str) -> Finding:
+    return Finding(text=text, severity=SEVERITY_FACT, section=NAME)

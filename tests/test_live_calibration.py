@@ -1,0 +1,176 @@
+"""Calibration on the CPU at small sizes: what it measures, not how fast that is."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+
+import moeprof  # noqa: E402
+from moeprof import live  # noqa: E402
+from moeprof.errors import UsageError  # noqa: E402
+from moeprof.live import calibration as measuring  # noqa: E402
+from moeprof.live.part_times import PartTimes  # noqa: E402
+from moeprof.live.setting_runs import SettingRun, open_stack, timed_steps  # noqa: E402
+from moeprof.replay.expert_shapes import ExpertShape  # noqa: E402
+from moeprof.replay.serving_settings import parse_setting  # noqa: E402
+from moeprof.trace.synthetic import synthetic_trace  # noqa: E402
+
+TINY = dataclasses.replace(
+    live.CPU_SIZES,
+    expert_bytes=(6 << 10, 24 << 10),
+    d_model=32,
+    num_experts=8,
+    num_layers=2,
+    batch=2,
+    output_tokens=4,
+    rows=(1, 8),
+    host_rows=(1, 4),
+    slots=(4, 16),
+    tokens=(1, 4),
+    cold_bytes=64 << 10,
+    repeats=3,
+    trial_repetitions=2,
+)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def calibrated() -> Any:
+    seen: list[tuple[str, int, int]] = []
+    machine = live.calibrate(
+        "cpu",
+        sizes=TINY,
+        policies=("lru", "min"),
+        kernels=("dynamic_loop", "static_mask"),
+        command="a test",
+        progress=lambda *step: seen.append(step),
+    )
+    return machine, seen
+
+
+def test_everything_is_measured(calibrated: Any) -> None:
+    machine, _ = calibrated
+    assert machine.is_serial
+    assert machine.all_to_all is None
+    assert machine.command == "a test"
+    assert machine.device["device"] == "cpu"
+    assert machine.versions["torch"] == torch.__version__
+    assert machine.dtype == "float32"
+    for name in ("device_copy_bytes_per_s", "matrix_flops_per_s", "fetch_s", "launch_device_s"):
+        found = getattr(machine, name)
+        assert 0 < found.low <= found.median <= found.high
+        assert found.num_repetitions > 0
+    # A processor has no queue: what the host asks for is what the device does.
+    assert machine.expert_host_s.median == machine.known_s.median == 0
+    assert set(machine.decisions) == {"lru", "min"}
+    assert set(machine.gating) == {"dynamic_loop", "static_mask"}
+    for times in machine.gating.values():
+        assert min(times.device_dispatch_s, times.weight_factor, times.flops_factor) >= 0
+        assert not times.waits
+
+
+def test_curves_are_at_the_sizes_asked_for(calibrated: Any) -> None:
+    machine, _ = calibrated
+    shapes = [TINY.shape(size) for size in TINY.expert_bytes]
+    assert machine.device_expert.expert_bytes == tuple(shape.expert_bytes for shape in shapes)
+    assert machine.to_device.sizes == tuple(float(shape.block_bytes) for shape in shapes)
+    assert machine.device_expert.by_rows[0].sizes == (1.0, 8.0)
+    assert machine.host_expert.by_rows[1].sizes == (1.0, 4.0)
+    assert machine.sort_device.sizes == (4.0, 16.0)
+
+
+def test_trials_cover_policies_miss_actions_and_kernels(calibrated: Any) -> None:
+    machine, _ = calibrated
+    names = {trial.setting for trial in machine.trials}
+    assert {"unbuffered", "lru:0.25", "min:0.5", "min:0.5:host"} <= names
+    assert {"gating:dynamic_loop", "gating:static_mask"} <= names
+    assert len(machine.trials) == len(TINY.expert_bytes) * len(names)
+    for trial in machine.trials:
+        assert len(trial.measured_ms) == TINY.trial_repetitions
+        assert (trial.ratios() > 0).all() and np.isfinite(trial.ratios()).all()
+
+
+def test_the_file_holds_it_all(calibrated: Any, tmp_path: Path) -> None:
+    machine, _ = calibrated
+    path = moeprof.replay.write_calibration(machine, tmp_path / "cpu.json")
+    assert moeprof.replay.read_calibration(path) == machine
+
+
+def test_progress_ends(calibrated: Any) -> None:
+    _, seen = calibrated
+    assert [done for _, done, _ in seen] == sorted(done for _, done, _ in seen)
+    assert seen[-1][1] == seen[-1][2] == max(total for *_, total in seen)
+    assert len(seen) == seen[-1][2]
+
+
+def test_predictions_follow_from_it(calibrated: Any, tmp_path: Path) -> None:
+    machine, _ = calibrated
+    trace = synthetic_trace(tmp_path / "t.moeprof", num_requests=2, num_sites=2, num_experts=8)
+    settings = [parse_setting(text) for text in ("lru:2", "unbuffered", "gating:dynamic_loop")]
+    result = moeprof.replay.cost(trace, machine, settings, shape=TINY.shape(TINY.expert_bytes[0]))
+    buffered = result.table[~result.table["setting"].str.startswith("gating")]
+    assert (buffered["low_ms"] <= buffered["high_ms"]).all()
+    assert (result.table["predicted_ms"] > 0).all()
+
+
+def test_refusals() -> None:
+    with pytest.raises(UsageError, match="no gating kernel"):
+        live.calibrate("cpu", sizes=TINY, kernels=("fast",))
+    with pytest.raises(UsageError, match="no device"):
+        live.calibrate("tpu9")
+    with pytest.raises(UsageError, match="cannot be calibrated"):
+        live.calibrate("meta")
+    with pytest.raises(UsageError, match="has to ascend"):
+        dataclasses.replace(TINY, rows=(8, 1))
+
+
+def test_an_absent_gpu_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(moeprof.MoeprofError, match="no GPU"):
+        live.calibrate("cuda")
+
+
+def test_parts_of_a_device_with_a_queue() -> None:
+    # What a queue would give, without one: every function runs, waits are asked for.
+    times = PartTimes(torch.device("cpu"), repeats=4, warmup=2)
+    calls: list[int] = []
+    assert times.host(lambda: calls.append(1)).median == 0
+    assert not calls
+    assert times.device_part(lambda: calls.append(1)).num_repetitions == 4
+    assert len(calls) == 6
+    assert times.wall(lambda: calls.append(1)).median > 0
+    assert len(calls) == 12
+
+
+@pytest.mark.parametrize("text", ["lru:3", "min:3:host", "gating:static_index", "unbuffered"])
+def test_runs_copy_what_the_plan_says(text: str, tmp_path: Path) -> None:
+    trace = synthetic_trace(
+        tmp_path / "t.moeprof", num_requests=3, num_sites=2, num_experts=8, output_tokens=6
+    )
+    shape = ExpertShape(d_model=16, d_ff=8, dtype="float32")
+    stack = open_stack(trace, stack="decoder", device="cpu", shape=shape)
+    setting = parse_setting(text)
+    run = SettingRun(stack, setting)
+    times = timed_steps(run, repetitions=2)
+    assert len(times) == 2 and len(times[0]) == len(stack.steps)
+    question = measuring.cost_model.question_of(trace, shape=shape, phase="all")
+    assert len(question.routed.steps) == len(stack.steps)
+    if not text.startswith("gating"):
+        plan = measuring.cost_model.plan_buffer(trace, question.routed, setting)
+        assert run.copied_bytes == int(plan.loads.sum()) * shape.block_bytes
+    run.close()
+    assert stack.weights_source.startswith("random weights (the shape was given")

@@ -1,0 +1,213 @@
+"""Verification end to end on a tiny trace, and its arithmetic on tables made by hand."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+from calibrations import hand_calibration, trial
+
+torch = pytest.importorskip("torch")
+
+import moeprof  # noqa: E402
+from moeprof import live  # noqa: E402
+from moeprof.errors import TraceError, UsageError  # noqa: E402
+from moeprof.live import verification  # noqa: E402
+from moeprof.live.setting_runs import open_stack  # noqa: E402
+from moeprof.live.verification import VerifyOptions  # noqa: E402
+from moeprof.replay.expert_shapes import ExpertShape  # noqa: E402
+from moeprof.replay.serving_settings import parse_setting  # noqa: E402
+from moeprof.trace.synthetic import synthetic_trace  # noqa: E402
+
+SHAPE = ExpertShape(d_model=16, d_ff=8, dtype="float32")
+OPTIONS = VerifyOptions(shape=SHAPE, repetitions=2, most_repetitions=3)
+SETTINGS = [parse_setting(text) for text in ("lru:2", "min:2", "lru:4:host", "gating:dynamic")]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def trace(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    return synthetic_trace(
+        tmp_path_factory.mktemp("verify") / "t.moeprof",
+        num_requests=3,
+        num_sites=2,
+        num_experts=8,
+        batch=3,
+        prompt_tokens=4,
+        output_tokens=6,
+    )
+
+
+@pytest.fixture(scope="module")
+def machine() -> Any:
+    trials = [trial(ratio, kind) for kind in ("buffering", "gating") for ratio in (0.9, 1.0, 1.2)]
+    return hand_calibration(is_serial=True, trials=tuple(trials))
+
+
+@pytest.fixture(scope="module")
+def verified(trace: Any, machine: Any) -> Any:
+    return live.verify(trace, machine, SETTINGS, OPTIONS, device="cpu")
+
+
+def test_every_setting_is_predicted_and_measured(verified: Any) -> None:
+    table = verified.table
+    assert list(table["setting"]) == [s.name for s in SETTINGS for _ in (50, 99)]
+    numbers = table[["predicted_ms", "measured_ms", "error", "naive_mean_error"]]
+    assert np.isfinite(numbers.to_numpy(float)).all()
+    assert (table["measured_ms"].astype(float) > 0).all()
+    errors = table["predicted_ms"] / table["measured_ms"] - 1
+    np.testing.assert_allclose(table["error"].astype(float), errors.astype(float))
+    within = (table["low_ms"] <= table["measured_ms"]) & (table["measured_ms"] <= table["high_ms"])
+    assert table["inside"].tolist() == within.tolist()
+    assert set(table["repetitions"]) <= {2, 3}
+
+
+def test_it_says_what_ran(verified: Any, trace: Any) -> None:
+    notes = " ".join(verified.notes)
+    assert "random weights (the shape was given)" in notes
+    assert str(trace.path) in notes and "made up" in notes
+    steps = verified.tables["step_times"]
+    one = steps[steps["setting"] == "lru:2"]
+    percentile = np.percentile(one["measured_ms"], 99)
+    row = verified.table[(verified.table["setting"] == "lru:2")].iloc[1]
+    assert row["percentile"] == 99 and row["measured_ms"] == pytest.approx(percentile)
+
+
+def test_the_summary_is_made_of_the_table(verified: Any) -> None:
+    table = verified.table
+    median = verified.metric("verification/median error/model").value
+    assert median == pytest.approx(table["error"].astype(float).abs().median())
+    coverage = verified.metric("verification/coverage")
+    assert coverage.value == pytest.approx(table["inside"].astype(float).mean())
+    assert coverage.low <= coverage.value <= coverage.high
+    worst = verified.metric("verification/regret/worst")
+    assert worst.value == pytest.approx(verification.regrets(table)["regret"].max())
+    assert len(verified.findings) >= 3
+
+
+def test_regret_by_hand() -> None:
+    rows = [
+        ("a", 50, 10, 1.0, 2.2),
+        ("b", 50, 10, 1.5, 2.0),
+        ("c", 50, 20, 0.1, 1.0),
+        ("a", 99, 10, 4.0, 3.0),
+        ("b", 99, 10, 3.0, 3.0),
+        ("d", 99, 10, 1.0, None),
+    ]
+    columns = ["setting", "percentile", "device_bytes", "predicted_ms", "measured_ms"]
+    found = verification.regrets(pd.DataFrame(rows, columns=columns))
+    assert found["recommended"].tolist() == ["a", "b"]
+    np.testing.assert_allclose(found["regret"], [0.1, 0.0])
+    assert found["settings"].tolist() == [2, 2]
+
+
+@pytest.mark.parametrize(
+    ("successes", "trials", "low", "high"),
+    [
+        # Clopper and Pearson's closed cases: 1 - 0.05 ** (1 / n), and its mirror.
+        (0, 10, 0.0, 1 - 0.05 ** (1 / 10)),
+        (10, 10, 0.05 ** (1 / 10), 1.0),
+        # R: binom.test(180, 200, conf.level = 0.9)
+        (180, 200, 0.8582, 0.9327),
+    ],
+)
+def test_binomial_intervals(successes: int, trials: int, low: float, high: float) -> None:
+    assert verification.binomial_interval(successes, trials) == pytest.approx((low, high), abs=2e-3)
+
+
+def test_spread() -> None:
+    same = np.tile(np.arange(1.0, 11.0), (5, 1))
+    assert verification.spread_of(same, 50) == 0
+    assert verification.spread_of(same[:2], 50) == np.inf
+    generator = np.random.default_rng(0)
+    few, many = (np.exp(generator.normal(0, 0.2, (n, 30))) for n in (4, 100))
+    assert 0 < verification.spread_of(many, 50) < verification.spread_of(few, 50)
+
+
+def test_predictions_are_kept_and_judged_later(
+    trace: Any, machine: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = verification.make_predictions(trace, machine, SETTINGS[:2], OPTIONS)
+    path = verification.write_predictions(made, tmp_path / "p.json")
+    with pytest.raises(moeprof.MoeprofError, match="exists"):
+        verification.write_predictions(made, path)
+    read = verification.read_predictions(path)
+    assert read.options == OPTIONS and read.rows == made.rows
+    # Nothing is predicted again once there are predictions.
+    monkeypatch.setattr(verification, "predict", None)
+    result = live.verify(trace, predictions=read, device="cpu")
+    assert result.table["predicted_ms"].tolist() == [row["predicted_ms"] for row in made.rows]
+    assert result.table["measured_ms"].notna().all()
+
+
+def test_predictions_of_something_else(trace: Any, machine: Any, tmp_path: Path) -> None:
+    made = verification.make_predictions(trace, machine, SETTINGS[:1], OPTIONS)
+    other = synthetic_trace(tmp_path / "o.moeprof", num_requests=2, num_sites=2, num_experts=8)
+    with pytest.raises(TraceError, match="not of"):
+        live.verify(other, predictions=made, device="cpu")
+    wider = dataclasses.replace(
+        made, facts={**made.facts, "shape": dataclasses.asdict(SHAPE.with_bytes(1 << 16))}
+    )
+    with pytest.raises(UsageError, match="predicted were"):
+        live.verify(trace, predictions=wider, device="cpu")
+    with pytest.raises(UsageError, match="those of the predictions"):
+        live.verify(trace, predictions=made, settings=SETTINGS, device="cpu")
+    with pytest.raises(UsageError, match="no calibration"):
+        live.verify(trace)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{", "cannot be read"),
+        ("[]", "holds no predictions"),
+        (json.dumps({"kind": verification.PREDICTIONS_KIND, "schema_version": 9}), "version 9"),
+        (json.dumps({"kind": verification.PREDICTIONS_KIND, "schema_version": 1}), "is damaged"),
+    ],
+)
+def test_damaged_predictions(tmp_path: Path, content: str, message: str) -> None:
+    path = tmp_path / "p.json"
+    path.write_text(content)
+    with pytest.raises(TraceError, match=message):
+        verification.read_predictions(path)
+
+
+def test_default_settings(machine: Any) -> None:
+    names = [setting.name for setting in verification.default_settings(machine)]
+    assert len(names) == len(set(names))
+    assert {"unbuffered", "lru:25%", "min:75%", "lru:25%:split", "gating:dynamic"} <= set(names)
+    policies = {name.split(":")[0] for name in names if name.endswith("%")}
+    assert policies == {"lru", "paper", "min"}
+
+
+def test_the_model_s_own_weights_where_they_can_be_had() -> None:
+    trace = moeprof.open("sample:lm")
+    stack = open_stack(trace, stack="decoder", device="cpu", dtype="float32", max_steps=2)
+    assert stack.weights_source == "weights of zoo:lm"
+    assert len(stack.sites) == len(trace.sites) and len(stack.steps) == 2
+    loaded = stack.sites[0].store.weights(3)
+    assert loaded.w_in.shape[-1] == trace.sites[0].d_model
+    randomly = open_stack(
+        trace, stack="decoder", device="cpu", dtype="float32", weights="random", max_steps=1
+    )
+    assert "asked for" in randomly.weights_source
+
+
+def test_a_model_that_cannot_be_opened_is_said(trace: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    named = dataclasses.replace(trace.model, name="zoo:none")
+    monkeypatch.setattr(trace, "info", dataclasses.replace(trace.info, model=named))
+    stack = open_stack(trace, stack="decoder", device="cpu", dtype="float32", max_steps=1)
+    assert stack.weights_source.startswith("random weights (the model cannot be opened: ")

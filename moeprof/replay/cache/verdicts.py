@@ -317,12 +317,15 @@ def _cliff(
         scope, "a forward pass"
     )
     name = schema.PHASES[phase]
+    # That the smallest size asked for is too small surprises nobody.
+    is_expected = {row.index for row in own} == {min(rows, key=lambda row: row.num_bytes).index}
+    severity = SEVERITY_FACT if is_expected and len(question.capacities) > 1 else SEVERITY_WARNING
     return [
         Finding(
             text=f"Cliff: at {largest.label}{fewer} a cache holds less than what {what} "
             f"asks of it in {name} (median), in {int(total.cycles[largest.index, phase])} of "
             f"{int(asked)} caches. lru and fifo then evict experts just before they are needed "
             f"again{numbers}.",
-            severity=SEVERITY_WARNING, section=SECTION,
+            severity=severity, section=SECTION,
         )
     ]  # fmt: skip

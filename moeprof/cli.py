@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 import json
 import logging
+import shlex
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -35,6 +36,8 @@ if TYPE_CHECKING:
 
 EXIT_INTERRUPTED = 130
 TRACE_SUFFIX = ".moeprof"
+DEFAULT_CALIBRATION = "calibration.json"
+DEFAULT_MOST_REPETITIONS = 20
 FORMATS = ("html", "md", "json")
 DEFAULT_FORMATS = ("json", "html")
 SECTIONS = (
@@ -719,6 +722,185 @@ def _replay(
     for finding in result.findings:
         talk.say(f"  - {finding.text}")
     return 0
+
+
+@cli.command()
+@click.option("--device", help="cpu or cuda; a GPU if there is one.")
+@click.option("-o", "--output", type=click.Path(), help="The file.  [default: calibration.json]")
+@click.option(
+    "--expert-bytes",
+    callback=_listed(),
+    help="Sizes of experts that predictions are wanted for: 9MiB,64MiB",
+)
+@click.option("--dtype", type=click.Choice(DTYPES[1:]), help="Of weights and rows.")
+@click.option("--policies", callback=_listed(), help="Cache policies to time; all of them.")
+@click.option("--kernels", callback=_listed(), help="Gating kernels to time; all of them.")
+@click.option("--force", is_flag=True, help="Replace an existing file.")
+@_talkative
+@click.pass_context
+def calibrate(
+    context: click.Context,
+    /,
+    *,
+    device: str | None,
+    output: str | None,
+    expert_bytes: list[str] | None,
+    dtype: str | None,
+    policies: list[str] | None,
+    kernels: list[str] | None,
+    force: bool,
+) -> int:
+    """Measure what this machine does, once, for predictions.
+
+    Writes a JSON file that `moeprof verify` and `moeprof.replay.cost` take. Nothing else should
+    run on the machine meanwhile.
+    """
+    talk = context.ensure_object(Talk)
+    target = Path(output or DEFAULT_CALIBRATION)
+    _refuse_existing(target, force=force)
+    with _extra("record", "measuring this machine"):
+        from dataclasses import replace
+
+        from moeprof.live.calibration import calibrate as measure
+        from moeprof.live.calibration import device_named, sizes_for
+    from moeprof.replay.cache.sizes import byte_count
+    from moeprof.replay.calibration_file import write_calibration
+
+    place = device_named(device)
+    sizes = sizes_for(place)
+    if dtype is not None:
+        sizes = replace(sizes, dtype=dtype)
+    given: dict[str, Any] = {"policies": policies, "kernels": kernels}
+    if expert_bytes is not None:
+        given["expert_bytes"] = [byte_count(text) for text in expert_bytes]
+    with _progress(talk) as show:
+        found = measure(
+            place,
+            sizes=sizes,
+            command=shlex.join(["moeprof", *sys.argv[1:]]),
+            progress=lambda item, done, total: show("calibrating", done, total, item),
+            **{name: value for name, value in given.items() if value is not None},
+        )
+    write_calibration(found, target, force=force)
+    copy = found.device_copy_bytes_per_s.median / 1e9
+    link = found.to_device.sizes[-1] / found.to_device.times_s[-1].median / 1e9
+    rate = found.matrix_flops_per_s.median / 1e12
+    talk.say(f"{found.name}: {copy:,.1f} GB/s on the device, {link:,.1f} GB/s to it, "
+             f"{rate:,.2f} TFLOP/s, {len(found.trials)} trials")  # fmt: skip
+    talk.say(f"Next: moeprof verify TRACE --calibration {target}")
+    click.echo(str(target))
+    return 0
+
+
+@cli.command()
+@click.argument("trace")
+@click.option("--calibration", type=click.Path(), help="From `moeprof calibrate`.")
+@click.option("--settings", callback=_listed(), help="lru:25%,min:32:split,gating:dynamic")
+@click.option("--predict-only", is_flag=True, help="Predict; run nothing.")
+@click.option("--predictions", type=click.Path(), help="Judge these, from --predict-only.")
+@click.option("-o", "--output", type=click.Path(), help="Write JSON to this file.")
+@click.option("--stack", help="Stack of the trace; the last one.")
+@click.option("--phase", help="Steps that are judged: decode, prefill, all, ...")
+@click.option("--shape", help="Of random experts: D_MODELxD_FF[:ungated][:bias]")
+@click.option("--dtype", type=click.Choice(DTYPES[1:]), help="Of weights and rows.")
+@click.option("--max-steps", type=click.IntRange(min=1), help="Most steps to run.")
+@click.option("--repetitions", type=click.IntRange(min=1), help="Least repetitions of each.")
+@click.option("--most-repetitions", type=click.IntRange(min=1), help="Most, to reach 2 %.")
+@click.option("--device", help="cpu or cuda; a GPU if there is one.")
+@click.option("--weights", type=click.Choice(("auto", "random")), default="auto")
+@click.option("--share-host", is_flag=True, help="One host copy of random experts for all layers.")
+@click.option("--force", is_flag=True, help="Replace an existing file.")
+@_talkative
+@click.pass_context
+def verify(context: click.Context, /, trace: str, **options: Any) -> int:
+    """Predict settings, run them here, and print how far off the predictions were.
+
+    The trace's own routing drives the layers; the weights are the model's where it can be opened,
+    else random.
+    """
+    talk = context.ensure_object(Talk)
+    output, force = options["output"], options["force"]
+    if output is not None:
+        _refuse_existing(Path(output), force=force)
+    if options["predict_only"] and (output is None or options["predictions"] is not None):
+        raise click.UsageError("--predict-only writes new predictions: give -o FILE", context)
+    if (options["calibration"] is None) == (options["predictions"] is None):
+        raise click.UsageError("give --calibration FILE, or --predictions FILE", context)
+    with _extra("record", "running layers"):
+        from moeprof.live import verification
+    from moeprof.replay.calibration_file import read_calibration
+    from moeprof.replay.serving_settings import parse_setting
+    from moeprof.trace.reader import open_trace
+
+    opened = open_trace(trace)
+    with _progress(talk) as show:
+        if options["predictions"] is not None:
+            made = verification.read_predictions(options["predictions"])
+            said = [name for name in _PREDICTED_OPTIONS if options[name] is not None]
+            if said:
+                option = said[0].replace("_", "-")
+                raise click.UsageError(f"--{option} is that of the predictions", context)
+        else:
+            machine = read_calibration(options["calibration"])
+            names = options["settings"]
+            made = verification.make_predictions(
+                opened,
+                machine,
+                None if names is None else [parse_setting(name) for name in names],
+                _verify_options(options),
+                progress=lambda item, done, total: show("predicting", done, total, item),
+            )
+        if options["predict_only"]:
+            verification.write_predictions(made, output, force=force)
+            talk.say(f"Next: moeprof verify {trace} --predictions {output}")
+            click.echo(output)
+            return 0
+        result = verification.verify(
+            opened,
+            predictions=made,
+            device=options["device"],
+            weights=options["weights"],
+            share_host=options["share_host"],
+            progress=lambda item, done, total: show("measuring", done, total, item),
+        )
+    if output is not None:
+        command = shlex.join(["moeprof", *sys.argv[1:]])
+        verification.write_verification(result, output, command=command, force=force)
+        talk.say(f"Wrote {output}")
+    click.echo(
+        result.table[list(_VERIFY_COLUMNS)].to_string(
+            index=False, float_format="{:.4g}".format, na_rep=""
+        )
+    )
+    for note in result.notes:
+        talk.say(f"  ({note})")
+    for finding in result.findings:
+        talk.say(f"  - {finding.text}")
+    return 0
+
+
+_PREDICTED_OPTIONS = (
+    "settings", "stack", "phase", "shape", "dtype", "max_steps", "repetitions", "most_repetitions",
+)  # fmt: skip
+_VERIFY_COLUMNS = (
+    "setting", "percentile", "predicted_ms", "low_ms", "high_ms", "measured_ms", "measured_spread",
+    "error", "inside", "naive_bandwidth_error", "naive_mean_error",
+)  # fmt: skip
+
+
+def _verify_options(options: dict[str, Any]) -> Any:
+    """Returns what is run, from the command line."""
+    from moeprof.live.verification import VerifyOptions
+    from moeprof.replay.expert_shapes import parse_shape
+
+    names = [name for name in _PREDICTED_OPTIONS if name not in ("settings", "shape")]
+    given = {name: options[name] for name in names if options[name] is not None}
+    if options["shape"] is not None:
+        dtype = {"dtype": options["dtype"]} if options["dtype"] else {}
+        given["shape"] = parse_shape(options["shape"], **dtype)
+    if "repetitions" in given:
+        given.setdefault("most_repetitions", max(given["repetitions"], DEFAULT_MOST_REPETITIONS))
+    return VerifyOptions(**given)
 
 
 @contextmanager

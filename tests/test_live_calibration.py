@@ -130,6 +130,8 @@ def test_predictions_follow_from_it(calibrated: Any, tmp_path: Path) -> None:
 def test_refusals() -> None:
     with pytest.raises(UsageError, match="no gating kernel"):
         live.calibrate("cpu", sizes=TINY, kernels=("fast",))
+    with pytest.raises(UsageError, match="no policy 'best'"):
+        live.calibrate("cpu", sizes=TINY, policies=("best",))
     with pytest.raises(UsageError, match="no device"):
         live.calibrate("tpu9")
     with pytest.raises(UsageError, match="cannot be calibrated"):

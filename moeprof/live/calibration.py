@@ -196,8 +196,8 @@ def calibrate(
         UsageError: An argument makes no sense.
         MoeprofError: The device is not there.
     """
-    target = _device(device)
-    chosen = sizes or (GPU_SIZES if target.type == "cuda" else CPU_SIZES)
+    target = device_named(device)
+    chosen = sizes or sizes_for(target)
     if expert_bytes is not None:
         chosen = dataclasses.replace(chosen, expert_bytes=tuple(sorted(set(expert_bytes))))
     unknown = [name for name in kernels if name not in KERNELS]
@@ -205,6 +205,9 @@ def calibrate(
         raise UsageError(
             f"there is no gating kernel {unknown[0]!r}", hint=f"one of {', '.join(KERNELS)}"
         )
+    for policy in policies:
+        # Refuses unknown ones before anything takes time.
+        BufferingSetting(capacity=None, policy=policy)
     bench = _Bench(target, chosen)
     show = progress or (lambda *_: None)
     with tempfile.TemporaryDirectory() as folder, torch.no_grad():
@@ -212,7 +215,18 @@ def calibrate(
         return _measured(bench, trace, policies, kernels, command, show)
 
 
-def _device(device: torch.device | str | None) -> torch.device:
+def sizes_for(device: torch.device) -> CalibrationSizes:
+    """Returns the sizes that suit a device."""
+    return GPU_SIZES if device.type == "cuda" else CPU_SIZES
+
+
+def device_named(device: torch.device | str | None) -> torch.device:
+    """Returns the device to measure; a GPU if there is one when None.
+
+    Raises:
+        UsageError: It is no device that can be measured.
+        MoeprofError: It is not there.
+    """
     if device is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -561,7 +575,11 @@ class _Bench:
             trace, shape=shape, phase="all", repetitions=self.sizes.trial_repetitions
         )
         for setting in trial_settings(machine):
-            found.append(self._trial(stack, question, setting, machine))
+            try:
+                found.append(self._trial(stack, question, setting, machine))
+            except torch.cuda.OutOfMemoryError:
+                # A trial fewer: what is kept on the device depends on the setting.
+                torch.cuda.empty_cache()
         stack.close()
         return found
 

@@ -190,14 +190,55 @@ def write_predictions(
     Raises:
         MoeprofError: The file exists.
     """
-    target = Path(path)
-    if target.exists() and not force:
-        raise MoeprofError(f"{target} exists", hint="choose another name, or replace it: --force")
     content = {
         "kind": PREDICTIONS_KIND,
         "schema_version": PREDICTIONS_VERSION,
         **asdict(predictions),
     }
+    return _write_json(content, Path(path), force=force)
+
+
+def write_verification(
+    result: Result, path: str | os.PathLike[str], *, command: str, force: bool = False
+) -> Path:
+    """Writes what `verify` returned, every repetition of every step included.
+
+    Args:
+        result: From `verify`.
+        path: Where to.
+        command: What was run.
+        force: Replace an existing file.
+
+    Raises:
+        MoeprofError: The file exists.
+    """
+    steps = result.tables["step_times"]
+    times = {
+        str(name): {
+            "steps": own["step"].unique().tolist(),
+            "measured_ms": [run["measured_ms"].tolist() for _, run in own.groupby("repetition")],
+        }
+        for name, own in (steps.groupby("setting", sort=False) if len(steps) else ())
+    }
+    content = {
+        "kind": f"moeprof {NAME}",
+        "command": command,
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "hardware": asdict(hardware("cuda" if torch.cuda.is_available() else "cpu")),
+        "versions": versions(),
+        "notes": list(result.notes),
+        "findings": [finding.text for finding in result.findings],
+        "metrics": [asdict(metric) for metric in result.metrics],
+        "rows": json.loads(result.table.to_json(orient="records", double_precision=12)),
+        "step_times": times,
+    }
+    return _write_json(content, Path(path), force=force)
+
+
+def _write_json(content: Mapping[str, Any], target: Path, *, force: bool) -> Path:
+    """Writes beside, then renames."""
+    if target.exists() and not force:
+        raise MoeprofError(f"{target} exists", hint="choose another name, or replace it: --force")
     beside = target.with_name(f".{target.name}.{os.getpid()}")
     try:
         beside.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")

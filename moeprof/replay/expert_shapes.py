@@ -83,6 +83,31 @@ class ExpertShape:
         return replace(self, d_ff=max(1, width))
 
 
+def parse_shape(text: str, *, dtype: str = "bfloat16") -> ExpertShape:
+    """Returns a shape from text.
+
+    Args:
+        text: ``D_MODELxD_FF``, then ``:ungated`` for two matrices, ``:bias`` for biases, as in
+            ``2048x8192:ungated:bias``.
+        dtype: Of the experts.
+
+    Raises:
+        UsageError: It is no shape.
+    """
+    size, *flags = text.lower().split(":")
+    sides = size.split("x")
+    is_size = len(sides) == 2 and all(side.isdigit() for side in sides)  # noqa: PLR2004
+    if not is_size or not {"ungated", "bias"}.issuperset(flags):
+        raise UsageError(f"{text!r} is no shape", hint="D_MODELxD_FF, as in 2048x768")
+    return ExpertShape(
+        d_model=int(sides[0]),
+        d_ff=int(sides[1]),
+        gated="ungated" not in flags,
+        bias="bias" in flags,
+        dtype=dtype,
+    )
+
+
 def shape_of_trace(trace: Trace, stack: str, *, dtype: str | None = None) -> ExpertShape:
     """Returns the shape of a stack's experts as the trace has it.
 

@@ -114,6 +114,18 @@ def _parse_text(text: str) -> Capacity:
     )
 
 
+def byte_count(text: str) -> int:
+    """Returns bytes from text ("9MiB", "64 MB").
+
+    Raises:
+        UsageError: It is no number of bytes.
+    """
+    num_bytes = parse_capacity(text).num_bytes
+    if not num_bytes:
+        raise UsageError(f"{text!r} is no number of bytes", hint="write it with its unit: 9MiB")
+    return num_bytes
+
+
 def _slots(asked: Any, slots: int) -> Capacity:
     if slots < 1:
         raise UsageError(f"a capacity of {slots} slots holds nothing", hint=_HINT)

@@ -1,0 +1,120 @@
+"""`moeprof calibrate` and `moeprof verify`, from the machine to the verdict."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+torch = pytest.importorskip("torch")
+
+from test_live_calibration import TINY  # noqa: E402
+
+from moeprof import cli  # noqa: E402
+from moeprof.live import calibration  # noqa: E402
+from moeprof.replay.calibration_file import read_calibration  # noqa: E402
+from moeprof.trace.synthetic import synthetic_trace  # noqa: E402
+
+Run = Callable[..., tuple[int, str, str]]
+SHAPE = ("--shape", "32x8", "--dtype", "float32")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def run(capsys: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Run:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(calibration, "CPU_SIZES", TINY)
+    synthetic_trace(tmp_path / "t.moeprof", num_requests=2, num_sites=2, num_experts=8)
+
+    def runner(*arguments: str) -> tuple[int, str, str]:
+        code = cli.main(list(arguments))
+        out, err = capsys.readouterr()
+        return code, out, err
+
+    return runner
+
+
+def calibrated(run: Run, *more: str) -> tuple[int, str, str]:
+    return run(
+        "calibrate", "--device", "cpu", "--policies", "lru,min", "--kernels", "dynamic_loop", *more
+    )
+
+
+def test_from_the_machine_to_the_verdict(run: Run, tmp_path: Path) -> None:
+    code, out, err = calibrated(run, "-o", "cpu.json", "--expert-bytes", "3KiB,12KiB")
+    assert (code, out) == (0, "cpu.json\n"), err
+    assert "Next: moeprof verify TRACE --calibration cpu.json" in err
+    machine = read_calibration(tmp_path / "cpu.json")
+    assert machine.device_expert.expert_bytes == (3072, 12288)
+    assert machine.command.startswith("moeprof ")
+
+    code, _, err = calibrated(run, "-o", "cpu.json")
+    assert code == 1 and "cpu.json exists" in err and "--force" in err
+
+    asked = ("verify", "t.moeprof", "--calibration", "cpu.json", *SHAPE,
+             "--settings", "lru:2,min:25%,gating:dynamic_loop")  # fmt: skip
+    code, out, err = run(*asked, "--predict-only", "-o", "p.json")
+    assert (code, out) == (0, "p.json\n"), err
+    predicted = json.loads((tmp_path / "p.json").read_text())
+    assert predicted["settings"] == ["lru:2", "min:25%", "gating:dynamic_loop"]
+    assert predicted["options"]["shape"]["d_ff"] == 8
+
+    code, out, err = run(
+        "verify", "t.moeprof", "--predictions", "p.json", "--device", "cpu", "-o", "v.json"
+    )
+    assert code == 0, err
+    assert out.count("lru:2") == 2 and "measured_ms" in out
+    assert "the model is off by" in err and "random weights" in err
+    written = json.loads((tmp_path / "v.json").read_text())
+    assert [row["predicted_ms"] for row in written["rows"]] == pytest.approx(
+        [row["predicted_ms"] for row in predicted["rows"]]
+    )
+    assert all(row["measured_ms"] > 0 for row in written["rows"])
+    times = written["step_times"]["lru:2"]
+    assert len(times["measured_ms"]) >= 5
+    assert {len(each) for each in times["measured_ms"]} == {len(times["steps"])}
+    assert written["hardware"] and written["versions"] and written["command"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (("verify", "t.moeprof"), 2, "give --calibration FILE, or --predictions FILE"),
+        (("verify", "t.moeprof", "--calibration", "none.json"), 3, "there is no calibration"),
+        (("verify", "t.moeprof", "--calibration", "bad.json"), 3, "cannot be read"),
+        (("verify", "t.moeprof", "--calibration", "bad.json", "--predict-only"), 2, "give -o"),
+        (("verify", "t.moeprof", "--predictions", "bad.json"), 3, "cannot be read"),
+        (("calibrate", "--device", "tpu"), 2, "no device 'tpu'"),
+        (("calibrate", "--device", "cpu", "--expert-bytes", "12"), 2, "no number of bytes"),
+        (("calibrate", "--device", "cpu", "--policies", "best"), 2, "no policy 'best'"),
+        (("calibrate", "--device", "cpu", "-o", "bad.json"), 1, "bad.json exists"),
+    ],
+)
+def test_mistakes_are_one_line(
+    run: Run, tmp_path: Path, arguments: tuple[str, ...], code: int, message: str
+) -> None:
+    (tmp_path / "bad.json").write_text("{")
+    found, out, err = run(*arguments)
+    assert found == code and not out
+    assert message in err.splitlines()[0]
+    assert err.splitlines()[1].startswith("hint: ") and len(err.splitlines()) == 2
+
+
+def test_settings_of_predictions_cannot_be_changed(run: Run, tmp_path: Path) -> None:
+    calibrated(run)
+    assert (tmp_path / "calibration.json").exists()
+    base = ("verify", "t.moeprof")
+    run(*base, "--calibration", "calibration.json", *SHAPE, "--settings", "lru:2",
+        "--predict-only", "-o", "p.json")  # fmt: skip
+    code, _, err = run(*base, "--predictions", "p.json", "--max-steps", "3")
+    assert code == 2 and "--max-steps is that of the predictions" in err

@@ -808,6 +808,8 @@ def calibrate(
 @click.option("--most-repetitions", type=click.IntRange(min=1), help="Most, to reach 2 %.")
 @click.option("--device", help="cpu or cuda; a GPU if there is one.")
 @click.option("--weights", type=click.Choice(("auto", "random")), default="auto")
+@click.option("--only", callback=_listed(), help="Run these settings of the predictions.")
+@click.option("--most-seconds", type=float, help="Begin no setting after so long.")
 @click.option("--share-host", is_flag=True, help="One host copy of random experts for all layers.")
 @click.option("--force", is_flag=True, help="Replace an existing file.")
 @_talkative
@@ -861,17 +863,16 @@ def verify(context: click.Context, /, trace: str, **options: Any) -> int:
             device=options["device"],
             weights=options["weights"],
             share_host=options["share_host"],
+            only=options["only"],
+            most_s=options["most_seconds"],
             progress=lambda item, done, total: show("measuring", done, total, item),
         )
     if output is not None:
         command = shlex.join(["moeprof", *sys.argv[1:]])
         verification.write_verification(result, output, command=command, force=force)
         talk.say(f"Wrote {output}")
-    click.echo(
-        result.table[list(_VERIFY_COLUMNS)].to_string(
-            index=False, float_format="{:.4g}".format, na_rep=""
-        )
-    )
+    shown = result.table.reindex(columns=list(_VERIFY_COLUMNS))
+    click.echo(shown.to_string(index=False, float_format="{:.4g}".format, na_rep=""))
     for note in result.notes:
         talk.say(f"  ({note})")
     for finding in result.findings:

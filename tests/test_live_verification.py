@@ -153,6 +153,35 @@ def test_predictions_are_kept_and_judged_later(
     assert result.table["measured_ms"].notna().all()
 
 
+def test_settings_can_be_run_in_parts(trace: Any, machine: Any) -> None:
+    made = verification.make_predictions(trace, machine, SETTINGS, OPTIONS)
+    part = live.verify(trace, predictions=made, device="cpu", only=["min:2"])
+    assert set(part.table["setting"]) == {"min:2"}
+    assert part.table["measured_ms"].notna().all()
+    assert any("1 of 4 predicted settings run" in note for note in part.notes)
+    late = live.verify(trace, predictions=made, device="cpu", most_s=0.0)
+    assert late.table.empty and late.findings[0].text == "Nothing was run."
+    assert any("no time for lru:2, min:2" in note for note in late.notes)
+    with pytest.raises(UsageError, match="not among the predictions"):
+        live.verify(trace, predictions=made, device="cpu", only=["lru:3"])
+
+
+def test_what_does_not_fit_is_said(
+    trace: Any, machine: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run(stack: Any, setting: Any) -> Any:
+        if setting.name == "lru:2":
+            raise torch.cuda.OutOfMemoryError("too much")
+        return real(stack, setting)
+
+    real = verification.SettingRun
+    monkeypatch.setattr(verification, "SettingRun", run)
+    result = live.verify(trace, machine, SETTINGS[:2], OPTIONS, device="cpu")
+    known = result.table.set_index("setting")["measured_ms"].notna()
+    assert not known["lru:2"].any() and known["min:2"].all()
+    assert any("No room on the device for lru:2" in each.text for each in result.findings)
+
+
 def test_predictions_of_something_else(trace: Any, machine: Any, tmp_path: Path) -> None:
     made = verification.make_predictions(trace, machine, SETTINGS[:1], OPTIONS)
     other = synthetic_trace(tmp_path / "o.moeprof", num_requests=2, num_sites=2, num_experts=8)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -270,7 +271,18 @@ def gating_layer(
 def timed_steps(
     run: SettingRun, *, repetitions: int, warmup: int = 1
 ) -> tuple[tuple[float, ...], ...]:
-    """Returns the times [repetitions][steps] in milliseconds."""
-    for _ in range(warmup):
-        run.step_ms()
-    return tuple(tuple(run.step_ms()) for _ in range(repetitions))
+    """Returns the times [repetitions][steps] in milliseconds.
+
+    Python's collector is kept out of them: how long it takes depends on what else the process
+    holds, which is no property of the setting.
+    """
+    was_enabled = gc.isenabled()
+    gc.collect()
+    gc.disable()
+    try:
+        for _ in range(warmup):
+            run.step_ms()
+        return tuple(tuple(run.step_ms()) for _ in range(repetitions))
+    finally:
+        if was_enabled:
+            gc.enable()

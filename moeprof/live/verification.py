@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
@@ -287,6 +288,8 @@ def verify(
     device: torch.device | str | None = None,
     weights: str = "auto",
     share_host: bool = False,
+    only: Sequence[str] | None = None,
+    most_s: float | None = None,
     progress: Progress | None = None,
 ) -> Result:
     """Predicts settings, runs them on this machine, and says how far off the predictions were.
@@ -305,6 +308,8 @@ def verify(
         device: Where to run; a GPU if there is one when None.
         weights: ``auto`` takes the model's where it can be opened, ``random`` never.
         share_host: All layers of random experts read one host copy.
+        only: Names of the settings to run, of those predicted; all when None.
+        most_s: No further setting is begun once so many seconds have passed.
         progress: Called with (setting, done, all).
 
     Raises:
@@ -317,6 +322,14 @@ def verify(
         predictions = make_predictions(trace, calibration, settings, options)
     elif settings is not None or options is not None:
         raise UsageError("settings and options are those of the predictions")
+    names = predictions.settings if only is None else tuple(only)
+    unknown = [name for name in names if name not in predictions.settings]
+    if unknown:
+        raise UsageError(
+            f"{unknown[0]} is not among the predictions",
+            hint=f"one of {', '.join(predictions.settings)}",
+        )
+    begun_s = time.perf_counter()
     chosen = predictions.options
     question = chosen.question(trace)
     if predictions.facts["num_lookups"] != question.routed.num_lookups:
@@ -339,12 +352,17 @@ def verify(
             hint="say the shape of the experts, for both",
         )
     measured: dict[str, Floats | None] = {}
-    for index, name in enumerate(predictions.settings):
+    late: list[str] = []
+    for index, name in enumerate(names):
+        if most_s is not None and time.perf_counter() - begun_s > most_s:
+            late.append(name)
+            continue
         if progress is not None:
-            progress(name, index, len(predictions.settings))
+            progress(name, index, len(names))
         measured[name] = _measured(stack, parse_setting(name), chosen, question.judged)
     stack.close()
-    table = _table(predictions.rows, measured)
+    rows = [row for row in predictions.rows if row["setting"] in measured]
+    table = _table(rows, measured)
     return Result(
         name=NAME,
         title="Predicted against measured",
@@ -356,6 +374,8 @@ def verify(
             f"{predictions.facts['calibrated']}",
             f"routing of {trace.path} ({trace.model.name}), {stack.weights_source}",
             f"{len(question.judged)} of {len(question.routed.steps)} steps judged",
+            f"{len(measured)} of {len(predictions.settings)} predicted settings run"
+            + (f", no time for {', '.join(late)}" if late else ""),
             "versions: " + ", ".join(f"{name} {one}" for name, one in versions().items()),
         ),
         tables={"step_times": _step_table(measured, question)},
@@ -506,6 +526,8 @@ def binomial_interval(successes: int, trials: int) -> tuple[float, float]:
 
 def _summary(table: pd.DataFrame) -> dict[str, Any]:
     """Returns the metrics and what they say."""
+    if table.empty:
+        return {"metrics": (), "findings": (_finding("Nothing was run."),)}
     known = table.dropna(subset=["measured_ms"])
     if known.empty:
         return {"metrics": (), "findings": (_finding("Nothing fitted into the device's memory."),)}

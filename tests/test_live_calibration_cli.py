@@ -37,6 +37,7 @@ def run(capsys: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Run:
     synthetic_trace(tmp_path / "t.moeprof", num_requests=2, num_sites=2, num_experts=8)
 
     def runner(*arguments: str) -> tuple[int, str, str]:
+        monkeypatch.setattr("sys.argv", ["moeprof", *arguments])
         code = cli.main(list(arguments))
         out, err = capsys.readouterr()
         return code, out, err
@@ -56,7 +57,8 @@ def test_from_the_machine_to_the_verdict(run: Run, tmp_path: Path) -> None:
     assert "Next: moeprof verify TRACE --calibration cpu.json" in err
     machine = read_calibration(tmp_path / "cpu.json")
     assert machine.device_expert.expert_bytes == (3072, 12288)
-    assert machine.command.startswith("moeprof ")
+    assert machine.command.startswith("moeprof calibrate ")
+    assert machine.command.endswith("--expert-bytes 3KiB,12KiB")
 
     code, _, err = calibrated(run, "-o", "cpu.json")
     assert code == 1 and "cpu.json exists" in err and "--force" in err

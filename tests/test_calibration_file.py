@@ -24,11 +24,20 @@ from moeprof.replay.calibration_file import (
 def test_what_is_written_is_read(tmp_path: Path) -> None:
     calibration = hand_calibration(
         all_to_all=Curve(sizes=(1.0, 2.0), times_s=(exactly(0.1, 0.02), exactly(0.3))),
+        exchange_ranks=2,
         trials=(trial(1.25), trial(0.5, kind="gating")),
     )
     path = write_calibration(calibration, tmp_path / "machine.json")
     assert read_calibration(path) == calibration
     assert [each.name for each in tmp_path.iterdir()] == ["machine.json"]
+
+
+def test_files_without_the_ranks_of_an_exchange_are_read(tmp_path: Path) -> None:
+    path = write_calibration(hand_calibration(), tmp_path / "machine.json")
+    content = json.loads(path.read_text())
+    assert content.pop("exchange_ranks") is None
+    path.write_text(json.dumps(content))
+    assert read_calibration(path) == hand_calibration()
 
 
 def test_nothing_is_overwritten_unless_asked(tmp_path: Path) -> None:

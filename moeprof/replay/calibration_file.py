@@ -243,7 +243,9 @@ class Calibration:
         sync_s: Wait for an idle device.
         decisions: By policy.
         gating: By kernel.
-        all_to_all: Time of an exchange by bytes per device; None on a single device.
+        all_to_all: Time of an exchange between ranks, by the bytes that each sends to the others;
+            None where none was measured.
+        exchange_ranks: Ranks that exchanged; None where none did.
         trials: Runs that say what the model leaves over.
     """
 
@@ -273,6 +275,7 @@ class Calibration:
     decisions: Mapping[str, DecisionTimes] = field(default_factory=dict)
     gating: Mapping[str, GatingTimes] = field(default_factory=dict)
     all_to_all: Curve | None = None
+    exchange_ranks: int | None = None
     trials: tuple[Trial, ...] = ()
 
     @property
@@ -356,6 +359,8 @@ def _calibration(content: Mapping[str, Any]) -> Calibration:
         decisions={name: DecisionTimes(**one) for name, one in content["decisions"].items()},
         gating={name: GatingTimes(**one) for name, one in content["gating"].items()},
         all_to_all=None if exchange is None else _curve(exchange),
+        # Files from before exchanges were measured do not have it.
+        exchange_ranks=content.get("exchange_ranks"),
         trials=tuple(_trial(one) for one in content["trials"]),
     )
 

@@ -432,3 +432,17 @@ def test_parts_are_fitted_without_negative_factors() -> None:
     times = np.maximum(1.0 - 0.5 * columns[:, 0], 0.1)
     least = fit_parts(columns[:, :1], times)
     assert (least.factors >= 0).all() and least.error > 0
+
+
+def test_other_percentiles_and_another_plan_can_be_asked_for(tmp_path: Path) -> None:
+    trace = hand_steps(tmp_path, [0, 1], [1, 2], [1, 2])
+    machine = hand_calibration()
+    question = cost_model.question_of(trace, shape=SHAPE, phase="all", percentiles=[95])
+    found = cost_model.predict(question, parse_setting("lru:4"), machine)
+    assert found.percentiles_ms.keys() == found.naive_bandwidth_ms.keys() == {95}
+    assert found.percentiles_ms[95][0] == pytest.approx(np.percentile([24e3, 14e3, 8e3] * 5, 95))
+    # A plan that copies nothing: what is left are two experts a step.
+    resident = buffer_plans.plan_buffer(trace, question.routed, BufferingSetting(capacity=None))
+    other = cost_model.predict(question, parse_setting("lru:4"), machine, plan=resident)
+    assert other.modelled_ms.tolist() == [8e3] * 3
+    assert not other.copied_bytes.any() and found.copied_bytes.any()

@@ -61,6 +61,7 @@ class Question:
         repetitions: Times that a measurement would run the steps.
         rows: What policies that look ahead see.
         seed: Of the draws.
+        percentiles: Of the step times that are predicted.
     """
 
     trace: Trace
@@ -70,6 +71,7 @@ class Question:
     repetitions: int
     rows: Any
     seed: int
+    percentiles: tuple[int, ...] = PERCENTILES
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -109,6 +111,7 @@ def question_of(
     max_steps: int | None = None,
     repetitions: int = 5,
     seed: int = 0,
+    percentiles: Sequence[int] = PERCENTILES,
 ) -> Question:
     """Returns what is predicted.
 
@@ -121,6 +124,7 @@ def question_of(
         max_steps: At most so many steps are run.
         repetitions: Times that a measurement runs them.
         seed: Of the draws.
+        percentiles: Of the step times.
 
     Raises:
         UsageError: There is no such stack or phase, or the shape is not known.
@@ -141,11 +145,24 @@ def question_of(
         repetitions=repetitions,
         rows=streams.read_rows(trace),
         seed=seed,
+        percentiles=tuple(percentiles),
     )
 
 
-def predict(question: Question, setting: Setting, machine: Calibration) -> Prediction:
+def predict(
+    question: Question,
+    setting: Setting,
+    machine: Calibration,
+    *,
+    plan: BufferPlan | None = None,
+) -> Prediction:
     """Returns what a setting would cost.
+
+    Args:
+        question: What is predicted.
+        setting: The setting.
+        machine: The machine.
+        plan: What the buffer does; what the live runtime would do when None.
 
     Raises:
         UsageError: The calibration lacks what the setting needs.
@@ -157,7 +174,7 @@ def predict(question: Question, setting: Setting, machine: Calibration) -> Predi
         work = gating_work_of(routed, setting, question.shape, machine)
         hit_rate = None
     else:
-        plan = plan_buffer(question.trace, routed, setting, rows=question.rows)
+        plan = plan or plan_buffer(question.trace, routed, setting, rows=question.rows)
         work = buffering_work_of(routed, plan, setting, question.shape, machine)
         hit_rate = None if setting.capacity is None else float(plan.hit.mean())
     modelled = step_times(work)[0] * _MS
@@ -166,7 +183,7 @@ def predict(question: Question, setting: Setting, machine: Calibration) -> Predi
     generator = np.random.default_rng(question.seed)
     drawn = _drawn_percentiles(question, work, machine, leftover, generator)
     percentiles = {}
-    for index, percentile in enumerate(PERCENTILES):
+    for index, percentile in enumerate(question.percentiles):
         value = float(np.median(drawn[:, index]))
         low, high = np.quantile(drawn[:, index], (_LOW, _HIGH)).tolist()
         has_interval = leftover.num_trials >= LEAST_TRIALS
@@ -184,7 +201,7 @@ def predict(question: Question, setting: Setting, machine: Calibration) -> Predi
         percentiles_ms=percentiles,
         naive_bandwidth_ms={
             each: float(np.percentile(by_bytes[question.judged], each)) * _MS
-            for each in PERCENTILES
+            for each in question.percentiles
         },
         naive_mean_ms=_mean_ms(work, question.judged),
     )
@@ -262,7 +279,7 @@ def _drawn_percentiles(
     shape = (NUM_DRAWS, question.repetitions, len(question.judged))
     jitter = leftover.jitter[generator.integers(len(leftover.jitter), size=shape)]
     run = (every[:, None, :] * jitter).reshape(NUM_DRAWS, -1) * scale[:, None]
-    found: Floats = np.percentile(run, PERCENTILES, axis=1).T
+    found: Floats = np.percentile(run, question.percentiles, axis=1).T
     return found
 
 

@@ -735,6 +735,11 @@ def _replay(
 @click.option("--dtype", type=click.Choice(DTYPES[1:]), help="Of weights and rows.")
 @click.option("--policies", callback=_listed(), help="Cache policies to time; all of them.")
 @click.option("--kernels", callback=_listed(), help="Gating kernels to time; all of them.")
+@click.option(
+    "--ranks",
+    type=click.IntRange(min=1),
+    help="Processes whose all-to-all is timed; a GPU each, none on a CPU. 1: do not.",
+)
 @click.option("--force", is_flag=True, help="Replace an existing file.")
 @_talkative
 @click.pass_context
@@ -748,6 +753,7 @@ def calibrate(
     dtype: str | None,
     policies: list[str] | None,
     kernels: list[str] | None,
+    ranks: int | None,
     force: bool,
 ) -> int:
     """Measure what this machine does, once, for predictions.
@@ -763,6 +769,7 @@ def calibrate(
 
         from moeprof.live.calibration import calibrate as measure
         from moeprof.live.calibration import device_named, sizes_for
+        from moeprof.live.exchange_times import visible_ranks
     from moeprof.replay.cache.sizes import byte_count
     from moeprof.replay.calibration_file import write_calibration
 
@@ -773,10 +780,12 @@ def calibrate(
     given: dict[str, Any] = {"policies": policies, "kernels": kernels}
     if expert_bytes is not None:
         given["expert_bytes"] = [byte_count(text) for text in expert_bytes]
+    num_ranks = visible_ranks(place) if ranks is None else ranks
     with _progress(talk) as show:
         found = measure(
             place,
             sizes=sizes,
+            num_ranks=None if num_ranks == 1 else num_ranks,
             command=shlex.join(["moeprof", *sys.argv[1:]]),
             progress=lambda item, done, total: show("calibrating", done, total, item),
             **{name: value for name, value in given.items() if value is not None},

@@ -10,9 +10,9 @@ import torch
 import torch.distributed as dist
 
 from moeprof.live.expert_parallel import PARTS, ParallelExperts, experts_of_rank
+from moeprof.live.exchange_times import time_exchanges
 from moeprof.live.experts import random_experts
 from moeprof.live.parallel_clocks import PartClock, repeat_together
-from moeprof.live.parallel_estimates import exchange_times
 from moeprof.replay.loads import Layout
 
 WORLD = 8
@@ -148,7 +148,7 @@ def run_clocks(device, group):
         "parts": times,
         "in_order": tuple(times) == PARTS,
         "step": repeat_together(lambda: layer(hidden, ids, weights), device=device, repeats=2),
-        "exchanges": exchange_times([0, 1000, 50_000], device=device, group=group, repeats=2),
+        "exchanges": time_exchanges(device, [0, 1000, 50_000], 2, group=group),
     }
 
 

@@ -11,6 +11,7 @@ import pytest
 torch = pytest.importorskip("torch")
 
 import parallel_ranks  # noqa: E402
+from calibrations import exactly  # noqa: E402
 from parallel_ranks import WORLD, Case, Loads  # noqa: E402
 from torch.multiprocessing import ProcessRaisedException  # noqa: E402
 
@@ -42,6 +43,7 @@ from moeprof.live.parallel_plans import (  # noqa: E402
 from moeprof.live.parallel_traces import PlannerSetting, site_dispatches  # noqa: E402
 from moeprof.live.rank_processes import run_ranks  # noqa: E402
 from moeprof.replay import balancing, loads  # noqa: E402
+from moeprof.replay.calibration_file import Curve  # noqa: E402
 from moeprof.replay.loads import layout as laid_out  # noqa: E402
 from moeprof.replay.planners import PLANNERS  # noqa: E402
 from moeprof.trace.schema import RankInfo  # noqa: E402
@@ -182,7 +184,7 @@ def test_an_estimate_adds_up_what_it_names():
     slots = experts.select(torch.from_numpy(layout.expert))
     ids = np.array([[1, -1], [1, 1], [1, -1], [1, -1]])
     line = AllToAllLine(latency_ms=1.0, bytes_per_s=3.2e4, largest_error=0.0, num_ranks=2)
-    found = estimated_step(ids, slots, layout, line=line, size_exchange_ms=5.0, repeats=2)
+    found = estimated_step(ids, slots, layout, exchange=line, size_exchange_ms=5.0, repeats=2)
     # All rows go to device 0; rank 1 sends it two rows of 32 bytes.
     assert found.busiest_bytes == 64
     assert found.return_ms == pytest.approx(1 + 64 / 3.2e4 * 1e3)
@@ -192,6 +194,10 @@ def test_an_estimate_adds_up_what_it_names():
     parts = (5.0, found.token_exchange_ms, found.experts_ms, found.return_ms, found.combine_ms)
     assert found.step_ms == pytest.approx(sum(parts))
     assert found.band_ms([1.5, 0.5, 1.0]) == (0.5 * found.step_ms, 1.5 * found.step_ms)
+    curve = Curve(sizes=(32.0, 96.0), times_s=(exactly(0.25), exactly(0.75)))
+    by_curve = estimated_step(ids, slots, layout, exchange=curve, size_exchange_ms=5.0, repeats=2)
+    assert by_curve.return_ms == pytest.approx(500.0)
+    assert by_curve.token_exchange_ms > by_curve.return_ms
 
 
 def test_shares_run_the_rows_they_are_given():

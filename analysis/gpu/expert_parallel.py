@@ -425,7 +425,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "kernel": options.kernel,
         "all_to_all": {
             "line": dataclasses.asdict(seen[0].line),
-            "bytes_to_each_other_rank": plan.exchange_bytes,
+            "bytes_to_others": plan.exchange_bytes,
             "times_ms": [each.times_ms for each in seen[0].exchanges],
         },
         "notes": NOTES,

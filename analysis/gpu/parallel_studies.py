@@ -11,6 +11,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from moeprof.live.exchange_times import time_exchanges
 from moeprof.live.expert_parallel import PARTS, ParallelExperts, experts_of_rank, on_one_device
 from moeprof.live.experts import ExpertWeights, random_experts
 from moeprof.live.parallel_clocks import PartClock, repeat_together, slowest_ms
@@ -18,7 +19,6 @@ from moeprof.live.parallel_estimates import (
     AllToAllLine,
     StepEstimate,
     estimated_step,
-    exchange_times,
     fitted_line,
 )
 from moeprof.live.parallel_plans import shard_starts
@@ -39,7 +39,7 @@ class Plan:
         dtype: Of rows and weights that are timed.
         repeats: Timed repetitions of a step.
         share_repeats: Of a share of the experts.
-        exchange_bytes: Bytes to each other rank.
+        exchange_bytes: Bytes that a rank sends to the others.
     """
 
     kernel: str
@@ -119,12 +119,11 @@ class RankFindings:
 
 def measured(device: torch.device, studies: list[Study], plan: Plan) -> RankFindings:
     """Runs everything on one rank."""
-    exchanges = exchange_times(plan.exchange_bytes, device=device, repeats=plan.repeats)
-    num_others = dist.get_world_size() - 1
+    exchanges = time_exchanges(device, plan.exchange_bytes, plan.repeats)
     line = fitted_line(
-        [size * num_others for size in plan.exchange_bytes],
+        plan.exchange_bytes,
         [each.median_ms for each in exchanges],
-        num_ranks=num_others + 1,
+        num_ranks=dist.get_world_size(),
     )
     say(f"all-to-all: {1e3 * line.latency_ms:.1f} us + bytes / {line.bytes_per_s / 1e9:.1f} GB/s")
     return RankFindings(
@@ -314,7 +313,7 @@ def all_estimates(
                 batch,
                 slots,
                 layout,
-                line=line,
+                exchange=line,
                 size_exchange_ms=size_ms[is_replicated(layout)],
                 kernel=plan.kernel,
                 repeats=plan.share_repeats,

@@ -23,6 +23,7 @@ import torch.nn.functional as F
 
 from moeprof.errors import MoeprofError, UsageError
 from moeprof.live.ceilings import measure_ceilings
+from moeprof.live.exchange_times import exchange_curve
 from moeprof.live.expert_store import ExpertStore
 from moeprof.live.experts import ExpertWeights, random_experts
 from moeprof.live.grouping import can_group
@@ -177,6 +178,7 @@ def calibrate(
     expert_bytes: Sequence[int] | None = None,
     policies: Sequence[str] = DEFAULT_POLICIES,
     kernels: Sequence[str] = tuple(KERNELS),
+    num_ranks: int | None = None,
     command: str = "moeprof.live.calibrate",
     progress: Progress | None = None,
 ) -> Calibration:
@@ -189,6 +191,9 @@ def calibrate(
             predictions are wanted for.
         policies: Cache policies whose decisions are timed.
         kernels: Gating kernels that are timed.
+        num_ranks: Processes that exchange rows, each on a GPU of its own (on a CPU all on it); no
+            exchange is measured when None. A script that gives it starts under
+            ``if __name__ == "__main__":``.
         command: What to write into the file as the command.
         progress: Called with (what is measured, parts done, parts in all).
 
@@ -210,9 +215,12 @@ def calibrate(
         BufferingSetting(capacity=None, policy=policy)
     bench = _Bench(target, chosen)
     show = progress or (lambda *_: None)
+    # First: ranks that do not find each other should not cost all the rest.
+    exchange = None if num_ranks is None else exchange_curve(num_ranks, device=target)
     with tempfile.TemporaryDirectory() as folder, torch.no_grad():
         trace = _made_up(Path(folder), chosen, batch=chosen.batch)
-        return _measured(bench, trace, policies, kernels, command, show)
+        found = _measured(bench, trace, policies, kernels, command, show)
+    return dataclasses.replace(found, all_to_all=exchange, exchange_ranks=num_ranks)
 
 
 def sizes_for(device: torch.device) -> CalibrationSizes:

@@ -1,8 +1,8 @@
 """What a step would take on devices that are not there: every share in turn on one device.
 
-An estimate, never a measurement: the slowest share of the experts, the exchange from a line fitted
-to exchanges between the devices there are, and the work on a rank's own tokens. Its error bar is
-how far the same arithmetic was off where it could be measured.
+An estimate, never a measurement: the slowest share of the experts, the exchange from a line or a
+curve through exchanges between the devices there are, and the work on a rank's own tokens. Its
+error bar is how far the same arithmetic was off where it could be measured.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from typing import ClassVar
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from numpy.typing import ArrayLike, NDArray
 
 from moeprof.errors import UsageError
@@ -21,7 +20,6 @@ from moeprof.live.expert_parallel import DEFAULT_KERNEL, SlotTables, slot_ids
 from moeprof.live.experts import ExpertWeights
 from moeprof.live.kernels import kernel_named
 from moeprof.live.kernels.slots import combine_rows, rows_by_expert
-from moeprof.live.parallel_clocks import repeat_together
 from moeprof.live.parallel_plans import (
     busiest_rows,
     rows_between,
@@ -30,6 +28,7 @@ from moeprof.live.parallel_plans import (
     shard_starts,
 )
 from moeprof.live.repetitions import Repetitions, repeat
+from moeprof.replay.calibration_file import Curve
 from moeprof.replay.loads import Layout
 from moeprof.replay.result import FigureClass
 
@@ -91,41 +90,16 @@ def fitted_line(num_bytes: ArrayLike, times_ms: ArrayLike, *, num_ranks: int) ->
     )
 
 
-def exchange_times(
-    sizes: Sequence[int],
-    *,
-    device: torch.device | str,
-    group: dist.ProcessGroup | None = None,
-    repeats: int = 20,
-) -> list[Repetitions]:
-    """Times all-to-alls in which every rank sends each other rank the same number of bytes.
-
-    Nothing is sent to oneself. Every rank of the group calls it.
+def exchange_ms(exchange: AllToAllLine | Curve, num_bytes: float) -> float:
+    """Returns what an exchange takes in which the busiest rank sends or receives so many bytes.
 
     Args:
-        sizes: Bytes to each other rank, a time each.
-        device: Where.
-        group: The group; None is all ranks.
-        repeats: Timed repetitions of each.
+        exchange: A line, or the curve of a calibration (`exchange_times.exchange_curve`).
+        num_bytes: To others.
     """
-    rank, num_ranks = dist.get_rank(group), dist.get_world_size(group)
-    found = []
-    for size in sizes:
-        splits = [size if other != rank else 0 for other in range(num_ranks)]
-        given = torch.zeros(sum(splits), dtype=torch.uint8, device=device)
-        taken = torch.empty_like(given)
-
-        def exchange(
-            taken: torch.Tensor = taken,
-            given: torch.Tensor = given,
-            splits: list[int] = splits,
-        ) -> None:
-            dist.all_to_all_single(
-                taken, given, output_split_sizes=splits, input_split_sizes=splits, group=group
-            )
-
-        found.append(repeat_together(exchange, device=device, group=group, repeats=repeats))
-    return found
+    if isinstance(exchange, AllToAllLine):
+        return exchange.time_ms(num_bytes)
+    return float(exchange.at(num_bytes)) * 1e3
 
 
 def share_times(
@@ -182,9 +156,9 @@ class StepEstimate:
         figure_class: Never a measurement.
         num_devices: Devices.
         size_exchange_ms: As given.
-        token_exchange_ms: Bringing rows in order, and sending them: from the line.
+        token_exchange_ms: Bringing rows in order, and sending them: from the exchanges measured.
         experts_ms: The slowest share.
-        return_ms: Sending them back: from the line.
+        return_ms: Sending them back: likewise.
         combine_ms: Adding them up.
         shares_ms: Median of every device's share of the experts.
         busiest_bytes: Bytes that the busiest device sends to others, or receives, in an exchange.
@@ -220,7 +194,7 @@ def estimated_step(
     slots: ExpertWeights,
     layout: Layout,
     *,
-    line: AllToAllLine,
+    exchange: AllToAllLine | Curve,
     size_exchange_ms: float,
     kernel: str = DEFAULT_KERNEL,
     repeats: int = 20,
@@ -228,13 +202,14 @@ def estimated_step(
     """Returns what a dispatch would take on the devices of a placement.
 
     Tokens are dealt to the devices in contiguous parts. Bandwidth and latency between any two
-    devices are taken to be those of the line: devices of one host on a switch, not a network.
+    devices are taken to be those of the exchanges that were measured: devices of one host on a
+    switch, not a network.
 
     Args:
         experts: [tokens, top_k] ids; -1: not executed.
         slots: Weights of all slots in their order, on the device that runs them.
         layout: The placement.
-        line: Of all-to-alls.
+        exchange: Of all-to-alls: a line, or a calibration's curve.
         size_exchange_ms: Of a size exchange.
         kernel: Name of a gating kernel.
         repeats: Timed repetitions of each share.
@@ -252,6 +227,7 @@ def estimated_step(
     shares_ms = tuple(0.0 if share is None else share.median_ms for share in shares)
     row_bytes = slots.d_model * slots.w_in.element_size()
     busiest_bytes = busiest_rows(rows_between(counts, layout)) * row_bytes
+    sending_ms = exchange_ms(exchange, busiest_bytes)
     # The rank with most tokens holds up the rest.
     largest = int(np.diff(starts).argmax())
     own = experts[starts[largest] : starts[largest + 1]]
@@ -259,9 +235,9 @@ def estimated_step(
     return StepEstimate(
         num_devices=num_devices,
         size_exchange_ms=size_exchange_ms,
-        token_exchange_ms=order_ms + line.time_ms(busiest_bytes),
+        token_exchange_ms=order_ms + sending_ms,
         experts_ms=max(shares_ms),
-        return_ms=line.time_ms(busiest_bytes),
+        return_ms=sending_ms,
         combine_ms=combine_ms,
         shares_ms=shares_ms,
         busiest_bytes=busiest_bytes,

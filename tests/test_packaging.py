@@ -57,7 +57,7 @@ def test_the_wheel_holds_the_zoo(names, model):
     assert {"config.json", "model.safetensors", "tokenizer.json"} <= files
 
 
-@pytest.mark.parametrize("sample", ["lm", "mt"])
+@pytest.mark.parametrize("sample", ["lm", "mt", "twin-lm", "twin-mt"])
 def test_the_wheel_holds_the_samples(names, sample):
     assert f"moeprof/samples/{sample}.moeprof/trace.json" in names
     source = ROOT / "traces" / "samples" / f"{sample}.moeprof"

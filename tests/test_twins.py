@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import tarfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -21,6 +22,7 @@ from analysis.gpu.twins.recording import MtPlan, shared_sources
 from analysis.gpu.twins.routing import TwinMoe
 from analysis.gpu.twins.shape import lm_config, mt_config
 
+ROOT = Path(__file__).resolve().parents[1]
 WORDS = {
     "facts": "river city people north south border coast island capital area",
     "code": "return import self class raise value print index while None",
@@ -367,3 +369,52 @@ def test_evidence_counts_rare_experts(tmp_path):
     own = phase[phase["step"].map(steps) == "decode"]
     assert counts.tolist() == np.bincount(own["expert"], minlength=32).tolist()
     assert rows["decoder", "decode"]["entropy_of_load"] < 0.99
+
+
+def test_idleness_is_that_of_each_size_of_dispatch(tmp_path):
+    from analysis.gpu.twins.evidence import idleness
+    from moeprof.trace.synthetic import synthetic_trace
+
+    trace = synthetic_trace(
+        tmp_path / "t.moeprof", num_requests=6, num_sites=2, num_experts=16, top_k=2,
+        batch=3, prompt_tokens=9, output_tokens=5, skew=1.0, seed=0,
+    )  # fmt: skip
+    rows = idleness(trace)
+    frame = trace.routing()
+    groups = frame.groupby(["step", "site"])
+    tokens = groups.size() / 2
+    idle = 1 - groups["expert"].nunique() / 16
+    phases = trace.steps.set_index("step")["phase"]
+    for phase in ("prefill", "decode"):
+        own = [row for row in rows if row["phase"] == phase]
+        here = tokens.index.get_level_values("step").map(phases) == phase
+        assert sum(row["num_dispatches"] for row in own) == here.sum()
+        assert own[0]["least_tokens"] == own[0]["most_tokens"] == tokens[here].max()
+        for row in own:
+            fits = here & tokens.between(row["least_tokens"], row["most_tokens"])
+            assert row["inactive_share"] == pytest.approx(idle[fits].mean())
+            assert row["uniform_inactive_share"] == pytest.approx(
+                ((1 - 2 / 16) ** tokens[fits]).mean()
+            )
+
+
+def test_the_translation_twin_that_is_kept(capsys):
+    """The sample is the trace that its figures were made from, and its decoder is idle."""
+    found = json.loads((ROOT / "analysis" / "results" / "twin_mt.json").read_text())
+    trace = moeprof.open("sample:twin-mt")
+    assert trace.info.command == found["command"]
+    capture = found["routing"]["capture"]
+    assert capture["num_requests"] == len(trace.requests) == found["recorded"]["requests"]
+    assert capture["num_tokens"] == trace.steps["num_tokens"].sum()
+    assert found["routing"]["check"]["ok"]
+    assert "other GPU" in found["beside"] and any("other GPU" in note for note in trace.info.notes)
+    config = found["config"]
+    for stack in ("encoder", "decoder"):
+        sites = trace.info.sites_of(stack)
+        assert len(sites) == config[f"{stack}_layers"] // config["moe_every"]
+        assert {(site.num_experts, site.top_k, site.d_model) for site in sites} == {
+            (config["num_experts"], config["top_k"], config["d_model"])
+        }
+    texts = json.dumps(found) + (Path(trace.path) / "trace.json").read_text()
+    assert "/root" not in texts
+    capsys.readouterr()

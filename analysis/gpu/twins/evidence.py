@@ -60,6 +60,44 @@ def use(trace: Trace) -> list[dict[str, Any]]:
     return rows
 
 
+def idleness(trace: Trace) -> list[dict[str, Any]]:
+    """Returns one row per stack, phase and size of dispatch: experts without a token.
+
+    Sizes are those of the largest dispatch alone, then halves of it: as sequences end, fewer tokens
+    leave more experts idle, and a mean over all sizes would hide what a full batch does. Beside
+    each stands what routing every token evenly would leave idle, (1 - k / E) ** tokens.
+    """
+    grouped: dict[tuple[str, str], list[tuple[int, float, float]]] = {}
+    sites = {site.site: site for site in trace.sites}
+    for dispatch in trace.dispatches():
+        site = sites[dispatch.site]
+        chosen = dispatch.experts[dispatch.experts >= 0]
+        num_tokens = dispatch.experts.shape[0]
+        idle = 1 - np.unique(chosen).size / site.num_experts
+        even = (1 - site.top_k / site.num_experts) ** num_tokens
+        grouped.setdefault((dispatch.stack, dispatch.phase), []).append((num_tokens, idle, even))
+    rows = []
+    for (stack, phase), found in grouped.items():
+        sizes, idle_shares, even_shares = np.array(found).T
+        most = sizes.max()
+        # 0: as large as any; 1: more than half of that; 2: more than a quarter; ...
+        levels = np.where(sizes == most, 0, 1 + np.floor(np.log2(most / sizes)).astype(int))
+        for level in np.unique(levels):
+            own = levels == level
+            rows.append(
+                {
+                    "stack": stack,
+                    "phase": phase,
+                    "least_tokens": int(sizes[own].min()),
+                    "most_tokens": int(sizes[own].max()),
+                    "num_dispatches": int(own.sum()),
+                    "inactive_share": float(idle_shares[own].mean()),
+                    "uniform_inactive_share": float(even_shares[own].mean()),
+                }
+            )
+    return rows
+
+
 def routing_evidence(trace: Trace) -> dict[str, Any]:
     """Returns what the trace says of its routing, ready for JSON."""
     # Here, so that a machine that only trains and records needs less.
@@ -79,6 +117,7 @@ def routing_evidence(trace: Trace) -> dict[str, Any]:
             "size_bytes": trace.num_bytes,
         },
         "use": use(trace),
+        "idleness": idleness(trace),
         "metrics": {metric.name: _plain(metric) for metric in metrics},
     }
 

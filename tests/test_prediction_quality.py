@@ -1,0 +1,206 @@
+"""Pooled predictions: arithmetic by hand, what is refused, and that the kept figures are theirs."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import verified_files as made
+
+pytest.importorskip("torch")
+
+from analysis import prediction_quality as quality
+from moeprof.errors import MoeprofError
+from moeprof.live.verification import binomial_interval
+
+
+def pooled(verified, predicted):
+    return quality.pooled(quality.read_judgements(verified, predicted))
+
+
+def goals_of(found):
+    return {goal["quantity"].split(",")[0]: goal for goal in found["goals"]}
+
+
+def edited(path, change):
+    content = json.loads(path.read_text())
+    change(content)
+    path.write_text(json.dumps(content))
+
+
+def test_what_is_right_everywhere_is_counted_so(tmp_path):
+    found = pooled(*made.made_up(tmp_path))
+    settings = made.settings_of()
+    counts = found["counts"]
+    assert counts["settings"] == 3 * len(settings)
+    assert (counts["models"], counts["policies"], counts["capacities"]) == (3, 2, 2)
+    assert counts["machines"] == 2 and counts["not_to_tolerance"] == 0
+    number = 2 * 2 * 3 * len(settings)
+    assert found["all"]["predictions"] == found["all"]["inside"] == len(found["rows"]) == number
+    assert found["all"]["coverage_low"] == binomial_interval(number, number)[0]
+    assert found["all"]["absolute_errors"]["model"]["0.5"] < 0.02
+    # Said twice and thrice too high, on what is right within a percent.
+    assert found["all"]["absolute_errors"]["bytes over bandwidth"]["0.5"] == pytest.approx(
+        1, abs=0.05
+    )
+    assert found["all"]["absolute_errors"]["the mean"]["0.5"] == pytest.approx(2, abs=0.08)
+    by = {group["of"]: group["predictions"] for group in found["groups"]}
+    assert by["H100"] == by["H200"] == by["50"] == by["99"] == number / 2
+    assert by["gating"] == by["unbuffered"] == 12 and by["miss: load"] == 48
+    assert by["model a"] == number / 3
+
+
+def test_goals_fall_as_they_do(tmp_path):
+    good = goals_of(pooled(*made.made_up(tmp_path)))
+    (tmp_path / "bad").mkdir()
+    bad = goals_of(pooled(*made.made_up(tmp_path / "bad", off=1.5)))
+    scope = good["Settings predicted"]
+    assert scope["met"] is False and scope["found"].startswith("18 over 3 models, 2 policies")
+    # All inside is too many, and too few to say so.
+    assert good["Measurements inside their stated 90% interval"]["met"] is False
+    assert good["Median error of a predicted percentile"]["met"] is True
+    naive = "The same over that of bytes over bandwidth and the mean"
+    assert good[naive]["met"] is True
+    assert good["Percentiles measured to 2%"]["met"] is True
+    assert bad["Median error of a predicted percentile"]["met"] is False
+    assert bad["Measurements inside their stated 90% interval"]["found"].startswith("0% of 72")
+    assert bad[naive]["met"] is True and bad[naive]["found"].startswith("0.2")
+
+
+def test_coverage_and_regret_by_hand(tmp_path):
+    names = list(made.settings_of())
+    times = {name: [[10.0] * made.NUM_STEPS] * 4 for name in names}
+    times["lru:25%"] = [[12.0] * made.NUM_STEPS] * 4
+    said = {(name, each): 10.0 for name in names for each in (50, 99)}
+    # lru is recommended at 25 % and costs 20 % more than min; elsewhere both cost the same.
+    said["lru:25%", 50] = said["lru:25%", 99] = 9.0
+    said["min:50%", 50] = 20.0
+    predictions = made.predicted_file(tmp_path, "a", said)
+    path = made.verified_file(predictions, "H100", times)
+    found = pooled([path], [predictions])
+    assert found["all"]["inside"] == 12 - 3 and found["all"]["below"] == 1
+    assert found["all"]["above"] == 2
+    low, high = found["all"]["coverage_low"], found["all"]["coverage_high"]
+    assert (low, high) == binomial_interval(9, 12)
+    assert found["regret"]["choices"] == 2 * 3
+    assert found["regret"]["worst"] == pytest.approx(0.2) and found["regret"]["median"] == 0
+    worst = [row for row in found["regret"]["rows"] if row["regret"] > 0]
+    assert {(row["recommended"], row["best"]) for row in worst} == {("lru:25%", "min:25%")}
+    assert [row["percentile"] for row in worst] == [50, 99]
+    assert goals_of(found)["Regret of the setting recommended at equal memory"]["met"] is False
+    errors = np.abs([0, 0, -0.25, -0.25, 0, 0, 0, 0, 1, 0, 0, 0])
+    assert found["all"]["absolute_errors"]["model"]["0.9"] == pytest.approx(
+        np.quantile(errors, 0.9)
+    )
+
+
+def test_parts_are_joined_and_what_is_missing_is_said(tmp_path):
+    (whole,), (predictions,) = made.made_up(tmp_path, traces=["a"], machines=["H100"])
+    times = {
+        name: each["measured_ms"]
+        for name, each in json.loads(whole.read_text())["step_times"].items()
+    }
+    whole.unlink()
+    one = made.verified_file(predictions, "H100", {"lru:25%": times["lru:25%"]}, part="-1")
+    two = made.verified_file(
+        predictions, "H100", {"min:25%": times["min:25%"], "unbuffered": None}, part="-2"
+    )
+    found = pooled([one, two], [predictions])
+    assert found["all"]["predictions"] == 4 and found["regret"]["choices"] == 2
+    missing = {each["setting"]: each["why"] for each in found["not_measured"]}
+    assert missing.pop("unbuffered") == "no room"
+    assert set(missing) == {"lru:50%", "min:50%", "gating:dynamic"}
+    assert set(missing.values()) == {"not run"}
+    again = made.verified_file(predictions, "H100", {"lru:25%": times["lru:25%"]}, part="-3")
+    with pytest.raises(MoeprofError, match=r"lru:25% .* was measured .* and in .*-3.json"):
+        pooled([one, two, again], [predictions])
+
+
+def test_times_that_spread_are_not_known(tmp_path):
+    names = ["lru:25%"]
+    predictions = made.predicted_file(tmp_path, "a", {("lru:25%", each): 10.0 for each in (50, 99)})
+    loose = [[10.0 * (1 + n / 4)] * made.NUM_STEPS for n in range(4)]
+    path = made.verified_file(predictions, "H100", dict.fromkeys(names, loose))
+    found = pooled([path], [predictions])
+    assert found["counts"]["not_to_tolerance"] == 2
+    assert goals_of(found)["Percentiles measured to 2%"]["met"] is False
+    assert found["regret"]["median"] is None
+    assert goals_of(found)["Regret of the setting recommended at equal memory"]["met"] is None
+
+
+def test_nothing_measured_is_no_goal_reached(tmp_path):
+    predictions = made.predicted_file(tmp_path, "a", {("unbuffered", 50): 10.0})
+    path = made.verified_file(predictions, "H100", {"unbuffered": None})
+    found = pooled([path], [predictions])
+    assert not any(goal["met"] for goal in found["goals"])
+    assert found["not_measured"][0]["why"] == "no room"
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda c: c.update(kind="other"), "not from moeprof verify"),
+        (lambda c: c.pop("step_times"), "lacks step_times"),
+        (lambda c: c["rows"][0].pop("measured_ms"), "damaged"),
+        (lambda c: c["rows"][0].update(measured_ms=1.0), "its steps say otherwise"),
+        (lambda c: c["rows"][0].update(measured_ms=None), "steps and no time"),
+        (lambda c: c["step_times"].pop("unbuffered"), "no steps"),
+        (lambda c: c["step_times"]["unbuffered"]["steps"].pop(), "not one per repetition and step"),
+        (lambda c: c["rows"][0].update(predicted_ms=1.0), "none of predicted-a.json says"),
+        (lambda c: c["rows"][0].update(high_ms=None), "none of predicted-a.json says"),
+        (lambda c: c["rows"][0].update(device_bytes=1), "none of predicted-a.json says"),
+        (lambda c: c.update(date="2026-01-01T12:00:00+00:00"), "not in this order"),
+        (lambda c: c.update(date=made.PREDICTED), "not in this order"),
+        (lambda c: c.update(date="yesterday"), "no date"),
+        (lambda c: c.update(date=None), "no date"),
+    ],
+)  # fmt: skip
+def test_what_is_damaged_or_was_not_predicted_is_refused(tmp_path, change, said):
+    (path,), predicted = made.made_up(tmp_path, traces=["a"], machines=["H100"])
+    edited(path, change)
+    with pytest.raises(MoeprofError, match=said):
+        pooled([path], predicted)
+
+
+def test_predictions_later_than_their_calibration_only(tmp_path):
+    predictions = made.predicted_file(
+        tmp_path, "a", {("unbuffered", 50): 10.0}, date="2025-12-31T00:00:00+00:00"
+    )
+    path = made.verified_file(predictions, "H100", {"unbuffered": made.step_times(10, 0)})
+    with pytest.raises(MoeprofError, match="not in this order"):
+        pooled([path], [predictions])
+
+
+def test_the_command_writes_what_it_says(tmp_path, capsys):
+    verified, predicted = made.made_up(tmp_path)
+    out = tmp_path / "q.json"
+    command = [*map(str, verified), "--predicted", *map(str, predicted), "-o", str(out)]
+    assert quality.main(command) == 0
+    text = capsys.readouterr().out
+    assert "missed: Settings predicted" in text and "reached: Median error" in text
+    content = json.loads(out.read_text())
+    assert content["kind"] == quality.KIND and "prediction_quality" in content["command"]
+    again = pooled(verified, predicted)
+    assert {key: content[key] for key in again} == json.loads(json.dumps(again))
+    verified[0].write_text("{")
+    assert quality.main(command) == 1
+    error = capsys.readouterr().err
+    assert "cannot be read" in error and "Traceback" not in error and "hint:" in error
+    with pytest.raises(MoeprofError, match="nothing to pool"):
+        quality.read_judgements([], predicted)
+
+
+KEPT = quality.RESULTS / quality.RESULT
+
+
+@pytest.mark.skipif(not KEPT.exists(), reason="no predictions were judged on a GPU yet")
+def test_what_is_kept_is_what_the_kept_files_say():
+    content = json.loads(KEPT.read_text())
+    again = pooled(
+        quality.RESULTS.glob("verified-*.json"), quality.RESULTS.glob("predicted-*.json")
+    )
+    for key, value in json.loads(json.dumps(again)).items():
+        if key != "rows":
+            assert content[key] == value
+    assert len(content["rows"]) == len(again["rows"])

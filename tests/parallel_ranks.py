@@ -9,8 +9,8 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from moeprof.live.expert_parallel import PARTS, ParallelExperts, experts_of_rank
 from moeprof.live.exchange_times import time_exchanges
+from moeprof.live.expert_parallel import PARTS, ParallelExperts, experts_of_rank
 from moeprof.live.experts import random_experts
 from moeprof.live.parallel_clocks import PartClock, repeat_together
 from moeprof.replay.loads import Layout

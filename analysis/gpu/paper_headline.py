@@ -21,8 +21,7 @@ import argparse
 import dataclasses
 import shlex
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -31,10 +30,17 @@ import torch
 from torch import nn
 
 from analysis.gpu.evidence import evidence, write_json
+from analysis.gpu.headline_runs import (
+    ForcedGate,
+    Prepare,
+    breakdown,
+    headline,
+    print_headline,
+    run_gating,
+)
 from moeprof.live.application import apply_gating
 from moeprof.live.kernels import KERNELS
-from moeprof.live.paper_lm import PaperFfn, PaperGate, PaperLm, PaperLmConfig
-from moeprof.live.repetitions import repeat
+from moeprof.live.paper_lm import PaperFfn, PaperLm, PaperLmConfig
 from moeprof.live.routing_controls import RoutingShape, uniform_routing
 from moeprof.live.routing_sources import read_routing
 from moeprof.live.scoring_heads import ScoringHead
@@ -42,6 +48,7 @@ from moeprof.trace.reader import open_trace
 
 RESULT = "paper_headline.json"
 LENGTH = 1024
+TINY_LENGTH = 8
 TOKEN_FRACTION = 0.05
 BATCHES = {
     "static_mask": (1, 2, 3, 4, 5, 6, 7, 8, 16),
@@ -52,32 +59,7 @@ BATCHES = {
     "dynamic": (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 160),
     "dense": (1, 2, 4, 8, 16, 32, 64, 96, 128, 160),
 }
-MOST_SECONDS = 3.0
-MOST_REPEATS = 20
-LEAST_REPEATS = 4
 BREAKDOWN_BATCH = 8
-
-
-class ForcedGate(nn.Module):
-    """A gate that computes its own choice and hands on a recorded one.
-
-    Args:
-        gate: The model's own.
-        ids: [T, k] int64 recorded experts, for as many tokens as the largest batch has.
-        weights: [T, k] recorded weights.
-    """
-
-    def __init__(self, gate: PaperGate, ids: torch.Tensor, weights: torch.Tensor) -> None:
-        super().__init__()
-        self.gate = gate
-        self.ids = ids
-        self.recorded_weights = weights
-
-    def forward(self, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Returns (ids [T, k], weights [T, k]), as `PaperGate` does."""
-        self.gate(hidden)
-        rows = hidden.shape[0]
-        return self.ids[:rows], self.recorded_weights[:rows].to(hidden.dtype)
 
 
 def recorded_choices(
@@ -141,163 +123,18 @@ def dense_twin(config: PaperLmConfig, device: str) -> PaperLm:
     return model
 
 
-def memory(device: str) -> tuple[int, int]:
-    """Returns (allocated, peak) bytes and forgets the peak."""
-    if device == "cpu":
-        return 0, 0
-    torch.cuda.synchronize()
-    now, peak = torch.cuda.memory_allocated(), torch.cuda.max_memory_allocated()
-    torch.cuda.reset_peak_memory_stats()
-    return now, peak
+def scoring(model: PaperLm, device: str) -> Prepare:
+    """Returns what makes passes that score batches of sequences of random tokens."""
+    length = LENGTH if device != "cpu" else TINY_LENGTH
 
+    def prepare(batch: int) -> tuple[int, Callable[[], object]]:
+        generator = torch.Generator().manual_seed(batch)
+        shape = (batch, length)
+        ids = torch.randint(model.config.vocab_size, shape, generator=generator).to(device)
+        model.head.targets = ids.roll(-1, dims=1)
+        return batch * length, lambda: model(ids)
 
-def run_batch(model: PaperLm, batch: int, device: str) -> dict[str, Any]:
-    """Returns times and memory of scoring ``batch`` sequences; the first pass is a warm-up."""
-    length = LENGTH if device != "cpu" else 8
-    generator = torch.Generator().manual_seed(batch)
-    ids = torch.randint(model.config.vocab_size, (batch, length), generator=generator).to(device)
-    model.head.targets = ids.roll(-1, dims=1)
-    if device != "cpu":
-        torch.cuda.empty_cache()
-    before, _ = memory(device)
-
-    @torch.no_grad()
-    def score() -> None:
-        model(ids)
-
-    first = repeat(score, device=device, repeats=2, warmup=1)
-    _, peak = memory(device)
-    wanted = int(MOST_SECONDS * 1e3 / first.median_ms)
-    times = repeat(
-        score, device=device, warmup=0, repeats=max(LEAST_REPEATS, min(MOST_REPEATS, wanted))
-    )
-    return {
-        "batch": batch,
-        "num_tokens": batch * length,
-        "median_ms": times.median_ms,
-        "p95_ms": float(np.percentile(times.times_ms, 95)),
-        "tokens_per_s": batch * length / times.median_ms * 1e3,
-        "extra_bytes": peak - before,
-        "times_ms": [round(ms, 4) for ms in times.times_ms],
-    }
-
-
-def run_gating(
-    model: PaperLm, name: str, batches: tuple[int, ...], device: str
-) -> Iterator[dict[str, Any]]:
-    """Yields one row per batch size, until memory ends."""
-    for batch in batches:
-        try:
-            row = {"gating": name, **run_batch(model, batch, device)}
-        except torch.OutOfMemoryError as error:
-            print(f"  {name:16s} batch {batch:4d}: out of memory", flush=True)
-            yield {"gating": name, "batch": batch, "out_of_memory": str(error).splitlines()[0]}
-            return
-        print(
-            f"  {name:16s} batch {batch:4d}: {row['median_ms']:9.2f} ms, p95 {row['p95_ms']:9.2f},"
-            f" {row['tokens_per_s'] / 1e3:7.1f} k tokens/s, {row['extra_bytes'] / 2**30:6.2f} GiB",
-            flush=True,
-        )
-        yield row
-
-
-@contextmanager
-def timed_parts(model: PaperLm) -> Iterator[dict[str, list[Any]]]:
-    """Records events around the parts of every layer while it is open."""
-    events: dict[str, list[Any]] = {}
-    handles = []
-
-    def watch(name: str, module: nn.Module) -> None:
-        def before(*_: Any) -> None:
-            begin = torch.cuda.Event(enable_timing=True)
-            begin.record()
-            events.setdefault(name, []).append([begin, None])
-
-        def after(*_: Any) -> None:
-            end = torch.cuda.Event(enable_timing=True)
-            end.record()
-            events[name][-1][1] = end
-
-        handles.append(module.register_forward_pre_hook(before))
-        handles.append(module.register_forward_hook(after))
-
-    for layer in model.layers:
-        watch("attention", layer.attention)
-        if layer.routes:
-            watch("moe", layer.moe)
-            watch("gate", layer.moe.gate)
-        else:
-            watch("dense_ffn", layer.ffn)
-    watch("head", model.head)
-    watch("all", model)
-    try:
-        yield events
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-@torch.no_grad()
-def breakdown(model: PaperLm, name: str, batch: int) -> dict[str, Any]:
-    """Returns the time of each part of one pass, in milliseconds, medians over passes."""
-    ids = torch.randint(model.config.vocab_size, (batch, LENGTH), device="cuda")
-    model.head.targets = ids.roll(-1, dims=1)
-    model(ids)
-    passes = []
-    for _ in range(5):
-        with timed_parts(model) as events:
-            model(ids)
-        torch.cuda.synchronize()
-        passes.append(
-            {part: sum(a.elapsed_time(b) for a, b in pairs) for part, pairs in events.items()}
-        )
-    parts = {part: float(np.median([each[part] for each in passes])) for part in passes[0]}
-    if "moe" in parts:
-        parts["dispatch_experts_combine"] = parts.pop("moe") - parts["gate"]
-    print(f"  parts of {name}, batch {batch}: "
-          + ", ".join(f"{part} {ms:.2f} ms" for part, ms in parts.items()), flush=True)  # fmt: skip
-    return {"gating": name, "batch": batch, "parts_ms": parts}
-
-
-def best(rows: list[dict[str, Any]], gating: str) -> dict[str, Any] | None:
-    """Returns the row with the most tokens per second."""
-    own = [row for row in rows if row["gating"] == gating and "tokens_per_s" in row]
-    return max(own, key=lambda row: row["tokens_per_s"], default=None)
-
-
-def headline(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Compares moeprof's gating with each other at its own best batch and at equal terms.
-
-    Equal terms: ours at the batch with the most tokens per second among those that need no more
-    memory and no longer at the 95th percentile than the baseline at its own best batch.
-    """
-    ours = [row for row in rows if row["gating"] == "dynamic" and "tokens_per_s" in row]
-    top = best(rows, "dynamic")
-    compared = []
-    for name in BATCHES:
-        other = best(rows, name)
-        if name == "dynamic" or other is None or top is None:
-            continue
-        equal = [
-            row
-            for row in ours
-            if row["extra_bytes"] <= other["extra_bytes"] and row["p95_ms"] <= other["p95_ms"]
-        ]
-        fair = max(equal, key=lambda row: row["tokens_per_s"], default=None)
-        compared.append(
-            {
-                "baseline": name,
-                "baseline_batch": other["batch"],
-                "baseline_tokens_per_s": other["tokens_per_s"],
-                "best_batch": top["batch"],
-                "gain_at_own_best": top["tokens_per_s"] / other["tokens_per_s"],
-                "equal_terms_batch": fair["batch"] if fair else None,
-                "gain_at_equal_terms": (
-                    fair["tokens_per_s"] / other["tokens_per_s"] if fair else None
-                ),
-            }
-        )
-    return compared
+    return prepare
 
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
@@ -323,26 +160,22 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     result["weight_bytes"] = sum(p.numel() * p.element_size() for p in model.parameters())
     routed = [layer.moe for layer in model.layers if layer.routes]
     for moe, (ids, weights) in zip(routed, choices, strict=True):
-        moe.gate = ForcedGate(moe.gate, ids, weights)
+        moe.gate = ForcedGate(moe.gate, [(ids, weights)])
     for name in KERNELS:
         fraction = TOKEN_FRACTION if name.startswith("static") else None
         with apply_gating(model, name, token_fraction=fraction):
-            rows += run_gating(model, name, batches[name], device)
+            prepare = scoring(model, device)
+            rows += run_gating(name, batches[name], prepare, device).rows
             if device != "cpu":
-                parts.append(breakdown(model, name, BREAKDOWN_BATCH))
+                parts.append(breakdown(model, name, BREAKDOWN_BATCH, prepare))
     del model, routed
     model = dense_twin(config, device)
-    rows += run_gating(model, "dense", batches["dense"], device)
+    prepare = scoring(model, device)
+    rows += run_gating("dense", batches["dense"], prepare, device).rows
     if device != "cpu":
-        parts.append(breakdown(model, "dense", BREAKDOWN_BATCH))
-    result |= {"rows": rows, "breakdown": parts, "headline": headline(rows)}
-    for row in result["headline"]:
-        fair = row["gain_at_equal_terms"]
-        print(
-            f"against {row['baseline']}: {row['gain_at_own_best']:.2f}x at its own best batch,"
-            f" {f'{fair:.2f}x' if fair else 'not to be had'} at equal memory and p95",
-            flush=True,
-        )
+        parts.append(breakdown(model, "dense", BREAKDOWN_BATCH, prepare))
+    result |= {"rows": rows, "breakdown": parts, "headline": headline(rows, list(BATCHES))}
+    print_headline(result["headline"])
     return result
 
 

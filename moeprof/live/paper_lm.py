@@ -405,26 +405,12 @@ class PaperLm(nn.Module):
             config.d_model, config.vocab_size, bias=False, device="meta", dtype=dtype
         )
         self.head.weight = self.embedding.weight
-        positions = _sinusoids(config.max_positions, config.d_model, device).to(dtype)
+        positions = sinusoids(config.max_positions, config.d_model, device).to(dtype)
         self.register_buffer("positions", positions, persistent=False)
         self.positions: torch.Tensor
         if device.type != "meta":
-            self._fill(torch.Generator(device).manual_seed(seed))
+            fill_weights(self, torch.Generator(device).manual_seed(seed))
         self.eval().requires_grad_(requires_grad=False)
-
-    @torch.no_grad()
-    def _fill(self, generator: torch.Generator) -> None:
-        """Fills matrices from N(0, 1 / inputs), biases with 0, norms with 1."""
-        for name, parameter in self.named_parameters():
-            if "norm" in name.split(".")[-2]:
-                parameter.fill_(1.0 if name.endswith("weight") else 0.0)
-            elif name.split(".")[-1] in ("bias", "b_in", "b_out"):
-                parameter.zero_()
-            else:
-                std = 1 / math.sqrt(parameter.shape[-1])
-                # Expert by expert: some devices fill at most 2**32 numbers at once.
-                for matrix in parameter if parameter.dim() > 2 else (parameter,):  # noqa: PLR2004
-                    matrix.normal_(std=std, generator=generator)
 
     @property
     def num_params(self) -> int:
@@ -489,7 +475,22 @@ class PaperLm(nn.Module):
         return torch.cat(tokens, dim=1)
 
 
-def _sinusoids(num_positions: int, width: int, device: torch.device) -> torch.Tensor:
+@torch.no_grad()
+def fill_weights(module: nn.Module, generator: torch.Generator) -> None:
+    """Fills matrices from N(0, 1 / inputs), biases with 0, norms with 1."""
+    for name, parameter in module.named_parameters():
+        if "norm" in name.split(".")[-2]:
+            parameter.fill_(1.0 if name.endswith("weight") else 0.0)
+        elif name.split(".")[-1] in ("bias", "b_in", "b_out"):
+            parameter.zero_()
+        else:
+            std = 1 / math.sqrt(parameter.shape[-1])
+            # Expert by expert: some devices fill at most 2**32 numbers at once.
+            for matrix in parameter if parameter.dim() > 2 else (parameter,):  # noqa: PLR2004
+                matrix.normal_(std=std, generator=generator)
+
+
+def sinusoids(num_positions: int, width: int, device: torch.device) -> torch.Tensor:
     """Returns sinusoidal position vectors [num_positions, width]: sines, then cosines."""
     half = width // 2
     scale = math.log(_POSITION_BASE) / max(half - 1, 1)

@@ -1,0 +1,200 @@
+"""Memory against latency: every series from a tiny run, and one token after another by hand."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+from calibrations import exactly, flat, hand_calibration, surface, trial
+
+torch = pytest.importorskip("torch")
+
+import moeprof  # noqa: E402
+from analysis import memory_latency as analysis  # noqa: E402
+from analysis.token_major import token_major  # noqa: E402
+from moeprof.errors import MoeprofError  # noqa: E402
+from moeprof.live import verification  # noqa: E402
+from moeprof.live.verification import VerifyOptions  # noqa: E402
+from moeprof.replay import buffer_plans  # noqa: E402
+from moeprof.replay.cache import streams  # noqa: E402
+from moeprof.replay.calibration_file import write_calibration  # noqa: E402
+from moeprof.replay.expert_shapes import ExpertShape  # noqa: E402
+from moeprof.replay.serving_settings import parse_setting  # noqa: E402
+from moeprof.trace.handmade import HandToken, hand_trace  # noqa: E402
+from moeprof.trace.synthetic import synthetic_trace  # noqa: E402
+
+OPTIONS = VerifyOptions(
+    shape=ExpertShape(d_model=16, d_ff=8, dtype="float32"), phase="all", repetitions=3
+)
+SETTINGS = ["unbuffered", "lru:2", "min:2", "lru:4", "lru:4:host", "gating:dynamic"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def machine():
+    trials = [trial(ratio, kind) for kind in ("buffering", "gating") for ratio in (0.9, 1.0, 1.2)]
+    changes = {"to_device": flat(10e-3), "device_expert": surface(4e-3), "sync_s": exactly(1e-3)}
+    return hand_calibration(trials=tuple(trials), **changes)
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory, machine):
+    """A trace, its calibration, predictions and measurements."""
+    folder = tmp_path_factory.mktemp("latency")
+    trace = synthetic_trace(
+        folder / "t.moeprof", num_requests=3, num_sites=2, num_experts=8, batch=3,
+        prompt_tokens=4, output_tokens=6,
+    )  # fmt: skip
+    write_calibration(machine, folder / "calibration.json")
+    settings = [parse_setting(name) for name in SETTINGS]
+    made = verification.make_predictions(trace, machine, settings, OPTIONS)
+    made = dataclasses.replace(made, facts={**made.facts, "date": "2026-01-02T00:00:00+00:00"})
+    verification.write_predictions(made, folder / "predicted-t.json")
+    result = verification.verify(trace, predictions=made, device="cpu", only=SETTINGS[:3])
+    verification.write_verification(result, folder / "verified-t-cpu.json", command="verify")
+    return folder
+
+
+def found_in(folder, machine, **options):
+    return analysis.memory_latency(
+        moeprof.open(folder / "t.moeprof"),
+        verification.read_predictions(folder / "predicted-t.json"),
+        machine,
+        analysis.read_judgements([folder / "verified-t-cpu.json"], [folder / "predicted-t.json"]),
+        **options,
+    )
+
+
+@pytest.fixture(scope="module")
+def found(files, machine):
+    return found_in(files, machine)
+
+
+def by_setting(rows):
+    return {row["setting"]: row for row in rows}
+
+
+def test_every_series_is_there(found):
+    rows = by_setting(found["predicted"])
+    assert list(rows) == SETTINGS
+    for row in rows.values():
+        assert row["low_ms"] <= row["p95_ms"] <= row["high_ms"]
+    copied = {"lru:2", "min:2", "lru:4"}
+    assert set(by_setting(found["token_major"])) == set(by_setting(found["hit_rate_alone"]))
+    assert set(by_setting(found["token_major"])) == copied
+    assert found["all_expert_bytes"] == rows["unbuffered"]["device_bytes"]
+    assert rows["lru:4"]["device_bytes"] * 2 == found["all_expert_bytes"]
+
+
+def test_recommended_is_the_least_predicted_within_the_budget(found, files, machine):
+    fitting = [row for row in found["predicted"] if row["device_bytes"] <= found["budget_bytes"]]
+    assert found["budget_bytes"] * 2 == found["all_expert_bytes"]
+    assert found["recommended"] == min(fitting, key=lambda row: row["p95_ms"])["setting"]
+    tight = found_in(files, machine, budget_share=0.26)
+    assert tight["recommended"] in {"lru:2", "min:2"}
+    assert found_in(files, machine, budget_share=0.01)["recommended"] is None
+
+
+def test_the_frontier_is_below_what_copies(found):
+    frontier = found["frontier"]
+    sizes = [row["device_bytes"] for row in frontier]
+    times = [row["p95_ms"] for row in frontier]
+    assert sizes == sorted(sizes) and times == sorted(times, reverse=True)
+    assert sizes[-1] == found["all_expert_bytes"]
+    for name in ("lru:2", "min:2", "lru:4"):
+        row = by_setting(found["predicted"])[name]
+        bound = [each["p95_ms"] for each in frontier if each["device_bytes"] <= row["device_bytes"]]
+        assert min(bound) <= row["p95_ms"]
+
+
+def test_measured_percentiles_are_those_of_the_steps(found, files):
+    times = json.loads((files / "verified-t-cpu.json").read_text())["step_times"]
+    rows = by_setting(found["measured"])
+    assert set(rows) == set(SETTINGS[:3])
+    for name, row in rows.items():
+        steps = np.array(times[name]["measured_ms"])
+        assert row["p95_ms"] == pytest.approx(np.percentile(steps.ravel(), 95))
+        assert row["low_ms"] <= row["p95_ms"] * 1.0001 and row["high_ms"] >= row["low_ms"]
+        assert row["repetitions"] == len(steps)
+
+
+def test_a_hit_rate_alone_adds_copies(found, machine):
+    rows, alone = by_setting(found["predicted"]), by_setting(found["hit_rate_alone"])
+    extra = {name: row["p95_ms"] - rows["unbuffered"]["p95_ms"] for name, row in alone.items()}
+    for name, other in (("lru:2", "lru:4"), ("min:2", "lru:4")):
+        misses = (1 - alone[name]["hit_rate"]) / (1 - alone[other]["hit_rate"])
+        assert extra[name] / extra[other] == pytest.approx(misses)
+    assert extra["lru:2"] > 0
+
+
+def hand(tmp_path, *dispatches):
+    """One layer; each dispatch a list of tokens, each a list of experts."""
+    steps = [
+        [HandToken(request=0, position=i, experts=[list(each)]) for i, each in enumerate(tokens)]
+        for tokens in dispatches
+    ]
+    return hand_trace(tmp_path / "hand.moeprof", steps, num_experts=8)
+
+
+def test_one_token_after_another_by_hand(tmp_path):
+    # Two slots, lru. Tokens 0, 1, 2, 0: all miss, 0 twice in one dispatch; then 0 hits, 3 misses.
+    trace = hand(tmp_path, [[0], [1], [2], [0]], [[0], [3]])
+    setting = parse_setting("lru:2")
+    routed = buffer_plans.read_routed_rows(trace, "decoder")
+    rows = streams.read_rows(trace)
+    plan = buffer_plans.plan_buffer(trace, routed, setting, rows=rows)
+    flat = token_major(rows, routed, setting, plan.capacity)
+    assert routed.expert.tolist() == [0, 1, 2, 0, 3]
+    assert flat.misses.tolist() == [2, 1, 1, 0, 1]
+    assert flat.hit_rate == pytest.approx(1 / 6)
+    made = flat.plan(plan)
+    assert made.loads.tolist() == [1, 1, 1, 0, 1] and made.hit.tolist() == [0, 0, 0, 1, 0]
+    assert made.awaits.tolist() == [0, 1, 2, -1, 4] and set(made.after.tolist()) == {-1}
+    # As what runs together: 0 leaves for 2, so that the second dispatch misses it.
+    assert plan.loads.tolist() == [1, 1, 1, 1, 1]
+    # Only the first step asked for: nothing of the second.
+    first = buffer_plans.read_routed_rows(trace, "decoder", max_steps=1)
+    assert token_major(rows, first, setting, plan.capacity).misses.tolist() == [2, 1, 1]
+
+
+def test_one_token_a_step_is_the_same_either_way(tmp_path):
+    trace = hand(tmp_path, *[[[a]] for a in (0, 1, 2, 0, 3, 1, 1, 2)])
+    routed = buffer_plans.read_routed_rows(trace, "decoder")
+    rows = streams.read_rows(trace)
+    for name in ("lru:2", "lifo:2", "min:3"):
+        plan = buffer_plans.plan_buffer(trace, routed, parse_setting(name), rows=rows)
+        flat = token_major(rows, routed, parse_setting(name), plan.capacity)
+        assert flat.misses.tolist() == plan.loads.tolist()
+
+
+def test_the_command_and_what_it_refuses(files, machine, tmp_path, capsys):
+    out = tmp_path / "out.json"
+    calibration = files / "calibration.json"
+    command = [str(files / "t.moeprof"), "--predicted", str(files / "predicted-t.json"),
+               "-o", str(out), "--calibration"]  # fmt: skip
+    assert analysis.main([*command, str(calibration)]) == 0
+    content = json.loads(out.read_text())
+    assert content["measured"] == [] and content["command"].startswith("python -m analysis.memory")
+    for changes, said in (
+        ({"date": "2026-01-01T01:00:00+00:00"}, "a calibration of 2026-01-01T00:00:00"),
+        ({"to_device": flat(20e-3)}, "by this cost model, the predictions say"),
+    ):
+        other = tmp_path / f"{len(said)}.json"
+        write_calibration(dataclasses.replace(machine, **changes), other)
+        assert analysis.main([*command, str(other)]) == 1
+        assert said in capsys.readouterr().err
+    with pytest.raises(MoeprofError, match="are not of"):
+        analysis.memory_latency(
+            moeprof.open("sample:lm"),
+            verification.read_predictions(files / "predicted-t.json"),
+            machine,
+        )

@@ -5,15 +5,19 @@ from __future__ import annotations
 import copy
 import json
 
+import numpy as np
 import pytest
 
 torch = pytest.importorskip("torch")
-
+import torch.distributed as dist  # noqa: E402
 from replay_tools import make_site  # noqa: E402
 
 from analysis.gpu import expert_parallel, parallel_studies  # noqa: E402
 from moeprof.errors import UsageError  # noqa: E402
 from moeprof.live.expert_parallel import PARTS  # noqa: E402
+from moeprof.live.parallel_estimates import AllToAllLine  # noqa: E402
+from moeprof.live.parallel_traces import PlannerSetting  # noqa: E402
+from moeprof.replay.loads import layout as laid_out  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -57,6 +61,10 @@ def test_steps_stand_beside_what_was_predicted(result):
 def test_more_devices_are_estimates_with_an_error_bar(result):
     (trace,) = result["traces"]
     assert {row["num_devices"] for row in trace["scaling"]} == {8, 16, 32}
+    scaled = {
+        (row["num_devices"], row["planner"], row["num_redundant"]) for row in trace["scaling"]
+    }
+    assert len(scaled) == trace["num_scaled_settings"] == 9
     for row in trace["scaling"]:
         assert row["figure_class"] == "estimate"
         assert len(row["shares_ms"]) == row["num_devices"]
@@ -83,6 +91,53 @@ def test_what_does_not_hold_is_named(result):
     said = expert_parallel.failures(wrong)
     assert len(said) == 3
     assert "eplb+2" in said[2]
+
+
+def test_without_time_the_exchanges_are_kept_and_traces_named(tmp_path, capsys):
+    assert expert_parallel.main(["--tiny", "--out", str(tmp_path), "--seconds", "0"]) == 1
+    kept = json.loads((tmp_path / expert_parallel.RESULT).read_text())
+    assert kept["traces"] == [] and kept["traces_asked_for"] == ["made-up.moeprof"]
+    assert kept["all_to_all"]["line"]["bytes_per_s"] > 0
+    assert "made-up.moeprof: not run" in capsys.readouterr().err
+
+
+@pytest.fixture
+def alone(tmp_path):
+    store = (tmp_path / "store").as_uri()
+    dist.init_process_group("gloo", init_method=store, rank=0, world_size=1)
+    yield torch.device("cpu")
+    dist.destroy_process_group()
+
+
+def test_checks_and_estimates_end_when_time_is_up(alone):
+    setting, layout = (
+        PlannerSetting(planner="contiguous"),
+        laid_out(np.arange(4), num_experts=4, num_devices=1),
+    )
+    dispatches = [np.array([[each % 4]] * (each + 1)) for each in range(20)]
+    check = parallel_studies.SiteCheck(dispatches=dispatches, layouts={setting: layout})
+    never, now = float("inf"), 0.0
+    rows = parallel_studies.arrived(alone, check, never)
+    assert rows.tolist() == [list(range(1, 21))]
+    assert parallel_studies.arrived(alone, check, now).tolist() == [list(range(1, 9))]
+
+    shape = {"d_model": 8, "d_ff": 8, "gated": True, "bias": False}
+    study = parallel_studies.Study(
+        shape=shape,
+        num_experts=4,
+        checks=[check],
+        batches=dispatches[-1:],
+        layouts={1: {setting: layout}},
+    )
+    plan = parallel_studies.Plan(
+        kernel="dynamic_loop", dtype=torch.float32, repeats=2, share_repeats=2, exchange_bytes=()
+    )
+    experts = parallel_studies.full_experts(alone, study, plan)
+    line = AllToAllLine(latency_ms=1.0, bytes_per_s=1e9, largest_error=0.0, num_ranks=1)
+    given = ([(1, setting)], study, experts, plan, line, {False: 1.0})
+    assert parallel_studies.all_estimates(*given, until_s=now) == {}
+    found = parallel_studies.all_estimates(*given, until_s=never)
+    assert list(found) == [(1, setting)] and len(found[1, setting]) == 1
 
 
 def test_shapes_of_experts():

@@ -20,18 +20,22 @@ Experts are of the full size of the paper's models (Qwen3-30B-A3B's for its trac
 weights; gate weights are drawn; routing is the trace's. Placements are planned on window A; steps
 are judged on consecutive dispatches of window B, joined to as many tokens as are asked for.
 
-Every repetition is kept in DIR/expert_parallel.json.
+Every repetition is kept in DIR/expert_parallel.json, which is written anew after every trace. What
+time there is (--seconds) is dealt to the traces: fewer dispatches are checked and fewer settings of
+more devices estimated where it is short, and it is said how many.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import json
 import os
 import shlex
 import statistics
 import sys
 import tempfile
+import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -40,35 +44,41 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 
 from analysis.gpu.evidence import evidence, write_json
 from analysis.gpu.parallel_studies import (
     Findings,
     Plan,
-    RankFindings,
     SiteCheck,
     Study,
-    measured,
+    everywhere,
+    run_study,
+    say,
     spread,
 )
 from moeprof.errors import UsageError
+from moeprof.live.exchange_times import time_exchanges
 from moeprof.live.expert_parallel import PARTS
-from moeprof.live.parallel_estimates import StepEstimate
+from moeprof.live.parallel_estimates import AllToAllLine, StepEstimate, fitted_line
 from moeprof.live.parallel_plans import rows_to_slots, shard_counts
 from moeprof.live.parallel_traces import PlannerSetting, SiteDispatches, site_dispatches
 from moeprof.live.rank_processes import run_ranks
+from moeprof.live.repetitions import Repetitions
 from moeprof.live.routing_sources import read_routing
 from moeprof.replay.loads import Layout, max_over_mean
-from moeprof.replay.planners import DEFAULT_PLANNERS
+from moeprof.replay.planners import PLANNERS
 from moeprof.trace.reader import open_trace
 from moeprof.trace.schema import Site
 from moeprof.trace.synthetic import synthetic_trace
 
 RESULT = "expert_parallel.json"
-WITH_REPLICAS = ("greedy", "eplb", "second_moment", "peak", "robust")
+WITH_REPLICAS = ("greedy", "eplb", "eplb_global", "second_moment", "peak", "robust")
 SHARE_REDUNDANT = 16
 """One slot beyond one per expert for so many experts, rounded to the devices."""
 SCALED_DEVICES = (8, 16, 32)
+LONGEST_WAIT_S = 120.0
+"""Of one rank for another, which may compile meanwhile."""
 EXCHANGE_BYTES = tuple(1 << power for power in range(10, 29, 2))
 
 SHAPES: dict[str, dict[str, Any]] = {
@@ -143,7 +153,7 @@ class Subject:
         said: Where routing comes from.
         shape: Whose experts it drives.
         sites: All that are checked; the first is timed.
-        chosen: Indices of the dispatches checked, by site.
+        chosen: Indices of the dispatches to check, by site, in an order that may end anywhere.
         num_passes: Passes joined in each batch.
         study: What ranks get.
     """
@@ -168,7 +178,8 @@ def subject_of(path: str, options: argparse.Namespace, num_ranks: int) -> Subjec
     source = read_routing(trace, stacks=[stack], weights="uniform", rank=trace.ranks[0]).source
     if len(trace.ranks) > 1:
         source = source.changed("passes of all ranks merged")
-    chosen = [spread(len(site), options.max_dispatches) for site in sites]
+    mixed = np.random.default_rng(0)
+    chosen = [mixed.permutation(spread(len(site), options.max_dispatches)) for site in sites]
     layouts = planned(sites, options.planners, num_ranks)
     timed = sites[0]
     # A short trace gives the same batch twice.
@@ -207,8 +218,9 @@ def load_rows(subject: Subject, found: Sequence[Findings]) -> Iterator[dict[str,
         subject: The trace.
         found: What each rank found.
     """
-    for place, (site, chosen) in enumerate(zip(subject.sites, subject.chosen, strict=True)):
+    for place, (site, all_chosen) in enumerate(zip(subject.sites, subject.chosen, strict=True)):
         live = np.stack([each.arrived[place] for each in found], axis=-1)
+        chosen = all_chosen[: live.shape[1]]
         kept = site.judged[chosen] & (site.rows[chosen].sum(axis=1) > 0)
         for (setting, layout), rows in zip(
             subject.study.checks[place].layouts.items(), live, strict=True
@@ -221,7 +233,9 @@ def load_rows(subject: Subject, found: Sequence[Findings]) -> Iterator[dict[str,
                 "num_dispatches_of_trace": len(site),
                 "num_equal": int((rows == replayed).all(axis=1).sum()),
                 "num_rows_lost": int(site.rows[chosen].sum() - rows.sum()),
-                "mean_max_over_mean": float(max_over_mean(replayed[kept]).mean()),
+                "mean_max_over_mean": (
+                    float(max_over_mean(replayed[kept]).mean()) if kept.any() else None
+                ),
             }
 
 
@@ -344,6 +358,9 @@ def subject_result(subject: Subject, found: Sequence[Findings]) -> dict[str, Any
         "steps": measured_rows,
         "regret": regret(measured_rows),
         "scaling": scaled_rows,
+        "num_scaled_settings": sum(
+            len(layouts) for count, layouts in subject.study.layouts.items() if count != len(found)
+        ),
     }
 
 
@@ -358,7 +375,8 @@ def row_text(row: dict[str, Any]) -> str:
 
 def failures(result: dict[str, Any]) -> list[str]:
     """Returns what does not hold."""
-    said = []
+    run = {each["trace"] for each in result["traces"]}
+    said = [f"{name}: not run" for name in result["traces_asked_for"] if name not in run]
     for each in result["traces"]:
         for row in each["loads"]:
             if row["num_equal"] < row["num_dispatches"] or row["num_rows_lost"]:
@@ -378,12 +396,13 @@ def options_of(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--routing", nargs="+", default=[], help="traces whose routing is run")
     parser.add_argument("--stack", help="encoder or decoder; the last one otherwise")
-    parser.add_argument("--planners", nargs="+", default=list(DEFAULT_PLANNERS))
+    parser.add_argument("--planners", nargs="+", default=list(PLANNERS))
     parser.add_argument("--sites", type=int, default=2, help="sites whose loads are checked")
     parser.add_argument("--max-dispatches", type=int, default=400, help="dispatches checked a site")
     parser.add_argument("--tokens", type=int, nargs="+", default=[2048, 16384])
     parser.add_argument("--ranks", type=int, help="processes; one per GPU, or 2 on a CPU")
     parser.add_argument("--kernel", default="dynamic", help="gating kernel that is timed")
+    parser.add_argument("--seconds", type=float, default=130.0, help="time to be done in")
     parser.add_argument("--tiny", action="store_true", help="small sizes, on the CPU")
     options = parser.parse_args(arguments)
     if options.tiny:
@@ -397,9 +416,86 @@ def options_of(arguments: Sequence[str] | None) -> argparse.Namespace:
     return options
 
 
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Record:
+    """The results file and what is in it besides results.
+
+    Attributes:
+        path: The file.
+        head: Where, when and how.
+        subjects: All traces that are asked for.
+        until_s: When to be done, by `time.time`.
+    """
+
+    path: Path
+    head: dict[str, Any]
+    subjects: list[Subject]
+    until_s: float
+
+    def write(
+        self,
+        sizes: Sequence[int],
+        exchanges: Sequence[Repetitions],
+        line: AllToAllLine,
+        results: list[dict[str, Any]],
+    ) -> None:
+        """Writes what there is.
+
+        Args:
+            sizes: Bytes that a rank sends to the others in an exchange.
+            exchanges: Its times.
+            line: Through them.
+            results: Of the traces that were run.
+        """
+        result = {
+            **self.head,
+            "all_to_all": {
+                "line": dataclasses.asdict(line),
+                "bytes_to_others": sizes,
+                "times_ms": [each.times_ms for each in exchanges],
+            },
+            "notes": NOTES,
+            "traces_asked_for": [each.name for each in self.subjects],
+            "traces": results,
+        }
+        write_json(self.path, result)
+
+
+def measured(device: torch.device, plan: Plan, record: Record) -> None:
+    """Runs everything on one rank; the first one writes after every trace."""
+    exchanges = time_exchanges(device, plan.exchange_bytes, plan.repeats)
+    line = fitted_line(
+        plan.exchange_bytes,
+        [each.median_ms for each in exchanges],
+        num_ranks=dist.get_world_size(),
+    )
+    say(f"all-to-all: {1e3 * line.latency_ms:.1f} us + bytes / {line.bytes_per_s / 1e9:.1f} GB/s")
+    results: list[dict[str, Any]] = []
+    if dist.get_rank() == 0:
+        record.write(plan.exchange_bytes, exchanges, line, results)
+    for place, subject in enumerate(record.subjects):
+        left_s = record.until_s - time.time()
+        if not everywhere(left_s > 0, device):
+            say(f"no time left for {subject.name}")
+            break
+        say(f"{subject.name}, {left_s:.0f} s left")
+        until_s = time.time() + left_s / (len(record.subjects) - place)
+        found = run_study(device, subject.study, plan, line, until_s)
+        every: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(every, found)
+        if dist.get_rank() == 0:
+            results.append(subject_result(subject, every))
+            record.write(plan.exchange_bytes, exchanges, line, results)
+        # The weights of a layer go back, so that the next one's find room in one piece.
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measures, prints and writes; returns 1 where outputs or loads are not what they should be."""
+    until_s = time.time()
     options = options_of(arguments)
+    until_s += options.seconds
     backend = "gloo" if options.tiny else "nccl"
     given = sys.argv[1:] if arguments is None else arguments
     command = shlex.join(["python", "-m", "analysis.gpu.expert_parallel", *given])
@@ -410,35 +506,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
         share_repeats=2 if options.tiny else 10,
         exchange_bytes=EXCHANGE_BYTES[:6] if options.tiny else EXCHANGE_BYTES,
     )
+    path = options.out / RESULT
     with tempfile.TemporaryDirectory() as folder:
         traces = options.routing or [made_up(folder)]
-        subjects = [subject_of(path, options, options.ranks) for path in traces]
-        print("planned", flush=True)
-        studies = [subject.study for subject in subjects]
-        seen: list[RankFindings] = run_ranks(
-            measured, options.ranks, studies, plan, backend=backend
-        )
-    result = {
-        **evidence(command, "cpu" if options.tiny else "cuda"),
-        "num_ranks": options.ranks,
-        "backend": backend,
-        "kernel": options.kernel,
-        "all_to_all": {
-            "line": dataclasses.asdict(seen[0].line),
-            "bytes_to_others": plan.exchange_bytes,
-            "times_ms": [each.times_ms for each in seen[0].exchanges],
-        },
-        "notes": NOTES,
-        "traces": [
-            subject_result(subject, [each.studies[place] for each in seen])
-            for place, subject in enumerate(subjects)
-        ],
-    }
-    write_json(options.out / RESULT, result)
-    print(f"written to {options.out / RESULT}")
+        subjects = []
+        for each in traces:
+            subjects.append(subject_of(each, options, options.ranks))
+            print(f"planned {subjects[-1].name}", flush=True)
+        head = {
+            **evidence(command, "cpu" if options.tiny else "cuda"),
+            "num_ranks": options.ranks,
+            "backend": backend,
+            "kernel": options.kernel,
+        }
+        record = Record(path=path, head=head, subjects=subjects, until_s=until_s)
+        run_ranks(measured, options.ranks, plan, record, backend=backend, timeout_s=LONGEST_WAIT_S)
+    result = json.loads(path.read_text(encoding="utf-8"))
+    print(f"written to {path}")
     wrong = failures(result)
-    for each in wrong:
-        print(f"WRONG: {each}", file=sys.stderr)
+    for text in wrong:
+        print(f"WRONG: {text}", file=sys.stderr)
     return 1 if wrong else 0
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,7 +12,6 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from moeprof.live.exchange_times import time_exchanges
 from moeprof.live.expert_parallel import PARTS, ParallelExperts, experts_of_rank, on_one_device
 from moeprof.live.experts import ExpertWeights, random_experts
 from moeprof.live.parallel_clocks import PartClock, repeat_together, slowest_ms
@@ -19,7 +19,6 @@ from moeprof.live.parallel_estimates import (
     AllToAllLine,
     StepEstimate,
     estimated_step,
-    fitted_line,
 )
 from moeprof.live.parallel_plans import shard_starts
 from moeprof.live.parallel_traces import PlannerSetting
@@ -28,6 +27,10 @@ from moeprof.replay.loads import Layout
 
 NARROW: dict[str, Any] = {"d_model": 64, "d_ff": 64, "gated": True, "bias": True}
 NUM_CHECKED_OUTPUTS = 4
+CHECK_SHARE = 0.4
+"""Of a study's time, most that its checks of loads take; at least `CHECK_BLOCK` dispatches are."""
+CHECK_BLOCK = 8
+_BEGUN_S = time.time()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,51 +105,35 @@ class Findings:
     steps: dict[PlannerSetting, list[dict[str, Any]]]
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
-class RankFindings:
-    """What one rank found out.
+def run_study(
+    device: torch.device, study: Study, plan: Plan, line: AllToAllLine, until_s: float
+) -> Findings:
+    """Checks, predicts, then times; estimates for more devices in the time that is left.
 
-    Attributes:
-        exchanges: Times of all-to-alls by size, the slowest rank's.
-        line: Through their medians.
-        studies: One per trace.
+    Args:
+        device: Of this rank.
+        study: What to run.
+        plan: How.
+        line: Of all-to-alls.
+        until_s: When to be done, by `time.time`; checks of loads take a part of the time till then.
     """
-
-    exchanges: list[Repetitions]
-    line: AllToAllLine
-    studies: list[Findings]
-
-
-def measured(device: torch.device, studies: list[Study], plan: Plan) -> RankFindings:
-    """Runs everything on one rank."""
-    exchanges = time_exchanges(device, plan.exchange_bytes, plan.repeats)
-    line = fitted_line(
-        plan.exchange_bytes,
-        [each.median_ms for each in exchanges],
-        num_ranks=dist.get_world_size(),
-    )
-    say(f"all-to-all: {1e3 * line.latency_ms:.1f} us + bytes / {line.bytes_per_s / 1e9:.1f} GB/s")
-    return RankFindings(
-        exchanges=exchanges,
-        line=line,
-        studies=[run_study(device, study, plan, line) for study in studies],
-    )
-
-
-def run_study(device: torch.device, study: Study, plan: Plan, line: AllToAllLine) -> Findings:
-    """Checks, predicts, then times."""
-    layouts = study.layouts[dist.get_world_size()]
+    num_ranks = dist.get_world_size()
+    layouts = study.layouts[num_ranks]
     outputs = {name: checked_outputs(device, study, each) for name, each in layouts.items()}
     num_equal, num_checked = (
         sum(each[key] for each in outputs.values()) for key in ("num_equal", "num_dispatches")
     )
     say(f"outputs equal to the bit in {num_equal}/{num_checked}")
-    rows = [arrived(device, check) for check in study.checks]
-    say("loads counted")
+    rows = []
+    for check in study.checks:
+        loads_until_s = time.time() + CHECK_SHARE * (until_s - time.time()) / len(study.checks)
+        rows.append(arrived(device, check, loads_until_s))
+        say(f"loads counted under {rows[-1].shape[1]} of {len(check.dispatches)} dispatches")
     experts = full_experts(device, study, plan)
     timed_outputs = {
         name: close_outputs(device, study, experts, each, plan) for name, each in layouts.items()
     }
+    say("outputs at full size compared")
     sizes = {
         name: size_exchange(device, study, experts, each, plan) for name, each in layouts.items()
     }
@@ -155,18 +142,28 @@ def run_study(device: torch.device, study: Study, plan: Plan, line: AllToAllLine
     for name, each in layouts.items():
         by_kind.setdefault(is_replicated(each), []).append(sizes[name].median_ms)
     size_ms = {kind: statistics.median(times) for kind, times in by_kind.items()}
-    estimates = all_estimates(study, experts, plan, line, size_ms)
+    jobs = [(num_ranks, name) for name in layouts]
+    estimates = all_estimates(jobs, study, experts, plan, line, size_ms)
     say("predicted")
     steps = {
         name: [time_step(device, experts, each, batch, plan) for batch in study.batches]
         for name, each in layouts.items()
     }
+    say("steps timed")
+    scaled = [
+        (count, name)
+        for count, layouts in study.layouts.items()
+        for name in layouts
+        if count != num_ranks
+    ]
+    more = all_estimates(scaled, study, experts, plan, line, size_ms, until_s=until_s)
+    say(f"{len(more)} of {len(scaled)} settings of more devices estimated")
     return Findings(
         outputs=outputs,
         timed_outputs=timed_outputs,
         arrived=rows,
         size_exchange=sizes,
-        estimates=estimates,
+        estimates=estimates | more,
         steps=steps,
     )
 
@@ -182,9 +179,9 @@ def spread(count: int, most: int) -> np.ndarray:
 
 
 def say(what: str) -> None:
-    """Prints on one rank only."""
+    """Prints on one rank only, with the seconds since it began."""
     if dist.get_rank() == 0:
-        print(f"  {what}", flush=True)
+        print(f"  {time.time() - _BEGUN_S:6.1f} s  {what}", flush=True)
 
 
 def full_experts(device: torch.device, study: Study, plan: Plan) -> ExpertWeights:
@@ -261,27 +258,41 @@ def everywhere(holds: bool, device: torch.device) -> bool:
     return bool(flag)
 
 
-def arrived(device: torch.device, check: SiteCheck) -> np.ndarray:
+def arrived(device: torch.device, check: SiteCheck, until_s: float) -> np.ndarray:
     """Returns [settings, dispatches] the rows that reached this rank.
 
     Every row carries the id of its expert; only rows that came to a slot of that expert count.
+    Under all placements one dispatch after the other, until time is up on any rank.
+
+    Args:
+        device: Of this rank.
+        check: Dispatches and placements.
+        until_s: By `time.time`.
     """
     rank, num_ranks = dist.get_rank(), dist.get_world_size()
-    found = np.zeros((len(check.layouts), len(check.dispatches)), np.int64)
-    for place, layout in enumerate(check.layouts.values()):
+    layers = []
+    for layout in check.layouts.values():
         narrow = random_experts(
             num_experts=layout.num_experts, d_model=8, d_ff=8, device=device, dtype=torch.float32
         )
         layer = ParallelExperts(experts_of_rank(narrow, layout, rank), layout)
         per_device = layer.own.num_experts
         own = torch.from_numpy(layout.expert[rank * per_device :][:per_device]).to(device)
-        for index, each in enumerate(check.dispatches):
-            first, last = shard_starts(len(each), num_ranks)[rank : rank + 2]
-            # A row per slot of a token, in the same order.
-            ids = torch.from_numpy(each[first:last].reshape(-1, 1)).long().to(device)
-            sent = layer.send(ids.float().repeat(1, 8), ids)
-            found[place, index] = int((sent.rows[:, 0].long() == own[sent.slots]).sum())
-    return found
+        layers.append((layer, own))
+    found = []
+    for index, each in enumerate(check.dispatches):
+        if index and index % CHECK_BLOCK == 0 and not everywhere(time.time() < until_s, device):
+            break
+        first, last = shard_starts(len(each), num_ranks)[rank : rank + 2]
+        # A row per slot of a token, in the same order.
+        ids = torch.from_numpy(each[first:last].reshape(-1, 1)).long().to(device)
+        rows = ids.float().repeat(1, 8)
+        counts = []
+        for layer, own in layers:
+            sent = layer.send(rows, ids)
+            counts.append((sent.rows[:, 0].long() == own[sent.slots]).sum())
+        found.append(torch.stack(counts).tolist())
+    return np.array(found, np.int64).reshape(-1, len(layers)).T
 
 
 def size_exchange(
@@ -296,22 +307,44 @@ def size_exchange(
 
 
 def all_estimates(
+    jobs: Sequence[tuple[int, PlannerSetting]],
     study: Study,
     experts: ExpertWeights,
     plan: Plan,
     line: AllToAllLine,
     size_ms: dict[bool, float],
+    *,
+    until_s: float | None = None,
 ) -> dict[tuple[int, PlannerSetting], list[StepEstimate]]:
-    """Returns estimates by (devices, setting), one per batch; ranks share the work."""
-    jobs = [(count, name) for count, layouts in study.layouts.items() for name in layouts]
+    """Returns estimates by (devices, setting), one per batch; ranks share the work.
+
+    A rank takes all placements of as many slots a device: each other number of slots may need
+    kernels of its own, which takes longer to compile than to run.
+
+    Args:
+        jobs: Devices and setting of each.
+        study: What is run.
+        experts: The whole layer.
+        plan: How.
+        line: Of all-to-alls.
+        size_ms: Of a size exchange, with replicas and without.
+        until_s: When to begin no more, by `time.time`.
+    """
+    slots_per_device = [len(study.layouts[n][name].expert) // n for n, name in jobs]
+    kinds = sorted(set(slots_per_device), reverse=True)
+    num_ranks = dist.get_world_size()
     mine = {}
-    for count, name in jobs[dist.get_rank() :: dist.get_world_size()]:
+    for slots, (count, name) in zip(slots_per_device, jobs, strict=True):
+        if kinds.index(slots) % num_ranks != dist.get_rank():
+            continue
+        if until_s is not None and time.time() > until_s:
+            break
         layout = study.layouts[count][name]
-        slots = experts.select(torch.from_numpy(layout.expert).to(experts.w_in.device))
+        weights = experts.select(torch.from_numpy(layout.expert).to(experts.w_in.device))
         mine[count, name] = [
             estimated_step(
                 batch,
-                slots,
+                weights,
                 layout,
                 exchange=line,
                 size_exchange_ms=size_ms[is_replicated(layout)],
@@ -320,9 +353,10 @@ def all_estimates(
             )
             for batch in study.batches
         ]
-    every: list[Any] = [None] * dist.get_world_size()
+    every: list[Any] = [None] * num_ranks
     dist.all_gather_object(every, mine)
-    return {key: value for each in every for key, value in each.items()}
+    found = {key: value for each in every for key, value in each.items()}
+    return {job: found[job] for job in jobs if job in found}
 
 
 def time_step(

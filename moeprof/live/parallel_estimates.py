@@ -7,7 +7,7 @@ error bar is how far the same arithmetic was off where it could be measured.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -27,7 +27,7 @@ from moeprof.live.parallel_plans import (
     shard_counts,
     shard_starts,
 )
-from moeprof.live.repetitions import Repetitions, repeat
+from moeprof.live.repetitions import Repetitions, repeat, repeat_in_turn
 from moeprof.replay.calibration_file import Curve
 from moeprof.replay.loads import Layout
 from moeprof.replay.result import FigureClass
@@ -110,7 +110,10 @@ def share_times(
     kernel: str = DEFAULT_KERNEL,
     repeats: int = 20,
 ) -> list[Repetitions | None]:
-    """Times every device's share of the experts, one after the other, on the device they lie on.
+    """Times every device's share of the experts on the device they lie on.
+
+    One after the other, then all again: a small share would else be found in a cache that its own
+    device shares among all layers.
 
     Args:
         slots: Weights of all slots of a placement in their order: ``experts.select(expert)``.
@@ -125,11 +128,10 @@ def share_times(
     run = kernel_named(kernel)
     device = slots.w_in.device
     per_device = slots.num_experts // num_devices
-    found: list[Repetitions | None] = []
+    shares: dict[int, Callable[[], object]] = {}
     for index, rows in enumerate(slot_rows.reshape(num_devices, per_device)):
         total = int(rows.sum())
         if not total:
-            found.append(None)
             continue
         own = slots.select(slice(index * per_device, (index + 1) * per_device))
         ids = torch.from_numpy(np.repeat(np.arange(per_device), rows)).to(device)[:, None]
@@ -144,8 +146,10 @@ def share_times(
         ) -> None:
             run(hidden, ids, ones, own)
 
-        found.append(repeat(share, device=device, repeats=repeats))
-    return found
+        shares[index] = share
+    times = repeat_in_turn(list(shares.values()), device=device, repeats=repeats)
+    found = dict(zip(shares, times, strict=True))
+    return [found.get(index) for index in range(num_devices)]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -50,23 +50,46 @@ def repeat(
         repeats: Timed runs; at least two.
         warmup: Runs before them.
     """
+    return repeat_in_turn([function], device=device, repeats=repeats, warmup=warmup)[0]
+
+
+def repeat_in_turn(
+    functions: Sequence[Callable[[], object]],
+    *,
+    device: torch.device | str,
+    repeats: int = 20,
+    warmup: int = 3,
+) -> list[Repetitions]:
+    """Runs several functions one after the other, again and again; returns the times of each.
+
+    What one of them leaves in a cache of the device the others displace, as far as they are large.
+
+    Args:
+        functions: What to run.
+        device: Where it runs.
+        repeats: Timed runs of each; at least two.
+        warmup: Runs before them.
+    """
+    every = [function for _ in range(repeats) for function in functions]
     for _ in range(warmup):
-        function()
+        for function in functions:
+            function()
     if torch.device(device).type != "cuda":
         times = []
-        for _ in range(repeats):
+        for function in every:
             begun = time.perf_counter()
             function()
             times.append((time.perf_counter() - begun) * 1e3)
-        return Repetitions(tuple(times))
-    pairs = [(_event(), _event()) for _ in range(repeats)]
-    torch.cuda.synchronize(device)
-    for begin, end in pairs:
-        begin.record()
-        function()
-        end.record()
-    torch.cuda.synchronize(device)
-    return Repetitions(tuple(begin.elapsed_time(end) for begin, end in pairs))
+    else:
+        pairs = [(_event(), _event()) for _ in every]
+        torch.cuda.synchronize(device)
+        for function, (begin, end) in zip(every, pairs, strict=True):
+            begin.record()
+            function()
+            end.record()
+        torch.cuda.synchronize(device)
+        times = [begin.elapsed_time(end) for begin, end in pairs]
+    return [Repetitions(tuple(times[place :: len(functions)])) for place in range(len(functions))]
 
 
 def _event() -> Any:

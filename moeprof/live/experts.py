@@ -103,6 +103,10 @@ class ExpertWeights:
         """Returns the weights of some experts only."""
         return self._mapped(lambda tensor: tensor[experts])
 
+    def contiguous(self) -> ExpertWeights:
+        """Returns each tensor as one piece of memory, as grouped kernels want them."""
+        return self._mapped(torch.Tensor.contiguous)
+
     def _mapped(self, change: Callable[[torch.Tensor], torch.Tensor]) -> ExpertWeights:
         return replace(
             self,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +58,7 @@ def test_from_the_machine_to_the_verdict(run: Run, tmp_path: Path) -> None:
     assert "Next: moeprof verify TRACE --calibration cpu.json" in err
     machine = read_calibration(tmp_path / "cpu.json")
     assert machine.device_expert.expert_bytes == (3072, 12288)
+    assert machine.all_to_all is None and machine.exchange_ranks is None
     assert machine.command.startswith("moeprof calibrate ")
     assert machine.command.endswith("--expert-bytes 3KiB,12KiB")
 
@@ -86,6 +88,21 @@ def test_from_the_machine_to_the_verdict(run: Run, tmp_path: Path) -> None:
     assert len(times["measured_ms"]) >= 5
     assert {len(each) for each in times["measured_ms"]} == {len(times["steps"])}
     assert written["hardware"] and written["versions"] and written["command"]
+
+
+def test_ranks_exchange_when_asked(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    few = partial(calibration.exchange_curve, sizes=(64, 4096), repeats=2)
+    monkeypatch.setattr(calibration, "exchange_curve", few)
+    code, _, err = calibrated(run, "--ranks", "2")
+    assert code == 0, err
+    machine = read_calibration(tmp_path / "calibration.json")
+    assert machine.exchange_ranks == 2 and machine.all_to_all is not None
+    assert machine.all_to_all.sizes == (64.0, 4096.0)
+    code, _, err = calibrated(run, "--ranks", "1", "--force")
+    assert code == 0, err
+    assert read_calibration(tmp_path / "calibration.json").all_to_all is None
 
 
 @pytest.mark.parametrize(

@@ -67,7 +67,7 @@ from moeprof.live.rank_processes import run_ranks
 from moeprof.live.repetitions import Repetitions
 from moeprof.live.routing_sources import read_routing
 from moeprof.replay.loads import Layout, max_over_mean
-from moeprof.replay.planners import PLANNERS
+from moeprof.replay.planners import NOTHING, PLANNERS
 from moeprof.trace.reader import open_trace
 from moeprof.trace.schema import Site
 from moeprof.trace.synthetic import synthetic_trace
@@ -337,12 +337,13 @@ def subject_result(subject: Subject, found: Sequence[Findings]) -> dict[str, Any
     measured_rows, scaled_rows = step_rows(subject, found[0], len(found))
     num_equal = sum(row["num_equal"] for row in load_table)
     num_checked = sum(row["num_dispatches"] for row in load_table)
-    print(f"{subject.name} ({subject.shape}): loads are the replay's in {num_equal}/{num_checked}")
+    lines = [
+        f"{subject.name} ({subject.shape}): loads are the replay's in {num_equal}/{num_checked}"
+    ]
     for row in measured_rows:
-        print(f"  {row_text(row)} {row['step_ms']:8.3f} ms, predicted {row['predicted_ms']:8.3f}")
-    for row in scaled_rows:
-        band = f"({row['low_ms']:.3f} to {row['high_ms']:.3f})"
-        print(f"  {row_text(row)} {row['step_ms']:8.3f} ms {band}, estimate")
+        lines.append(f"  {row_text(row)}, predicted {row['predicted_ms']:8.3f}")
+    lines += map(estimate_text, nothing_and_fastest(scaled_rows))
+    print("\n".join(lines), flush=True)
     return {
         "trace": subject.name,
         "routing": subject.said,
@@ -364,13 +365,27 @@ def subject_result(subject: Subject, found: Sequence[Findings]) -> dict[str, Any
     }
 
 
+def nothing_and_fastest(rows: Sequence[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """Yields, by devices and tokens, the row of doing nothing and the fastest one."""
+    sizes = {(row["num_devices"], row["num_tokens"]) for row in rows}
+    for devices, tokens in sorted(sizes):
+        mine = [r for r in rows if (r["num_devices"], r["num_tokens"]) == (devices, tokens)]
+        yield from (row for row in mine if row["planner"] == NOTHING)
+        yield min(mine, key=lambda row: row["step_ms"])
+
+
 def row_text(row: dict[str, Any]) -> str:
-    """Returns what a step was of, for the terminal."""
+    """Returns what a step was of and what it took, for the terminal."""
     planner = f"{row['planner']} +{row['num_redundant']}"
     return (
         f"{row['num_devices']:3d} devices {planner:28s} {row['num_tokens']:6d} tokens"
-        f"  max/mean {row['max_over_mean']:.3f}"
+        f"  max/mean {row['max_over_mean']:.3f} {row['step_ms']:8.3f} ms"
     )
+
+
+def estimate_text(row: dict[str, Any]) -> str:
+    """Returns an estimate for the terminal."""
+    return f"  {row_text(row)} ({row['low_ms']:.3f} to {row['high_ms']:.3f}), estimate"
 
 
 def failures(result: dict[str, Any]) -> list[str]:

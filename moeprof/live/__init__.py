@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from moeprof.live.application import AppliedGating, apply_gating
     from moeprof.live.buffered_models import buffer_experts
     from moeprof.live.calibration import CPU_SIZES, GPU_SIZES, CalibrationSizes, calibrate
+    from moeprof.live.exchange_times import exchange_curve
     from moeprof.live.expert_buffer import BufferSettings, ExpertBuffer
     from moeprof.live.expert_parallel import ParallelExperts, experts_of_rank
     from moeprof.live.experts import ExpertWeights, random_experts
@@ -51,6 +52,7 @@ __all__ = [
     "buffer_experts",
     "calibrate",
     "estimated_step",
+    "exchange_curve",
     "experts_of_rank",
     "force_routing",
     "random_experts",
@@ -88,6 +90,7 @@ _HOMES = {
     "buffer_experts": "buffered_models",
     "calibrate": "calibration",
     "estimated_step": "parallel_estimates",
+    "exchange_curve": "exchange_times",
     "experts_of_rank": "expert_parallel",
     "force_routing": "forcing",
     "random_experts": "experts",

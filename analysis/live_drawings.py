@@ -6,21 +6,16 @@ same difference in grey. Text from the results is never read as mathematics.
 
 from __future__ import annotations
 
-import io
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 import matplotlib as mpl
-
-mpl.use("Agg")
 import matplotlib.pyplot as plt
 import pandas as pd
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
-from PIL import Image
 
 from analysis.live_evidence import (
     EAGER,
@@ -46,12 +41,9 @@ from analysis.live_goals import (
     GOAL_MANY_SKEWED,
     GOAL_MANY_UNIFORM,
 )
-from moeprof.errors import MoeprofError
+from analysis.live_styles import INK, SOFT, STYLE, save
 
-DPI = 130
-_NUM_COLOURS = 96
 _LABELLED_BATCH = 64
-_INK, _SOFT, _GRID = "#1d2129", "#565d69", "#e4e1da"
 _STYLES: Mapping[str, tuple[str, str, Any]] = MappingProxyType(
     {
         "dense": ("#6b7280", ".", (0, (1, 1.6))),
@@ -60,7 +52,7 @@ _STYLES: Mapping[str, tuple[str, str, Any]] = MappingProxyType(
         "dynamic_loop": ("#9a4fb0", "D", (0, (6, 2, 1.5, 2))),
         "static_index": ("#c9622a", "^", (0, (3, 2))),
         "static_grouped": ("#a8842c", "v", (0, (2, 1.5))),
-        "static_mask": (_INK, "P", "-"),
+        "static_mask": (INK, "P", "-"),
         "transformers grouped_mm": ("#0f8a6d", "s", (0, (6, 2))),
         "moe-ops": ("#c9622a", "^", (0, (3, 2))),
     }
@@ -86,30 +78,6 @@ _SHORT: Mapping[str, str] = MappingProxyType(
         "static_mask": "static, one mask",
     }
 )
-_STYLE: Mapping[str, Any] = MappingProxyType(
-    {
-        "font.size": 9.5,
-        "font.family": "DejaVu Sans",
-        "axes.edgecolor": _SOFT,
-        "axes.labelcolor": _INK,
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-        "axes.grid": True,
-        "axes.axisbelow": True,
-        "axes.titlesize": 10.5,
-        "axes.titleweight": "bold",
-        "axes.titlelocation": "left",
-        "grid.color": _GRID,
-        "grid.linewidth": 0.8,
-        "xtick.color": _SOFT,
-        "ytick.color": _SOFT,
-        "text.color": _INK,
-        "text.parse_math": False,
-        "hatch.linewidth": 0.5,
-        "hatch.color": "white",
-        "figure.facecolor": "white",
-    }
-)
 
 
 def draw_all(evidence: Evidence, folder: Path) -> tuple[Path, ...]:
@@ -127,7 +95,7 @@ def draw_all(evidence: Evidence, folder: Path) -> tuple[Path, ...]:
 
 def draw_headline(evidence: Evidence, path: Path) -> None:
     """Draws tokens per second, memory and where the time goes, of the paper's model per gating."""
-    with mpl.rc_context(dict(_STYLE)):
+    with mpl.rc_context(dict(STYLE)):
         figure = plt.figure(figsize=(10.6, 6.5), layout="constrained")
         heading, body = figure.subfigures(2, 1, height_ratios=[0.075, 1])
         left, right = body.subfigures(1, 2, width_ratios=[1.42, 1])
@@ -148,9 +116,9 @@ def draw_headline(evidence: Evidence, path: Path) -> None:
             f"{config['num_layers']} layers, every second with {config['num_experts']} experts, "
             f"top-{config['top_k']}; bf16; scored under routing recorded from a trained twin; "
             "medians of repetitions",
-            fontsize=9.5, color=_SOFT, va="center",
+            fontsize=9.5, color=SOFT, va="center",
         )  # fmt: skip
-        _save(figure, path)
+        save(figure, path)
 
 
 def _draw_rates(axes: Axes, rows: pd.DataFrame, evidence: Evidence) -> None:
@@ -185,10 +153,10 @@ def _draw_rates(axes: Axes, rows: pd.DataFrame, evidence: Evidence) -> None:
     ours, mask = best["dynamic"], best["static_mask"]
     axes.annotate(
         "", (mask["batch"], ours["tokens_per_s"]), (mask["batch"], mask["tokens_per_s"] * 1.07),
-        arrowprops={"arrowstyle": "<->", "color": _INK, "linewidth": 1.1},
+        arrowprops={"arrowstyle": "<->", "color": INK, "linewidth": 1.1},
     )  # fmt: skip
     axes.plot(
-        [mask["batch"], ours["batch"]], [ours["tokens_per_s"]] * 2, color=_INK, linewidth=0.8,
+        [mask["batch"], ours["batch"]], [ours["tokens_per_s"]] * 2, color=INK, linewidth=0.8,
         linestyle=(0, (1, 2)), zorder=1,
     )  # fmt: skip
     axes.text(
@@ -280,7 +248,7 @@ def _draw_parts(axes: Axes, rows: pd.DataFrame) -> None:
     axes.set_yticks(range(len(names)), [_SHORT[name] for name in names])
     axes.set_xlim(0, rows["all"].max() * 1.1)
     axes.grid(visible=False, axis="y")
-    axes.tick_params(axis="y", length=0, labelcolor=_INK)
+    axes.tick_params(axis="y", length=0, labelcolor=INK)
     axes.set_title(f"a pass at batch {int(rows['batch'].iloc[0])}, ms, by part")
     axes.legend(
         fontsize=8.5, frameon=True, framealpha=0.92, edgecolor="none", loc="lower right",
@@ -293,7 +261,7 @@ def draw_kernels(evidence: Evidence, path: Path) -> None:
     rows = kernel_rows(evidence.kernels)
     rows = rows[rows["geometry"] == GEOMETRY]
     chosen = rows[rows["mode"] == _mode_of(rows)]
-    with mpl.rc_context(dict(_STYLE)):
+    with mpl.rc_context(dict(STYLE)):
         figure, grid = plt.subplots(
             1, len(ROUTINGS), figsize=(11.5, 3.9), sharey=True, layout="constrained"
         )
@@ -311,7 +279,7 @@ def draw_kernels(evidence: Evidence, path: Path) -> None:
                         label=label if mode == EAGER else None,
                     )  # fmt: skip
             _draw_goals(axes, routing)
-            axes.axhline(1.0, color=_SOFT, linewidth=0.8)
+            axes.axhline(1.0, color=SOFT, linewidth=0.8)
             axes.set(xscale="log", ylim=(0, 1.13))
             _power_ticks(axes, [8, 64, 1024, 4096, 16384])
             axes.set_xticklabels(["8", "64", "1k", "4k", "16k"])
@@ -326,7 +294,7 @@ def draw_kernels(evidence: Evidence, path: Path) -> None:
             f"(CUDA graphs up to {MOST_GRAPH_TOKENS} tokens)",
             x=0.008, ha="left", fontsize=11.5, fontweight="bold",
         )  # fmt: skip
-        _save(figure, path)
+        save(figure, path)
 
 
 def _mode_of(rows: pd.DataFrame) -> pd.Series[str]:
@@ -351,18 +319,18 @@ def draw_buffering(evidence: Evidence, path: Path) -> None:
     """Draws decode steps, hit rate and memory of each policy beside all experts on the GPU."""
     rows = buffering_rows(evidence.buffering)
     names = list(rows["policy"])
-    with mpl.rc_context(dict(_STYLE)):
+    with mpl.rc_context(dict(STYLE)):
         figure, (steps, hits, memory) = plt.subplots(
             1, 3, figsize=(11.0, 3.6), width_ratios=[1.6, 1, 1], layout="constrained"
         )
         places = range(len(names))
-        steps.vlines(places, rows["p50_ms"], rows["p99_ms"], color=_SOFT, linewidth=1.2)
+        steps.vlines(places, rows["p50_ms"], rows["p99_ms"], color=SOFT, linewidth=1.2)
         for column, mark, label in (
             ("p50_ms", "o", "median"), ("p95_ms", "^", "p95"), ("p99_ms", "_", "p99"),
         ):  # fmt: skip
             steps.plot(
                 places, rows[column], linestyle="", marker=mark, markersize=9, label=label,
-                color="#1f4fc4" if mark == "o" else _INK, markeredgewidth=2 if mark == "_" else 1,
+                color="#1f4fc4" if mark == "o" else INK, markeredgewidth=2 if mark == "_" else 1,
             )  # fmt: skip
         for place, low, high in zip(places, rows["p50_low_ms"], rows["p50_high_ms"], strict=True):
             steps.plot(
@@ -401,7 +369,7 @@ def draw_buffering(evidence: Evidence, path: Path) -> None:
             f"{_device(evidence.buffering)}",
             x=0.008, ha="left", fontsize=11.5, fontweight="bold",
         )  # fmt: skip
-        _save(figure, path)
+        save(figure, path)
 
 
 def _gating_styles() -> dict[str, tuple[str, str, Any]]:
@@ -420,18 +388,3 @@ def _length(rows: pd.DataFrame) -> int:
 
 def _device(result: Mapping[str, Any]) -> str:
     return str(result["hardware"]["device_name"])
-
-
-def _save(figure: Figure, path: Path) -> None:
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        drawn = io.BytesIO()
-        figure.savefig(drawn, dpi=DPI)
-        # A palette is enough for lines, and a third of the bytes.
-        Image.open(drawn).convert("RGB").quantize(_NUM_COLOURS).save(path, optimize=True)
-    except OSError as error:
-        raise MoeprofError(
-            f"cannot write {path}: {error.strerror or error}", hint="choose another place with -o"
-        ) from error
-    finally:
-        plt.close(figure)

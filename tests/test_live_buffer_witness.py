@@ -138,16 +138,24 @@ def test_a_link_that_is_not_counted_says_why() -> None:
 def test_the_script_runs_on_a_cpu(tmp_path: Path) -> None:
     command = [
         sys.executable, str(ROOT / "analysis" / "gpu" / "buffering_live.py"), "--tiny",
-        "--repetitions", "1", "--max-steps", "4", "--seconds", "4", "--out", str(tmp_path),
+        "--studies", "qwen3-30b-a3b",
+        "--repetitions", "1", "--max-steps", "4", "--seconds", "3", "--out", str(tmp_path),
     ]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     results = json.loads((tmp_path / "buffering_live.json").read_text())
-    assert set(results["studies"]) == {"qwen3-30b-a3b", "mt-decoder"}
+    assert set(results["studies"]) == {"qwen3-30b-a3b"}
+    misses = {row["miss"] for row in results["studies"]["qwen3-30b-a3b"]["settings"]}
+    assert misses == {"load", "split", "host"}
     for study in results["studies"].values():
         assert study["settings"], "nothing fitted into the time"
         for row in study["settings"]:
             assert row["outputs_hold"] and row["lookups_equal_replay"]
+            if row["miss"] != "load":
+                assert row["output_errors"]["worst_row"] <= row["output_errors"]["tolerance"]
+                control = row["wrong_expert_on_host"]
+                assert control["dispatches_noticed"] == control["dispatches"] > 0
+                assert not control["comparison_holds"]
             assert row["slots_broken"] == 0
             assert row["copies"] * study["block_bytes"] == row["copied_bytes"]
             assert len(row["repetitions"][0]["wall_ms"]) == study["steps"]

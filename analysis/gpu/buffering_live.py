@@ -1,616 +1,217 @@
 """Runs expert buffering on a GPU at full size and holds it to the replay.
 
-Two geometries, random weights, real routing:
+Three studies (``--studies``):
 
-* Qwen3-30B-A3B (48 layers of 128 experts, d_model 2048, d_ff 768, gated) under the routing of a
-  run of that model. Public original: https://github.com/Helldez/BigMoeOnEdge, docs/bench-data,
-  commit 2d4f2b11db128cbe32da738ce114c0479542f458, Apache-2.0; turned into a trace by
+* ``qwen3-30b-a3b``: the geometry of Qwen3-30B-A3B (48 layers of 128 experts, d_model 2048, d_ff
+  768, gated), random weights, under the routing of a run of that model. Public original:
+  https://github.com/Helldez/BigMoeOnEdge, docs/bench-data, commit
+  2d4f2b11db128cbe32da738ce114c0479542f458, Apache-2.0; turned into a trace by
   ``python -m moeprof import bigmoeonedge qwen.route.csv -o qwen3.moeprof``.
-* The decoder of the translation model of arXiv 2303.06182 (d_model 2048, d_ff 8192, experts of
-  64 MiB) on one device of several, each with the experts assigned to it, under a given trace.
+* ``mt-decoder``: the decoder of the translation model of arXiv 2303.06182 (d_model 2048, d_ff 8192,
+  experts of 64 MiB), random weights, under its twin's routing, on one device of eight, each with
+  the 16 experts of a layer assigned to it: the paper's points, 1 and 10 of 16. Beside the run
+  stands what the replay says of all eight.
+* ``zoo-lm``: the built-in language model with its own weights, under its own recorded routing. Rows
+  are random: attention and gates are not run.
 
 For every policy and capacity: outputs equal to the bit to those without a buffer, lookups equal to
 the ``sequential`` replay row by row, copies counted by the profiler equal to the predicted misses
-of each step, bytes over the link, memory, and the latency of every step of every repetition.
+of each step, bytes over the link, memory, and the latency of every step of every repetition. Where
+experts run on the host, outputs are compared row by row with a tolerance for rounding, and shown to
+fail it with wrong experts (`analysis.gpu.buffering_outputs`).
 
 The column ``checks`` reads B (outputs), H (lookups), S (slots hold what the map says), P (the
 profiler), A (no device memory taken in steady state) and M (bytes requested on the device equal
 the prediction); ``!`` where one of them fails, ``-`` where it was not looked at.
 
-    python analysis/gpu/buffering_live.py --trace qwen3.moeprof --mt-trace mt.moeprof --out DIR
+    python analysis/gpu/buffering_live.py --trace qwen3.moeprof --out DIR
+    python analysis/gpu/buffering_live.py --studies zoo-lm,mt-decoder --out DIR
     python analysis/gpu/buffering_live.py --tiny --out DIR     # tries the script on a CPU
 
-Prints a table and writes DIR/buffering_live.json; fails where a check does not hold.
+Prints a table and writes DIR/buffering_live.json; fails where a check does not hold. Each study
+carries its own command, date and hardware. ``--into FILE`` puts the studies that were run into
+FILE, beside those that it holds from other runs.
 """
 
 from __future__ import annotations
 
 import argparse
-import gc
 import json
 import os
 import shlex
 import sys
-import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
-from datetime import UTC, datetime
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-import moeprof
-from moeprof.live.copy_witness import (
-    copies_by_step,
-    link_overhead,
-    overlapped_share,
-    profiled,
-    step_range,
-    watched_link,
-)
-from moeprof.live.expert_buffer import (
-    BufferedSite,
-    BufferMemory,
-    BufferSettings,
-    ExpertBuffer,
-    described,
-)
-from moeprof.live.routed_runs import (
-    ExpertGeometry,
-    RoutedStep,
-    random_sites,
-    routed_steps,
-    run_steps,
-    starting_rows,
-)
-from moeprof.recording.hardware import hardware, versions
+from analysis.gpu.buffering_bench import Bench, Study, failed_checks, say
+from analysis.gpu.evidence import evidence, write_json
+from moeprof.live.routed_runs import ExpertGeometry
 
-KEYS = ["step", "stack", "site", "layer", "expert", "hit"]
-GIB = 2**30
-OVERHEAD_COPIES = 256
-TOLERANCE = 5e-2
-
-
-@dataclass(frozen=True, kw_only=True)
-class Study:
-    """One geometry under one trace.
-
-    Attributes:
-        name: Of the study.
-        trace: Path or sample.
-        stack: Stack of the trace.
-        geometry: Shape of experts.
-        policies: Policies, most wanted first.
-        capacities: Slots per cache, most wanted first.
-        misses: (policy, capacity, miss action) besides.
-        devices: Devices that experts are spread over.
-        device: Which of them runs here.
-        max_steps: Most steps of the trace.
-        seconds: Time for the settings, weights not included.
-    """
-
-    name: str
-    trace: str
-    stack: str
-    geometry: ExpertGeometry
-    policies: tuple[str, ...]
-    capacities: tuple[int, ...]
-    misses: tuple[tuple[str, int, str], ...]
-    devices: int = 1
-    device: int = 0
-    max_steps: int | None = None
-    seconds: float = 120.0
-
-
-class Bench:
-    """Runs the settings of one study.
-
-    Args:
-        study: What to run.
-        options: The command line.
-        device: Where.
-    """
-
-    def __init__(self, study: Study, options: argparse.Namespace, device: torch.device) -> None:
-        self.study = study
-        self.options = options
-        self.device = device
-        self.is_cuda = device.type == "cuda"
-        self.trace = moeprof.open(study.trace)
-        share = {"device_index": study.device, "num_devices": study.devices}
-        begun = time.perf_counter()
-        self.steps = routed_steps(
-            self.trace,
-            stack=study.stack,
-            device=device,
-            dtype=study.geometry.dtype,
-            max_steps=study.max_steps,
-            **share,
-        )
-        self.sites: list[BufferedSite] = random_sites(
-            self.trace,
-            study.geometry,
-            stack=study.stack,
-            pinned=self.is_cuda,
-            share_host=options.share_host,
-            **share,
-        )
-        self.hidden = starting_rows(self.steps, study.geometry, device)
-        self.build_s = time.perf_counter() - begun
-        self.last_step = max(step.step for step in self.steps)
-        host = sum(
-            site.store.memory.numel() for site in {id(s.store): s for s in self.sites}.values()
-        )
-        say(f"{study.name}: {len(self.sites)} layers, {host / GIB:.1f} GiB of experts on the host, "
-            f"{len(self.steps)} steps, made in {self.build_s:.0f} s")  # fmt: skip
-        self.predicted = moeprof.replay.buffering(
-            self.trace,
-            policies=list(dict.fromkeys([*study.policies, *(m[0] for m in study.misses)])),
-            capacities=list(dict.fromkeys([*study.capacities, *(m[1] for m in study.misses)])),
-            semantics="sequential",
-            devices=study.devices,
-        )
-        self.expected: list[torch.Tensor] = []
-        self.overhead: float | None = None
-
-    def close(self) -> None:
-        """Lets go of the experts."""
-        for store in {id(site.store): site.store for site in self.sites}.values():
-            store.close()
-        self.sites.clear()
-        self.expected.clear()
-        self.clean()
-
-    def clean(self) -> None:
-        """Lets go of what nobody holds any more."""
-        gc.collect()
-        if self.is_cuda:
-            torch.cuda.empty_cache()
-
-    def settings(self, capacity: int | None, policy: str, miss: str) -> BufferSettings:
-        """Returns the settings of a buffer here."""
-        return BufferSettings(
-            capacity=capacity,
-            policy=policy,
-            miss=miss,
-            future=self.trace,
-            device_index=self.study.device,
-            num_devices=self.study.devices,
-        )
-
-    def buffer(self, settings: BufferSettings) -> tuple[ExpertBuffer, dict[str, int]]:
-        """Returns a buffer, and the bytes by which the device's memory grew."""
-        before = device_bytes()
-        buffer = ExpertBuffer(self.sites, settings, device=self.device)
-        buffer.reserve(max(each.ids.numel() for step in self.steps for each in step.passes))
-        after = device_bytes()
-        return buffer, {name: after[name] - before[name] for name in after}
-
-    def outputs(self, buffer: ExpertBuffer, steps: Sequence[RoutedStep]) -> list[torch.Tensor]:
-        """Returns the output of every dispatch."""
-        results = run_steps(buffer, steps, self.hidden, keep_outputs=True)
-        return [out for result in results for out in result.outputs]
-
-    def unbuffered(self) -> dict[str, Any]:
-        """Runs with all experts on the device and keeps the outputs."""
-        buffer, grown = self.buffer(self.settings(None, "lru", "load"))
-        self.expected = self.outputs(buffer, self.steps)
-        if not all(bool(out.isfinite().all()) for out in self.expected):
-            raise SystemExit(f"{self.study.name}: outputs are not finite, nothing can be compared")
-        repetitions = [self.timed(buffer) for _ in range(self.options.repetitions)]
-        buffer.close()
-        del buffer
-        self.clean()
-        row = {"device_bytes": grown, "repetitions": repetitions, **latencies(repetitions)}
-        say(f"  {'unbuffered':<12} {'-':>4} {'':>7} {'':>7} {row['decode_p50_ms']:9.2f} "
-            f"{row['decode_p95_ms']:9.2f} {row['decode_p99_ms']:9.2f}")  # fmt: skip
-        return row
-
-    def timed(self, buffer: ExpertBuffer) -> dict[str, Any]:
-        """Returns the time of every step of one repetition, from empty caches."""
-        buffer.reset()
-        if self.is_cuda:
-            torch.cuda.synchronize()
-        with watched_link() as link:
-            results = list(run_steps(buffer, self.steps, self.hidden))
-        counts = buffer.counts()
-        return {
-            "phase": [result.phase for result in results],
-            "wall_ms": [round(result.wall_ms, 4) for result in results],
-            "counts": asdict(counts),
-            "link_bytes": link.num_bytes,
-            "link_sent_bytes": link.sent_bytes,
-            "link_reason": link.reason,
-        }
-
-    def run(self, policy: str, capacity: int, miss: str) -> dict[str, Any]:
-        """Runs one setting and holds it to its prediction."""
-        lookups = self.predicted.lookups(policy, capacity)
-        lookups = lookups[
-            (lookups["stack"] == self.study.stack)
-            & (lookups["device"] == self.study.device)
-            & (lookups["step"] <= self.last_step)
-        ]
-        settings = self.settings(capacity, policy, miss)
-        buffer, grown = self.buffer(settings)
-        outputs = self.outputs(buffer, self.steps)
-        if miss == "load":
-            same = all(map(torch.equal, outputs, self.expected))
-        else:
-            same = all(map(close_enough, outputs, self.expected))
-        log = buffer.lookups()
-        equal = log[KEYS].to_numpy().tolist() == lookups[KEYS].to_numpy().tolist()
-        broken = buffer.audit()
-        del outputs
-        allocations = device_allocations()
-        repetitions = [self.timed(buffer) for _ in range(self.options.repetitions)]
-        again = buffer.lookups().equals(log)
-        memory = buffer.memory()
-        row: dict[str, Any] = {
-            **{k: v for k, v in described(settings).items() if k != "future"},
-            "outputs_hold": same,
-            "outputs_compared": "bits" if miss == "load" else f"relative {TOLERANCE}",
-            "lookups_equal_replay": equal and again,
-            "slots_broken": len(broken),
-            "lookups": len(log),
-            "hit_rate": float(log["hit"].mean()),
-            "worst_layer_miss_rate": float(1 - log.groupby("site")["hit"].mean().min()),
-            "misses": int((~log["hit"]).sum()),
-            "copies": int(log["copied"].sum()),
-            "copied_bytes": repetitions[0]["counts"]["copied_bytes"],
-            "allocations_in_steady_state": device_allocations() - allocations,
-            "memory": {**asdict(memory), "saved_bytes": memory.saved_bytes},
-            "device_bytes": grown,
-            "requested_as_predicted": requested_as_predicted(memory, grown),
-            "rounding_bytes": grown["allocated"] - grown["requested"],
-            "repetitions": repetitions,
-            "wait_ms_per_dispatch": 1e3 * float(np.mean([
-                each["counts"]["wait_s"] / each["counts"]["dispatches"] for each in repetitions
-            ])),
-            **latencies(repetitions),
-            **self.link(repetitions),
-        }  # fmt: skip
-        if miss == "load" and capacity == self.study.capacities[0]:
-            row["profiler"] = self.profile(buffer, lookups)
-        say(self.line(row))
-        buffer.close()
-        del buffer
-        self.clean()
-        return row
-
-    def link(self, repetitions: list[dict[str, Any]]) -> dict[str, Any]:
-        """Returns bytes received over bytes copied, the link's overhead taken out."""
-        if self.overhead is None:
-            return {"link_error": None}
-        ratios = [
-            each["link_bytes"] / (each["counts"]["copied_bytes"] * self.overhead) - 1
-            for each in repetitions
-            if each["link_bytes"] is not None and each["counts"]["copied_bytes"]
-        ]
-        return {"link_error": float(np.median(ratios)) if ratios else None, "link_errors": ratios}
-
-    def measure_link(self) -> None:
-        """Measures what the link adds to every byte copied."""
-        if not self.is_cuda:
-            return
-        block = self.sites[0].store.block(0)
-        slot = torch.empty(block.numel(), dtype=torch.uint8, device=self.device)
-        found = [link_overhead(slot, block, count=OVERHEAD_COPIES) for _ in range(3)]
-        known = [each for each in found if each is not None]
-        self.overhead = float(np.median(known)) if known else None
-        say(f"  bytes received per byte copied: {found}")
-
-    def profile(self, buffer: ExpertBuffer, lookups: Any) -> dict[str, Any]:
-        """Counts copies with the profiler, step by step, and compares with predicted misses."""
-        if not self.is_cuda:
-            return {"reason": "no device"}
-        decode = [index for index, step in enumerate(self.steps) if step.phase == "decode"]
-        first = decode[0] if decode else 0
-        steps = self.steps[first : first + self.options.profile_steps]
-        buffer.reset()
-        # What comes before fills the caches and would only make the profile large.
-        list(run_steps(buffer, self.steps[:first], self.hidden))
-
-        def run() -> None:
-            for step in steps:
-                with step_range(step.step):
-                    list(run_steps(buffer, [step], self.hidden))
-
-        block_bytes = self.sites[0].store.shape.block_bytes
-        profile = profiled(run)
-        seen = copies_by_step(profile, least_bytes=block_bytes)
-        misses = (~lookups["hit"]).groupby(lookups["step"]).sum()
-        rows = [
-            {
-                "step": each.step,
-                "copies": each.copies,
-                "bytes": each.num_bytes,
-                "predicted_copies": int(misses.get(each.step, 0)),
-                "predicted_bytes": int(misses.get(each.step, 0)) * block_bytes,
-            }
-            for each in seen
-        ]
-        holds = len(rows) == len(steps) and all(
-            row["copies"] == row["predicted_copies"] and row["bytes"] == row["predicted_bytes"]
-            for row in rows
-        )
-        return {
-            "holds": holds,
-            "copies_overlapped_by_kernels": overlapped_share(profile, least_bytes=block_bytes),
-            "steps": rows,
-        }
-
-    def sabotage(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
-        """Exchanges slots in the map half way and says whether the checks notice.
-
-        With the policy that hits most, since only a hit reads what the map says.
-        """
-        loaded = [row for row in rows if row["miss"] == "load"]
-        best = max(loaded, key=lambda row: row["hit_rate"])
-        policy, capacity = best["policy"], best["capacity"]
-        buffer, _ = self.buffer(self.settings(capacity, policy, "load"))
-        half = len(self.steps) // 2
-        right = self.outputs(buffer, self.steps[:half])
-        held = all(map(torch.equal, right, self.expected[: len(right)]))
-        ids: dict[int, list[int]] = {}
-        for site, expert in buffer.resident_experts():
-            ids.setdefault(site, []).append(expert)
-        for site, experts in ids.items():
-            for one, other in zip(experts[::2], experts[1::2], strict=False):
-                buffer.misplace((site, one), (site, other))
-        broken = len(buffer.audit())
-        wrong = self.outputs(buffer, self.steps[half:])
-        noticed = not all(map(torch.equal, wrong, self.expected[len(right) :]))
-        buffer.close()
-        del buffer
-        self.clean()
-        say(f"  wrong slot map ({policy}, {capacity}): {broken} slots broken, outputs "
-            f"{'differ' if noticed else 'are the same'}")  # fmt: skip
-        return {
-            "policy": policy,
-            "capacity": capacity,
-            "held_before": held,
-            "outputs_differ_after": noticed,
-            "slots_broken": broken,
-        }
-
-    def line(self, row: dict[str, Any]) -> str:
-        """Returns a row of the table."""
-        marks = "".join(
-            "-" if good is None else letter if good else "!"
-            for letter, good in (
-                ("B", row["outputs_hold"]),
-                ("H", row["lookups_equal_replay"]),
-                ("S", row["slots_broken"] == 0),
-                ("P", row.get("profiler", {}).get("holds")),
-                ("A", row["allocations_in_steady_state"] == 0),
-                ("M", row["requested_as_predicted"]),
-            )
-        )  # fmt: skip
-        link = "" if row["link_error"] is None else f"{100 * row['link_error']:+6.2f}%"
-        name = row["policy"] if row["miss"] == "load" else f"{row['policy']}+{row['miss']}"
-        return (
-            f"  {name:<12} {row['capacity']:>4} {100 * row['hit_rate']:6.1f}% {row['copies']:>7} "
-            f"{row['decode_p50_ms']:9.2f} {row['decode_p95_ms']:9.2f} {row['decode_p99_ms']:9.2f} "
-            f"{row['memory']['saved_bytes'] / GIB:8.2f} {link:>8} {marks}"
-        )
-
-    def table(self) -> dict[str, Any]:
-        """Runs everything that fits into the time."""
-        study = self.study
-        say(f"  {'policy':<12} {'slots':>4} {'hits':>7} {'copies':>7} {'p50 ms':>9} {'p95 ms':>9} "
-            f"{'p99 ms':>9} {'GiB saved':>8} {'link':>8} checks")  # fmt: skip
-        self.measure_link()
-        baseline = self.unbuffered()
-        begun = time.perf_counter()
-        first, *others = study.capacities
-        wanted = [
-            *((policy, first, "load") for policy in study.policies),
-            *study.misses,
-            *((policy, capacity, "load") for capacity in others for policy in study.policies),
-        ]
-        rows, skipped = [], []
-        for setting in wanted:
-            if time.perf_counter() - begun > study.seconds:
-                skipped.append(setting)
-                continue
-            rows.append(self.run(*setting))
-        if skipped:
-            say(f"  out of time, left out: {skipped}")
-        shape = study.geometry.block_shape
-        return {
-            "routing_source": routing_source(self.trace, study),
-            "geometry": {**asdict(study.geometry), "dtype": str(study.geometry.dtype)},
-            "layers": len(self.sites),
-            "experts_per_layer_here": self.sites[0].store.num_experts,
-            "expert_bytes": shape.expert_bytes,
-            "block_bytes": shape.block_bytes,
-            "host_copy_shared_by_all_layers": self.options.share_host,
-            "build_s": round(self.build_s, 2),
-            "steps": len(self.steps),
-            "link_bytes_per_byte_copied": self.overhead,
-            "unbuffered": baseline,
-            "settings": rows,
-            "left_out_for_time": skipped,
-            "wrong_slot_map": self.sabotage(rows) if rows else None,
-        }
-
-
-def close_enough(found: torch.Tensor, expected: torch.Tensor) -> bool:
-    """Returns True where two outputs agree as far as rounding lets them."""
-    scale = expected.float().abs().max().clamp(min=1e-30)
-    return bool((found.float() - expected.float()).abs().max() <= TOLERANCE * scale)
-
-
-def latencies(repetitions: list[dict[str, Any]]) -> dict[str, Any]:
-    """Returns percentiles of the time of decode steps (of all, where there are none)."""
-    phases = np.concatenate([each["phase"] for each in repetitions])
-    wall = np.concatenate([each["wall_ms"] for each in repetitions])
-    decode = wall[phases == "decode"] if (phases == "decode").any() else wall
-    found = {f"decode_p{q}_ms": float(np.percentile(decode, q)) for q in (50, 95, 99)}
-    medians = [
-        float(np.median(np.array(each["wall_ms"])[np.array(each["phase"]) == "decode"]))
-        if "decode" in each["phase"]
-        else float(np.median(each["wall_ms"]))
-        for each in repetitions
-    ]
-    return {
-        **found,
-        "prefill_p50_ms": float(np.median(wall[phases != "decode"]))
-        if (phases != "decode").any()
-        else None,
-        "p50_by_repetition_ms": medians,
-    }
-
-
-def device_bytes() -> dict[str, int]:
-    """Returns bytes allocated on the device, and of them requested; zeros without one."""
-    if not torch.cuda.is_available():
-        return {"allocated": 0, "requested": 0, "reserved": 0}
-    stats = torch.cuda.memory_stats()
-    return {
-        "allocated": stats["allocated_bytes.all.current"],
-        "requested": stats["requested_bytes.all.current"],
-        "reserved": stats["reserved_bytes.all.current"],
-    }
-
-
-def requested_as_predicted(memory: BufferMemory, grown: dict[str, int]) -> bool | None:
-    """Returns True where the device was asked for the predicted bytes; None without a device."""
-    if not torch.cuda.is_available():
-        return None
-    slots = memory.cache_bytes + memory.staging_bytes + memory.padding_bytes
-    return grown["requested"] == slots + memory.workspace_bytes
-
-
-def device_allocations() -> int:
-    """Returns how often the driver was asked for device memory."""
-    if not torch.cuda.is_available():
-        return 0
-    return int(torch.cuda.memory_stats()["num_device_alloc"])
-
-
-def routing_source(trace: Any, study: Study) -> dict[str, Any]:
-    """Returns what the routing is."""
-    return {
-        "trace": Path(str(study.trace)).name,
-        "model": trace.model.name,
-        "origin": dict(trace.info.origin or {}),
-        "stack": study.stack,
-        "top_k": trace.info.sites_of(study.stack)[0].top_k,
-        "devices": study.devices,
-        "device": study.device,
-        "requests": len(trace.requests),
-    }
-
-
-def say(text: str) -> None:
-    """Prints at once."""
-    print(text, flush=True)
-
-
-def failed_checks(study: dict[str, Any]) -> list[str]:
-    """Returns what did not hold, one line each."""
-    failed = []
-    for row in study["settings"]:
-        holds = {
-            "outputs": row["outputs_hold"],
-            "lookups": row["lookups_equal_replay"],
-            "slots": row["slots_broken"] == 0,
-            "profiler": row.get("profiler", {}).get("holds", True),
-            "allocations": row["allocations_in_steady_state"] == 0,
-            "memory": row["requested_as_predicted"] is not False,
-        }
-        name = f"{row['policy']} {row['capacity']} {row['miss']}"
-        failed += [f"{name}: {check}" for check, good in holds.items() if not good]
-    wrong = study["wrong_slot_map"]
-    if wrong is not None and not (wrong["slots_broken"] and wrong["outputs_differ_after"]):
-        failed.append("a wrong slot map was not noticed")
-    return failed
+QWEN, MT, ZOO = "qwen3-30b-a3b", "mt-decoder", "zoo-lm"
+STUDIES = (QWEN, MT, ZOO)
+MT_TRACE, ZOO_TRACE = "sample:twin-mt", "sample:lm"
+_PLACES = {"--out": "DIR", "--into": "FILE"}
 
 
 def studies(options: argparse.Namespace) -> list[Study]:
     """Returns what to run."""
-    qwen = Study(
-        name="qwen3-30b-a3b",
-        trace=options.trace or "",
-        stack="decoder",
-        geometry=ExpertGeometry(d_model=2048, d_ff=768),
-        policies=("lru", "paper", "lfu", "min", "s3fifo", "arc"),
-        capacities=(32, 64, 16),
-        misses=(("lru", 32, "split"), ("pinned", 32, "host")),
-        max_steps=options.max_steps,
-        seconds=options.seconds * 0.6,
-    )
-    mt = Study(
-        name="mt-decoder",
-        trace=options.mt_trace or "",
-        stack="decoder",
-        geometry=ExpertGeometry(d_model=2048, d_ff=8192, gated=False, bias=True, activation="relu"),
-        policies=("paper", "lru", "min", "fifo"),
-        capacities=(10, 1, 5),
-        misses=(),
-        devices=options.mt_devices,
-        device=options.mt_device,
-        max_steps=options.max_steps,
-        seconds=options.seconds * 0.4,
-    )
+    common = {
+        "stack": "decoder",
+        "max_steps": options.max_steps,
+        "repetitions": options.repetitions,
+        "profile_steps": options.profile_steps,
+    }
+    every = {
+        QWEN: Study(
+            name=QWEN,
+            trace=options.trace or "",
+            geometry=ExpertGeometry(d_model=2048, d_ff=768),
+            policies=("lru", "paper", "lfu", "min", "s3fifo", "arc"),
+            capacities=(32, 64, 16),
+            misses=(("lru", 32, "split"), ("pinned", 32, "host")),
+            seconds=120.0,
+            share_host=options.share_host,
+            **common,
+        ),
+        MT: Study(
+            name=MT,
+            trace=options.mt_trace,
+            geometry=ExpertGeometry(
+                d_model=2048, d_ff=8192, gated=False, bias=True, activation="relu"
+            ),
+            policies=("paper", "lru", "min", "fifo"),
+            capacities=(10, 1),
+            misses=(),
+            devices=options.mt_devices,
+            device=options.mt_device,
+            seconds=35.0,
+            share_host=options.share_host,
+            **common,
+        ),
+        ZOO: Study(
+            name=ZOO,
+            trace=ZOO_TRACE,
+            geometry=None,
+            policies=("lru", "paper", "lfu", "min"),
+            capacities=(16, 24, 8),
+            misses=(("lru", 16, "split"), ("pinned", 16, "host")),
+            seconds=20.0,
+            **common,
+        ),
+    }
     if options.tiny:
-        small = ExpertGeometry(d_model=64, d_ff=32, dtype=torch.float32)
-        plain = ExpertGeometry(
-            d_model=64, d_ff=32, gated=False, bias=True, activation="relu", dtype=torch.float32
-        )
-        steps = min(options.max_steps, 12)
-        qwen = replace(
-            qwen, trace=options.trace or "sample:lm", geometry=small, max_steps=steps,
-            capacities=(8, 16), misses=(("lru", 8, "split"), ("pinned", 8, "host")),
-        )  # fmt: skip
-        mt = replace(mt, trace=options.mt_trace or "sample:mt", geometry=plain, max_steps=steps,
-                     capacities=(2, 1), devices=4)  # fmt: skip
-    return [study for study in (qwen, mt) if study.trace]
+        every = tiny(every, options)
+    chosen = [every[name] for name in options.studies or every if every[name].trace]
+    if options.seconds is not None:
+        chosen = [replace(study, seconds=options.seconds) for study in chosen]
+    return chosen
 
 
-def main() -> None:
+def tiny(every: dict[str, Study], options: argparse.Namespace) -> dict[str, Study]:
+    """Returns the same studies at sizes that a CPU runs in seconds."""
+    steps = min(options.max_steps, 12)
+    gated = ExpertGeometry(d_model=64, d_ff=32, dtype=torch.float32)
+    plain = replace(gated, gated=False, bias=True, activation="relu")
+    return {
+        QWEN: replace(
+            every[QWEN], trace=options.trace or ZOO_TRACE, geometry=gated, max_steps=steps,
+            policies=("paper", "min"), capacities=(8, 16),
+            misses=(("lru", 8, "split"), ("pinned", 8, "host")),
+        ),
+        MT: replace(every[MT], geometry=plain, max_steps=steps, policies=("paper", "min")),
+        ZOO: replace(every[ZOO], max_steps=steps, policies=("lru",), capacities=(24,)),
+    }  # fmt: skip
+
+
+def said_command(arguments: Sequence[str]) -> str:
+    """Returns the command line, folders of the machine left out."""
+    words = []
+    before = ""
+    for word in arguments:
+        option, is_joined, value = word.partition("=")
+        if before in _PLACES:
+            words.append(_PLACES[before])
+        elif is_joined and option in _PLACES:
+            words.append(f"{option}={_PLACES[option]}")
+        elif "trace" in before:
+            words.append(Path(word).name)
+        elif is_joined and "trace" in option:
+            words.append(f"{option}={Path(value).name}")
+        else:
+            words.append(word)
+        before = word
+    return "python " + shlex.join(["analysis/gpu/buffering_live.py", *words])
+
+
+def put_into(path: Path, found: dict[str, Any]) -> None:
+    """Writes studies into a file, beside those of other names that it holds."""
+    held = json.loads(path.read_text(encoding="utf-8"))["studies"] if path.exists() else {}
+    write_json(path, {"studies": {**held, **found}})
+
+
+def named_studies(text: str) -> tuple[str, ...]:
+    """Returns the studies of an option."""
+    names = tuple(text.split(","))
+    if unknown := [name for name in names if name not in STUDIES]:
+        raise argparse.ArgumentTypeError(f"{', '.join(unknown)}; one of: {', '.join(STUDIES)}")
+    return names
+
+
+def parser() -> argparse.ArgumentParser:
+    """Returns the command line's parser."""
+    top = argparse.ArgumentParser(description=__doc__.split("\n", maxsplit=1)[0])
+    top.add_argument("--studies", type=named_studies, metavar="NAME,...",
+                     help=f"of {', '.join(STUDIES)}; all, unless given")  # fmt: skip
+    top.add_argument("--trace", help="routing of Qwen3-30B-A3B, a .moeprof folder")
+    top.add_argument("--mt-trace", default=MT_TRACE, help="routing of a translation model")
+    top.add_argument("--mt-devices", type=int, default=8, help="devices of the model's experts")
+    top.add_argument("--mt-device", type=int, default=0, help="which of them runs here")
+    top.add_argument("--out", type=Path, default=Path(os.environ.get("OUT", ".")))
+    top.add_argument("--into", type=Path, metavar="FILE", help="a result to put the studies into")
+    top.add_argument("--tiny", action="store_true", help="small sizes, on the CPU")
+    top.add_argument("--max-steps", type=int, default=65, help="most steps of each trace")
+    top.add_argument("--repetitions", type=int, default=3)
+    top.add_argument("--profile-steps", type=int, default=8)
+    top.add_argument("--seconds", type=float, help="for the settings of each study")
+    top.add_argument("--share-host", action="store_true",
+                     help="one host copy for all layers, said in the result")  # fmt: skip
+    top.add_argument("--beside", metavar="TEXT",
+                     help="what else ran on the machine, said in the result")  # fmt: skip
+    return top
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
     """Runs, prints and writes."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n", maxsplit=1)[0])
-    parser.add_argument("--trace", help="routing of Qwen3-30B-A3B, a .moeprof folder")
-    parser.add_argument("--mt-trace", help="routing of a translation model, likewise")
-    parser.add_argument("--mt-devices", type=int, default=8, help="devices of the model's experts")
-    parser.add_argument("--mt-device", type=int, default=0, help="which of them runs here")
-    parser.add_argument("--out", type=Path, default=Path(os.environ.get("OUT", ".")))
-    parser.add_argument("--tiny", action="store_true", help="small sizes, on the CPU")
-    parser.add_argument("--max-steps", type=int, default=65, help="most steps of each trace")
-    parser.add_argument("--repetitions", type=int, default=3)
-    parser.add_argument("--profile-steps", type=int, default=8)
-    parser.add_argument("--seconds", type=float, default=150.0, help="for the settings of all")
-    parser.add_argument("--share-host", action="store_true",
-                        help="one host copy for all layers, said in the result")  # fmt: skip
-    options = parser.parse_args()
+    arguments = sys.argv[1:] if arguments is None else arguments
+    options = parser().parse_args(arguments)
     chosen = studies(options)
-    if not chosen:
-        parser.error("give --trace, --mt-trace or --tiny")
+    if not options.tiny and not options.trace and (QWEN in (options.studies or STUDIES[:1])):
+        parser().error("give --trace, --studies or --tiny")
     device = torch.device("cpu" if options.tiny else "cuda")
     options.out.mkdir(parents=True, exist_ok=True)
-    results: dict[str, Any] = {
-        "command": "python " + shlex.join(["analysis/gpu/buffering_live.py", *sys.argv[1:]]),
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "hardware": asdict(hardware(device)),
-        "versions": versions(),
-        "studies": {},
-    }
+    found: dict[str, Any] = {}
     target = options.out / "buffering_live.json"
     for study in chosen:
-        bench = Bench(study, options, device)
-        results["studies"][study.name] = bench.table()
+        said = evidence(said_command(arguments), device)
+        bench = Bench(study, device)
+        found[study.name] = {
+            **said,
+            "beside": options.beside,
+            "tiny": options.tiny,
+            **bench.table(),
+        }
         bench.close()
-        target.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+        write_json(target, {"studies": found})
+        if options.into is not None:
+            put_into(options.into, {study.name: found[study.name]})
     say(f"Wrote {target}")
-    failed = [f"{name}: {line}" for name, one in results["studies"].items()
-              for line in failed_checks(one)]  # fmt: skip
+    failed = [f"{name}: {line}" for name, one in found.items() for line in failed_checks(one)]
     if failed:
         raise SystemExit("did not hold: " + "; ".join(failed))
 

@@ -8,7 +8,7 @@ normalization, experts, residual stream. Leaves out attention, embeddings and ga
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -281,6 +281,7 @@ def run_steps(
     hidden: torch.Tensor,
     *,
     keep_outputs: bool = False,
+    follow: Iterable[torch.Tensor] | None = None,
 ) -> Iterator[StepResult]:
     """Yields the result of each step; ends with the device at rest.
 
@@ -289,7 +290,11 @@ def run_steps(
         steps: The routing.
         hidden: [most tokens, d_model] rows that every step starts with.
         keep_outputs: Keep what every dispatch put out.
+        follow: What the dispatches of another run of these steps put out, in order. Each dispatch
+            is then given what it was given there, to the bit, whatever came out here: where
+            experts run elsewhere, sums round otherwise, and 48 layers would add that up.
     """
+    followed = None if follow is None else iter(follow)
     is_cuda = buffer.device.type == "cuda"
     for step in steps:
         outputs = []
@@ -303,7 +308,7 @@ def run_steps(
             out = buffer.run(each.site, rows, each.ids, each.weights)
             if keep_outputs:
                 outputs.append(out)
-            stream = stream + out
+            stream = stream + (out if followed is None else next(followed))
         if is_cuda:
             torch.cuda.synchronize(buffer.device)
         yield StepResult(

@@ -1,0 +1,35 @@
+"""In which pieces a dispatch runs: which lookups share a launch, and in what order.
+
+Used by the live buffer, which runs them, and by the plan of the cost model, which times them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from moeprof.replay.cache.residency import AT_ONCE, Planned
+
+
+def pieces_of(planned: Sequence[Planned], *, streamed: bool) -> list[list[int]]:
+    """Returns the places in the dispatch of the lookups of each piece, pieces in order.
+
+    Lookups that the host computes are in none. Streamed, hits run first, then what is copied at
+    once, or into the slot of a hit, then what is copied into the slot of one of those, and so on:
+    nobody waits for a reader of its own piece. Otherwise every lookup is a piece.
+
+    Args:
+        planned: The lookups of a dispatch.
+        streamed: One launch streams the weights of several experts.
+    """
+    on_device = [place for place, step in enumerate(planned) if not step.on_host]
+    if not streamed:
+        return [[place] for place in on_device]
+    level: dict[int, int] = {}
+    pieces: dict[int, list[int]] = {}
+    for place in on_device:
+        step = planned[place]
+        # A reader comes before whoever waits for it.
+        own = 0 if step.hit else 1 if step.after == AT_ONCE else level[step.after] + 1
+        level[place] = own
+        pieces.setdefault(own, []).append(place)
+    return [pieces[own] for own in sorted(pieces)]

@@ -19,16 +19,21 @@ import torch
 
 from moeprof.errors import UsageError
 from moeprof.live.cache_plans import plan_caches
-from moeprof.live.expert_store import ExpertStore
+from moeprof.live.expert_store import BlockShape, Bytes, ExpertStore
 from moeprof.live.experts import ExpertWeights
+from moeprof.live.kernels.fused import FEW_TOKENS
+from moeprof.live.kernels.streamed import StreamedDispatch, can_stream
 from moeprof.live.row_blocks import Workspace
 from moeprof.live.transfers import Transfers, make_slots, new_event, open_transfers
+from moeprof.replay.cache.pieces import copies_of, pieces_of
 from moeprof.replay.cache.residency import MISS_ACTIONS, NO_SLOT, MissRule, Planned, Residency
 
 if TYPE_CHECKING:
     from moeprof.trace.reader import Trace
 
 LOOKUP_COLUMNS = ("step", "stack", "site", "layer", "expert", "hit", "copied", "on_host", "rows")
+
+_MOST_TOP_K = 16
 
 RunExpert = Callable[[int, ExpertWeights, torch.Tensor], torch.Tensor]
 
@@ -180,7 +185,9 @@ class ExpertBuffer:
         self._workspaces: dict[tuple[int, torch.dtype], Workspace] = {}
         for site in self.sites:
             self._workspace_of(site, dtype or site.store.shape.dtype)
+        self._streamed = _streamed_dispatches(self.sites, self.device)
         self._all: dict[int, ExpertWeights] = {}
+        self._blocks: dict[int, tuple[Bytes, ...]] = {}
         self._views: dict[tuple[int, int], ExpertWeights] = {}
         self._residency: Residency | None = None
         self._transfers: Transfers | None = None
@@ -188,7 +195,8 @@ class ExpertBuffer:
         self._cache_bytes = self._staging_bytes = self._padding_bytes = 0
         self._host_lane: _HostLane | None = None
         if settings.capacity is None:
-            self._all = {site.site: site.store.all_weights(self.device) for site in self.sites}
+            for site in self.sites:
+                self._keep_all(site)
             held = sum(site.store.memory.numel() for site in self.sites)
             self._cache_bytes = sum(site.store.expert_bytes for site in self.sites)
             self._padding_bytes = held - self._cache_bytes
@@ -198,6 +206,13 @@ class ExpertBuffer:
         self._log: list[tuple[int, int, list[Planned], list[int]]] = []
         self._num_copies = self._copied_bytes = self._num_initial = 0
         self.reset()
+
+    def _keep_all(self, site: BufferedSite) -> None:
+        """Brings all experts of a site to the device."""
+        store = site.store
+        memory = store.memory.to(self.device)
+        self._all[site.site] = store.shape.stacked_weights(memory, store.num_experts)
+        self._blocks[site.site] = memory.split(store.shape.block_bytes)
 
     def _make_slots(self) -> None:
         plan = plan_caches(self.sites, self.settings)
@@ -226,6 +241,14 @@ class ExpertBuffer:
         """Makes room for dispatches of that many (token, slot) rows."""
         for workspace in self._workspaces.values():
             workspace.reserve(num_rows)
+        for streamed in self._distinct_streamed():
+            streamed.reserve(min(num_rows, FEW_TOKENS * _MOST_TOP_K))
+
+    def _distinct_streamed(self) -> list[StreamedDispatch]:
+        return list({id(one): one for one in self._streamed.values()}.values())
+
+    def _spaces(self) -> list[Workspace | StreamedDispatch]:
+        return [*self._workspaces.values(), *self._distinct_streamed()]
 
     def reset(self) -> None:
         """Starts anew: empty caches (full ones where so set), no lookups, steps from 0."""
@@ -234,6 +257,8 @@ class ExpertBuffer:
         self._num_copies = self._copied_bytes = self._num_initial = 0
         for workspace in self._workspaces.values():
             workspace.wait_s, workspace.num_waits = 0.0, 0
+        for streamed in self._distinct_streamed():
+            streamed.wait_s, streamed.num_waits = 0.0, 0
         if self._residency is None:
             return
         if self._transfers is not None:
@@ -261,6 +286,13 @@ class ExpertBuffer:
             weights: [T, k].
         """
         place = self._by_id[site]
+        streamed = self._streamed.get(site)
+        if (
+            streamed is not None
+            and 0 < hidden.shape[0] <= FEW_TOKENS
+            and hidden.dtype == place.store.shape.dtype
+        ):
+            return self._run_streamed(place, streamed, hidden, ids, weights)
         workspace = self._workspace_of(place, hidden.dtype)
         given, slots, ends = workspace.sorted_rows(hidden, ids, place.store.num_experts)
         rows = self._run_blocks(place, given, ends, workspace)
@@ -279,6 +311,76 @@ class ExpertBuffer:
         workspace = self._workspace_of(place, rows.dtype)
         workspace.reserve(rows.shape[0])
         return self._run_blocks(place, rows, workspace.ends_on_host(ends), workspace)
+
+    def _run_streamed(
+        self,
+        place: BufferedSite,
+        streamed: StreamedDispatch,
+        hidden: torch.Tensor,
+        ids: torch.Tensor,
+        weights: torch.Tensor,
+    ) -> torch.Tensor:
+        """Runs a dispatch of a few tokens, several experts at a time."""
+        streamed.begin(hidden, ids, weights)
+        experts, rows = streamed.active()
+        if self._residency is None:
+            if experts:
+                blocks = self._blocks[place.site]
+                streamed.run(experts, [blocks[expert] for expert in experts])
+            return streamed.combined()
+        planned = self._residency.plan(place.site, experts, rows, self._rule)
+        self._log.append((self._step, place.site, planned, rows))
+        if planned:
+            self._run_pieces(place, streamed, planned, hidden)
+        return streamed.combined()
+
+    def _run_pieces(
+        self,
+        place: BufferedSite,
+        streamed: StreamedDispatch,
+        planned: list[Planned],
+        hidden: torch.Tensor,
+    ) -> None:
+        """Runs the pieces of a dispatch, copies as early as their slots allow.
+
+        The host has waited for the device, so that only readers of this dispatch are not done.
+        """
+        transfers, lane = self._transfers, self._host_lane
+        on_host = [step for step in planned if step.on_host]
+        if on_host:
+            assert lane is not None
+            lane.fetch([hidden])
+        pieces = pieces_of(planned, streamed=True)
+        asked = copies_of(planned, pieces)
+        if transfers is not None:
+            transfers.begin()
+        mark: Any = None
+        for piece, copies in zip(pieces, asked, strict=False):
+            assert transfers is not None
+            self._load_all(place, [planned[each] for each in copies], behind=mark)
+            steps = [planned[each] for each in piece]
+            slots = [step.slot for step in steps]
+            transfers.await_all(slots)
+            streamed.run([step.expert for step in steps], [transfers.slots[n] for n in slots])
+            mark = transfers.mark()
+        if asked[-1]:
+            self._load_all(place, [planned[each] for each in asked[-1]], behind=mark)
+        if on_host:
+            assert lane is not None
+            experts = [step.expert for step in on_host]
+            own = [streamed.slots_of(expert) for expert in experts]
+            rows = [[slot // streamed.top_k for slot in slots] for slots in own]
+            given = lane.compute(place, experts, rows)
+            streamed.put([slot for slots in own for slot in slots], torch.cat(given))
+
+    def _load_all(self, place: BufferedSite, steps: list[Planned], *, behind: Any) -> None:
+        if not steps:
+            return
+        assert self._transfers is not None
+        copies = [(step.slot, place.store.block(step.expert)) for step in steps]
+        self._transfers.load_all(copies, behind=behind)
+        self._num_copies += len(copies)
+        self._copied_bytes += sum(block.numel() for _, block in copies)
 
     def _run_blocks(
         self, place: BufferedSite, given: torch.Tensor, ends: list[int], workspace: Workspace
@@ -394,7 +496,7 @@ class ExpertBuffer:
             for step, count in zip(planned, rows, strict=True)
             if step.on_host
         ]
-        spaces = self._workspaces.values()
+        spaces = self._spaces()
         return BufferCounts(
             dispatches=len(self._log),
             lookups=len(every),
@@ -415,7 +517,7 @@ class ExpertBuffer:
             cache_bytes=self._cache_bytes,
             staging_bytes=self._staging_bytes,
             padding_bytes=self._padding_bytes,
-            workspace_bytes=sum(space.num_bytes for space in self._workspaces.values()),
+            workspace_bytes=sum(space.num_bytes for space in self._spaces()),
             host_bytes=sum(
                 memory.numel()
                 for memory in {
@@ -426,7 +528,7 @@ class ExpertBuffer:
 
     def workspace_growths(self) -> int:
         """Returns how often a workspace was taken anew; constant in steady state."""
-        return sum(space.num_growths for space in self._workspaces.values())
+        return sum(space.num_growths for space in self._spaces())
 
     def audit(self) -> list[tuple[int, int]]:
         """Compares every resident expert, as it lies in its slot, with the host's copy.
@@ -472,8 +574,29 @@ class ExpertBuffer:
             self._transfers.finish()
         self._views.clear()
         self._all.clear()
+        self._blocks.clear()
+        self._streamed.clear()
         self._pools.clear()
         self._transfers = None
+
+
+def _streamed_dispatches(
+    sites: Sequence[BufferedSite], device: torch.device
+) -> dict[int, StreamedDispatch]:
+    """Returns what runs small dispatches of the sites that allow it; one for sites of a shape."""
+    found: dict[int, StreamedDispatch] = {}
+    made: list[tuple[BlockShape, StreamedDispatch]] = []
+    most = max(site.store.num_experts for site in sites)
+    for site in sites:
+        shape = site.store.shape
+        if site.run is not None or not can_stream(shape, device):
+            continue
+        own = next((one for other, one in made if other == shape), None)
+        if own is None:
+            own = StreamedDispatch(shape, num_experts=most, device=device)
+            made.append((shape, own))
+        found[site.site] = own
+    return found
 
 
 class _HostLane:
@@ -526,10 +649,21 @@ class _HostLane:
         if self._fetched is not None:
             self._fetched.record(torch.cuda.current_stream(self._device))
 
-    def compute(self, place: BufferedSite, experts: list[int]) -> list[torch.Tensor]:
-        """Returns the fetched rows through their experts, on the device."""
+    def compute(
+        self, place: BufferedSite, experts: list[int], rows: list[list[int]] | None = None
+    ) -> list[torch.Tensor]:
+        """Returns the fetched rows through their experts, on the device.
+
+        Args:
+            place: The site.
+            experts: One per piece that was fetched.
+            rows: Where one piece was fetched for all: which of its rows each expert is given.
+        """
         if self._fetched is not None:
             self._fetched.synchronize()
+        if rows is not None:
+            (every,) = self._rows
+            self._rows = [every[own] for own in rows]
         total = sum(rows.shape[0] for rows in self._rows)
         results = self._buffer("results", total, self._rows[0])
         pieces = [

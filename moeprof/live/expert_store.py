@@ -59,24 +59,30 @@ class BlockShape:
         for name, shape in self.shapes.items():
             yield name, torch.Size(shape).numel() * self.itemsize
 
+    def offsets(self) -> dict[str, int]:
+        """Returns the bytes before each tensor of a block."""
+        found, start = {}, 0
+        for name, size in self._sizes():
+            found[name] = start
+            start += _aligned(size)
+        return found
+
     def views(self, block: Bytes) -> dict[str, torch.Tensor]:
         """Returns the tensors in a block, as views."""
-        views = {}
-        start = 0
-        for name, size in self._sizes():
-            views[name] = block[start : start + size].view(self.dtype).view(self.shapes[name])
-            start += _aligned(size)
-        return views
+        offsets = self.offsets()
+        return {
+            name: block[offsets[name] : offsets[name] + size].view(self.dtype).view(shape)
+            for (name, size), shape in zip(self._sizes(), self.shapes.values(), strict=True)
+        }
 
     def stacked_views(self, blocks: Bytes, num_experts: int) -> dict[str, torch.Tensor]:
         """Returns the tensors of all experts as views [experts, ...] of ``blocks``."""
         by_expert = blocks.view(num_experts, self.block_bytes)
         views = {}
-        start = 0
+        offsets = self.offsets()
         for name, size in self._sizes():
-            flat = by_expert[:, start : start + size].view(self.dtype)
+            flat = by_expert[:, offsets[name] : offsets[name] + size].view(self.dtype)
             views[name] = flat.view(num_experts, *self.shapes[name])
-            start += _aligned(size)
         return views
 
     def weights(self, block: Bytes) -> ExpertWeights:

@@ -191,8 +191,7 @@ class SettingRun:
         if isinstance(setting, GatingSetting):
             self._kernel: Callable[..., torch.Tensor] = kernel_named(setting.kernel)
             self._weights = {
-                site.site: site.store.all_weights(stack.device).contiguous()
-                for site in stack.sites
+                site.site: site.store.all_weights(stack.device).contiguous() for site in stack.sites
             }
             return
         settings = BufferSettings(

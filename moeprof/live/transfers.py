@@ -7,12 +7,15 @@ that it reads has arrived. Nothing waits on the host. Leaves out what is copied 
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
 from moeprof.live.expert_store import ALIGNMENT_BYTES, Bytes
+
+_NUM_EVENTS = 256
 
 
 def new_event() -> torch.cuda.Event:
@@ -38,6 +41,20 @@ class Transfers(Protocol):
 
     def release(self, slot: int) -> None:
         """Says that the last computation so far is a reader of the slot."""
+
+    def load_all(self, copies: Sequence[tuple[int, Bytes]], *, behind: Any = None) -> None:
+        """Starts copies into slots whose readers have all finished, but for those of ``behind``.
+
+        Args:
+            copies: Slots and blocks.
+            behind: A `mark` that the copies wait for.
+        """
+
+    def await_all(self, slots: Sequence[int]) -> None:
+        """Makes computations that follow wait for the copies into slots."""
+
+    def mark(self) -> Any:
+        """Returns a mark behind the last computation so far."""
 
     def finish(self) -> None:
         """Waits on the host until every copy has arrived."""
@@ -66,6 +83,17 @@ class HostTransfers:
     def release(self, slot: int) -> None:
         """Does nothing: the computation is done."""
 
+    def load_all(self, copies: Sequence[tuple[int, Bytes]], *, behind: Any = None) -> None:
+        """Copies."""
+        for slot, block in copies:
+            self.load(slot, block)
+
+    def await_all(self, slots: Sequence[int]) -> None:
+        """Does nothing: the copies are done."""
+
+    def mark(self) -> None:
+        """Does nothing: the computation is done."""
+
     def finish(self) -> None:
         """Does nothing."""
 
@@ -83,8 +111,10 @@ class CudaTransfers:
         self._copies = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self._arrived = [new_event() for _ in slots]
         self._read = [new_event() for _ in slots]
-        self._is_pending = [False] * len(slots)
         self._is_read = [False] * len(slots)
+        # The event that says that the copy into a slot has arrived, until a reader has waited.
+        self._pending: dict[int, torch.cuda.Event] = {}
+        self._turns = itertools.cycle([new_event() for _ in range(_NUM_EVENTS)])
         # The slots' memory may have been somebody else's on the stream that made them.
         torch.cuda.synchronize(device)
         self._compute = torch.cuda.current_stream(device)
@@ -104,18 +134,46 @@ class CudaTransfers:
         with torch.cuda.stream(self._copies):
             self.slots[slot][: block.numel()].copy_(block, non_blocking=True)
         self._arrived[slot].record(self._copies)
-        self._is_pending[slot] = True
+        self._pending[slot] = self._arrived[slot]
 
     def await_load(self, slot: int) -> None:
         """Lets the computing stream wait."""
-        if self._is_pending[slot]:
-            self._compute.wait_event(self._arrived[slot])
-            self._is_pending[slot] = False
+        arrived = self._pending.pop(slot, None)
+        if arrived is not None:
+            self._compute.wait_event(arrived)
 
     def release(self, slot: int) -> None:
         """Marks the computing stream."""
         self._read[slot].record(self._compute)
         self._is_read[slot] = True
+
+    def load_all(self, copies: Sequence[tuple[int, Bytes]], *, behind: Any = None) -> None:
+        """Starts copies, with one event for all of them."""
+        if not copies:
+            return
+        if behind is not None:
+            self._copies.wait_event(behind)
+        with torch.cuda.stream(self._copies):
+            for slot, block in copies:
+                self.slots[slot][: block.numel()].copy_(block, non_blocking=True)
+        # An event may be in use still: waiting for its later record is waiting too long, no more.
+        arrived = next(self._turns)
+        arrived.record(self._copies)
+        for slot, _ in copies:
+            self._pending[slot] = arrived
+            self._is_read[slot] = False
+
+    def await_all(self, slots: Sequence[int]) -> None:
+        """Lets the computing stream wait, once per event."""
+        found = [self._pending.pop(slot, None) for slot in slots]
+        for arrived in {id(one): one for one in found if one is not None}.values():
+            self._compute.wait_event(arrived)
+
+    def mark(self) -> torch.cuda.Event:
+        """Marks the computing stream."""
+        marked = next(self._turns)
+        marked.record(self._compute)
+        return marked
 
     def finish(self) -> None:
         """Waits for the stream of copies."""

@@ -76,7 +76,7 @@ def _stream(
 
 
 @triton.jit
-def _some_rows(source, start, TOKENS: tl.constexpr, ROWS: tl.constexpr):
+def some_rows(source, start, TOKENS: tl.constexpr, ROWS: tl.constexpr):
     """Returns (token, source) of the matches from ``start`` on, ROWS of them, and which exist."""
     token = tl.arange(0, TOKENS)
     place = tl.cumsum((source >= 0).to(tl.int32), 0) - 1
@@ -88,20 +88,18 @@ def _some_rows(source, start, TOKENS: tl.constexpr, ROWS: tl.constexpr):
 
 
 @triton.jit
-def _columns_in(
-    hidden, ids, w_in, b_in, inner, expert, token, valid, column, is_column, D_FF,
+def columns_in(
+    hidden, ids, matrix, bias, inner, expert, token, valid, column, is_column, D_FF,
     D_MODEL: tl.constexpr, TOP_K: tl.constexpr, COLUMNS: tl.constexpr, DEPTH_STEP: tl.constexpr,
     ROWS: tl.constexpr, GATED: tl.constexpr, BIAS: tl.constexpr, ACTIVATION: tl.constexpr,
 ):  # fmt: skip
     """First product, bias and activation of one expert's rows, for some columns."""
-    rows_in = D_FF * 2 if GATED else D_FF
-    matrix = w_in + expert.to(tl.int64) * rows_in * D_MODEL
     value = _stream(
         hidden, token, valid, matrix, column, is_column, D_MODEL, DEPTH_STEP, COLUMNS, ROWS
     )
     if BIAS:
-        bias = tl.load(b_in + expert * rows_in + column, mask=is_column, other=0.0)
-        value += bias.to(tl.float32)[:, None]
+        added = tl.load(bias + column, mask=is_column, other=0.0)
+        value += added.to(tl.float32)[:, None]
     value = activated(value, ACTIVATION)
     if GATED:
         up = _stream(
@@ -109,8 +107,8 @@ def _columns_in(
             ROWS,
         )  # fmt: skip
         if BIAS:
-            bias = tl.load(b_in + expert * rows_in + D_FF + column, mask=is_column, other=0.0)
-            up += bias.to(tl.float32)[:, None]
+            added_up = tl.load(bias + D_FF + column, mask=is_column, other=0.0)
+            up += added_up.to(tl.float32)[:, None]
         value = value * up
     value = value.to(inner.dtype.element_ty)
     for slot in tl.static_range(TOP_K):
@@ -121,7 +119,7 @@ def _columns_in(
 
 
 @triton.jit
-def _chosen_by(ids, expert, num_tokens, TOP_K: tl.constexpr, TOKENS: tl.constexpr):
+def chosen_by(ids, expert, num_tokens, TOP_K: tl.constexpr, TOKENS: tl.constexpr):
     """Returns each token's first flat slot that has the expert, or -1."""
     token = tl.arange(0, TOKENS)
     source = tl.zeros((TOKENS,), dtype=tl.int32) - 1
@@ -148,30 +146,34 @@ def _few_in(
     nth, tile = tl.program_id(0) // num_tiles, tl.program_id(0) % num_tiles
     expert, _active = _nth_active(ids, nth, num_tokens * TOP_K, num_experts, SLOTS, EXPERTS)
     if expert >= 0:
+        rows_in = D_FF * 2 if GATED else D_FF
+        matrix = w_in + expert.to(tl.int64) * rows_in * D_MODEL
+        bias = b_in
+        if BIAS:
+            bias = b_in + expert * rows_in
         column = tile * COLUMNS + tl.arange(0, COLUMNS)
-        source = _chosen_by(ids, expert, num_tokens, TOP_K, TOKENS)
+        source = chosen_by(ids, expert, num_tokens, TOP_K, TOKENS)
         for start in range(0, tl.sum((source >= 0).to(tl.int32)), ROWS):
-            token, _source, valid = _some_rows(source, start, TOKENS, ROWS)
-            _columns_in(
-                hidden, ids, w_in, b_in, inner, expert, token, valid, column, column < D_FF, D_FF,
+            token, _source, valid = some_rows(source, start, TOKENS, ROWS)
+            columns_in(
+                hidden, ids, matrix, bias, inner, expert, token, valid, column, column < D_FF, D_FF,
                 D_MODEL, TOP_K, COLUMNS, DEPTH_STEP, ROWS, GATED, BIAS, ACTIVATION,
             )  # fmt: skip
 
 
 @triton.jit
-def _columns_out(
-    inner, ids, w_out, b_out, rows_out, expert, source, token, valid, column, is_column, D_MODEL,
+def columns_out(
+    inner, ids, matrix, bias, rows_out, expert, source, token, valid, column, is_column, D_MODEL,
     D_FF: tl.constexpr, TOP_K: tl.constexpr, COLUMNS: tl.constexpr, DEPTH_STEP: tl.constexpr,
     ROWS: tl.constexpr, BIAS: tl.constexpr,
 ):  # fmt: skip
     """Second product and bias of one expert's rows, for some columns."""
-    matrix = w_out + expert.to(tl.int64) * D_MODEL * D_FF
     value = _stream(
         inner, source, valid, matrix, column, is_column, D_FF, DEPTH_STEP, COLUMNS, ROWS
     )
     if BIAS:
-        bias = tl.load(b_out + expert * D_MODEL + column, mask=is_column, other=0.0)
-        value += bias.to(tl.float32)[:, None]
+        added = tl.load(bias + column, mask=is_column, other=0.0)
+        value += added.to(tl.float32)[:, None]
     for slot in tl.static_range(TOP_K):
         chosen = tl.load(ids + token * TOP_K + slot, mask=valid, other=-1)
         here = valid & (chosen == expert)
@@ -194,13 +196,17 @@ def _few_out(
     token = tl.arange(0, TOKENS)
     is_last = (num_active == 0) & (nth == 0)
     if expert >= 0:
-        source = _chosen_by(ids, expert, num_tokens, TOP_K, TOKENS)
+        matrix = w_out + expert.to(tl.int64) * D_MODEL * D_FF
+        bias = b_out
+        if BIAS:
+            bias = b_out + expert * D_MODEL
+        source = chosen_by(ids, expert, num_tokens, TOP_K, TOKENS)
         if DEPENDENT:
             tl.extra.cuda.gdc_wait()
         for start in range(0, tl.sum((source >= 0).to(tl.int32)), ROWS):
-            some, some_source, valid = _some_rows(source, start, TOKENS, ROWS)
-            _columns_out(
-                inner, ids, w_out, b_out, rows_out, expert, some_source, some, valid, column,
+            some, some_source, valid = some_rows(source, start, TOKENS, ROWS)
+            columns_out(
+                inner, ids, matrix, bias, rows_out, expert, some_source, some, valid, column,
                 is_column, D_MODEL, D_FF, TOP_K, COLUMNS, DEPTH_STEP, ROWS, BIAS,
             )  # fmt: skip
         # All of this program's rows must be visible before it counts as finished.

@@ -8,6 +8,7 @@ graphs.
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 
 import torch
@@ -57,14 +58,22 @@ def can_fuse(hidden: torch.Tensor, experts: ExpertWeights) -> bool:
     of the same type on the same device, and widths that are multiples of 8 (the copy engine moves
     16 bytes at least).
     """
-    if hidden.device.type != "cuda" or hidden.dtype not in _TYPES:
-        return False
-    if importlib.util.find_spec("triton") is None:
-        return False
-    if torch.cuda.get_device_capability(hidden.device) < _CAPABILITY:
+    if not suits_device(hidden.device, hidden.dtype):
         return False
     same = experts.w_in.dtype == hidden.dtype and experts.w_in.device == hidden.device
     return same and fits(experts)
+
+
+def suits_device(device: torch.device, dtype: torch.dtype) -> bool:
+    """Returns True where the Triton kernels run on a device with numbers of a type."""
+    if device.type != "cuda" or dtype not in _TYPES:
+        return False
+    return _has_triton() and torch.cuda.get_device_capability(device) >= _CAPABILITY
+
+
+@functools.cache
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
 
 
 def fits(experts: ExpertWeights) -> bool:

@@ -31,7 +31,7 @@ def static_mask(
     if not len(hidden):
         return hidden.clone()
     slots = hidden.shape[0] if capacity is None else capacity
-    combine = _combine_mask(expert_ids, weights, experts.num_experts, slots)
+    combine = combine_mask(expert_ids, weights, experts.num_experts, slots)
     dispatch = combine.bool().to(hidden.dtype)
     flat = combine.to(hidden.dtype).view(hidden.shape[0], -1)
     sent = dispatch.view(hidden.shape[0], -1).t() @ hidden
@@ -70,7 +70,7 @@ def static_grouped(
         weights = torch.cat([weights, weights.new_zeros(missing, weights.shape[1])])
     combine = torch.stack(
         [
-            _combine_mask(ids, gates, experts.num_experts, slots)
+            combine_mask(ids, gates, experts.num_experts, slots)
             for ids, gates in zip(
                 torch.split(expert_ids, group), torch.split(weights, group), strict=True
             )
@@ -120,7 +120,7 @@ def static_index(
     return out.to(hidden.dtype)
 
 
-def _combine_mask(
+def combine_mask(
     expert_ids: torch.Tensor, weights: torch.Tensor, num_experts: int, capacity: int
 ) -> torch.Tensor:
     """Returns the weights as [T, num_experts, capacity] in single precision or better.

@@ -33,3 +33,26 @@ def pieces_of(planned: Sequence[Planned], *, streamed: bool) -> list[list[int]]:
         level[place] = own
         pieces.setdefault(own, []).append(place)
     return [pieces[own] for own in sorted(pieces)]
+
+
+def copies_of(planned: Sequence[Planned], pieces: Sequence[Sequence[int]]) -> list[list[int]]:
+    """Returns the places whose copies are asked for before each piece, and after the last.
+
+    A copy is asked for as soon as the piece that reads what lies in its slot was launched; then in
+    order of the pieces that read it. Copies for later lookups alone (the host computes) come last.
+
+    Args:
+        planned: The lookups of a dispatch.
+        pieces: As `pieces_of` returns them.
+
+    Returns:
+        One list per piece, and one more.
+    """
+    piece_of = {place: index for index, piece in enumerate(pieces) for place in piece}
+    found: list[list[int]] = [[] for _ in range(len(pieces) + 1)]
+    for place in sorted(piece_of, key=lambda place: (piece_of[place], place)):
+        step = planned[place]
+        if step.loads:
+            found[0 if step.after == AT_ONCE else piece_of[step.after] + 1].append(place)
+    found[-1] += [place for place, step in enumerate(planned) if step.on_host and step.loads]
+    return found

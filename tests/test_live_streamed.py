@@ -1,0 +1,198 @@
+"""Dispatches run piece by piece: their kernels, and the buffer that uses them."""
+
+from __future__ import annotations
+
+import importlib.util
+
+import pytest
+import torch
+
+from moeprof.live import expert_buffer
+from moeprof.live.expert_buffer import BufferedSite, BufferSettings, ExpertBuffer
+from moeprof.live.expert_store import store_of_weights
+from moeprof.live.experts import random_experts
+from moeprof.live.kernels import dynamic_loop
+from moeprof.replay.cache.pieces import copies_of, pieces_of
+from moeprof.replay.cache.residency import AT_ONCE, NO_SLOT, Planned
+
+HAS_TRITON = importlib.util.find_spec("triton") is not None
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+# Triton's interpreter multiplies no bfloat16.
+HALF = torch.float16
+TOLERANCE = 2e-3
+
+needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed")
+pytestmark = pytest.mark.filterwarnings("ignore:divide by zero encountered:RuntimeWarning")
+
+
+def hit(expert, slot):
+    return Planned(expert, True, slot, False, False, AT_ONCE)
+
+
+def load(expert, slot, after=AT_ONCE, *, on_host=False):
+    return Planned(expert, False, slot, True, on_host, after)
+
+
+def test_hits_run_first_and_copies_are_asked_for_as_early_as_slots_allow():
+    planned = [load(0, 3), hit(1, 0), load(2, 0, after=1), load(3, 0, after=2), hit(4, 1)]
+    pieces = pieces_of(planned, streamed=True)
+    assert pieces == [[1, 4], [0, 2], [3]]
+    # At once; when the hits were launched; when the second piece was; nothing is left.
+    assert copies_of(planned, pieces) == [[0], [2], [3], []]
+
+
+def test_the_host_s_experts_are_in_no_piece_and_their_copies_come_last():
+    planned = [
+        load(0, 2, on_host=True),
+        hit(1, 0),
+        Planned(2, False, NO_SLOT, False, True, AT_ONCE),
+    ]
+    pieces = pieces_of(planned, streamed=True)
+    assert pieces == [[1]]
+    assert copies_of(planned, pieces) == [[], [0]]
+
+
+def test_one_by_one_every_lookup_is_a_piece():
+    planned = [load(0, 3), hit(1, 0), load(2, 0, after=1)]
+    pieces = pieces_of(planned, streamed=False)
+    assert pieces == [[0], [1], [2]]
+    assert copies_of(planned, pieces) == [[0], [], [2], []]
+
+
+def sites_of(num_sites, num_experts, *, gated, bias):
+    return [
+        BufferedSite(
+            site=site,
+            stack="decoder",
+            layer=site,
+            store=store_of_weights(
+                random_experts(
+                    num_experts=num_experts, d_model=32, d_ff=48, gated=gated, bias=bias,
+                    activation="silu" if gated else "relu", dtype=HALF, seed=site,
+                ),
+                pinned=DEVICE == "cuda",
+            ),
+        )
+        for site in range(num_sites)
+    ]  # fmt: skip
+
+
+def dispatches(num, num_tokens, num_experts, top_k, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    for _ in range(num):
+        hidden = torch.randn(num_tokens, 32, generator=generator).to(DEVICE, HALF)
+        scores = torch.rand(num_tokens, num_experts, generator=generator)
+        ids = scores.topk(top_k, dim=1).indices
+        ids = ids.masked_fill(torch.rand(ids.shape, generator=generator) < 0.1, -1)
+        weights = torch.rand(num_tokens, top_k, generator=generator)
+        yield hidden, ids.to(DEVICE), weights.to(DEVICE, HALF)
+
+
+def error(found, expected):
+    return float((found.double() - expected.double()).norm() / expected.double().norm())
+
+
+@pytest.fixture
+def streaming(monkeypatch):
+    """Streams on any device, and says how often."""
+    launched = []
+    original = expert_buffer.StreamedDispatch.run
+
+    def run(self, experts, blocks):
+        launched.append(list(experts))
+        original(self, experts, blocks)
+
+    monkeypatch.setattr(expert_buffer, "can_stream", lambda *_: True)
+    monkeypatch.setattr(expert_buffer.StreamedDispatch, "run", run)
+    return launched
+
+
+@needs_triton
+@pytest.mark.parametrize(("gated", "bias"), [(True, False), (False, True)])
+@pytest.mark.parametrize("num_tokens", [1, 3, 20])
+def test_all_experts_on_the_device(streaming, gated, bias, num_tokens):
+    sites = sites_of(2, 6, gated=gated, bias=bias)
+    buffer = ExpertBuffer(sites, BufferSettings(capacity=None), device=DEVICE)
+    for site in (0, 1):
+        experts = sites[site].store.all_weights(DEVICE)
+        for hidden, ids, weights in dispatches(3, num_tokens, 6, 2, seed=site):
+            out = buffer.run(site, hidden, ids, weights)
+            expected = dynamic_loop(
+                hidden.double(), ids, weights.double(), experts.to(dtype=torch.float64)
+            )
+            assert out.dtype == HALF
+            assert error(out, expected) < TOLERANCE
+    assert streaming
+    buffer.close()
+
+
+@needs_triton
+@pytest.mark.parametrize("policy", ["lru", "lfu", "paper", "fifo"])
+@pytest.mark.parametrize("capacity", [1, 2, 5])
+def test_a_buffer_puts_out_the_same_bits(streaming, policy, capacity):
+    sites = sites_of(2, 6, gated=True, bias=False)
+    whole = ExpertBuffer(sites, BufferSettings(capacity=None), device=DEVICE)
+    buffer = ExpertBuffer(sites, BufferSettings(capacity=capacity, policy=policy), device=DEVICE)
+    one_by_one = []
+    for index, (hidden, ids, weights) in enumerate(dispatches(8, 2, 6, 2)):
+        site = index % 2
+        expected = whole.run(site, hidden, ids, weights)
+        streaming.clear()
+        assert torch.equal(buffer.run(site, hidden, ids, weights), expected)
+        run = [expert for piece in streaming for expert in piece]
+        assert sorted(run) == sorted(set(ids[ids >= 0].tolist()))
+        one_by_one.append(len(run))
+        assert len(streaming) <= len(run)
+    assert buffer.audit() == []
+    assert max(one_by_one) > 1
+    counts = buffer.counts()
+    assert counts.hits + counts.copies == counts.lookups
+    whole.close()
+    buffer.close()
+
+
+@needs_triton
+@pytest.mark.parametrize(("miss", "host_rows"), [("host", 1), ("split", 1), ("split", 2)])
+def test_experts_on_the_host_are_put_among_the_rest(streaming, miss, host_rows):
+    sites = sites_of(1, 8, gated=False, bias=True)
+    whole = ExpertBuffer(sites, BufferSettings(capacity=None), device=DEVICE)
+    buffer = ExpertBuffer(
+        sites, BufferSettings(capacity=3, policy="lru", miss=miss, host_rows=host_rows),
+        device=DEVICE,
+    )  # fmt: skip
+    for hidden, ids, weights in dispatches(6, 5, 8, 2):
+        expected = whole.run(0, hidden, ids, weights)
+        assert error(buffer.run(0, hidden, ids, weights), expected) < TOLERANCE
+    assert buffer.counts().host_experts > 0
+    assert buffer.audit() == []
+    whole.close()
+    buffer.close()
+
+
+@needs_triton
+def test_nothing_executed_is_zero_and_large_dispatches_go_the_other_way(streaming):
+    sites = sites_of(1, 4, gated=True, bias=False)
+    buffer = ExpertBuffer(sites, BufferSettings(capacity=2), device=DEVICE)
+    ((hidden, ids, weights),) = dispatches(1, 3, 4, 2)
+    assert not buffer.run(0, hidden, torch.full_like(ids, -1), weights).any()
+    assert not streaming
+    ((hidden, ids, weights),) = dispatches(1, 65, 4, 2)
+    assert buffer.run(0, hidden, ids, weights).any()
+    assert not streaming
+    buffer.close()
+
+
+@needs_triton
+def test_a_wrong_slot_map_shows(streaming):
+    sites = sites_of(1, 4, gated=True, bias=False)
+    whole = ExpertBuffer(sites, BufferSettings(capacity=None), device=DEVICE)
+    buffer = ExpertBuffer(sites, BufferSettings(capacity=4), device=DEVICE)
+    every = list(dispatches(4, 4, 4, 2))
+    for given in every:
+        assert torch.equal(buffer.run(0, *given), whole.run(0, *given))
+    first, second = buffer.resident_experts()[:2]
+    buffer.misplace(first, second)
+    assert len(buffer.audit()) == 2
+    assert not all(torch.equal(buffer.run(0, *given), whole.run(0, *given)) for given in every)
+    whole.close()
+    buffer.close()

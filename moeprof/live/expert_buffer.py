@@ -212,7 +212,7 @@ class ExpertBuffer:
         store = site.store
         memory = store.memory.to(self.device)
         self._all[site.site] = store.shape.stacked_weights(memory, store.num_experts)
-        self._blocks[site.site] = memory.split(store.shape.block_bytes)
+        self._blocks[site.site] = torch.split(memory, store.shape.block_bytes)
 
     def _make_slots(self) -> None:
         plan = plan_caches(self.sites, self.settings)

@@ -31,6 +31,7 @@ from analysis.live_evidence import (
     best_of,
     breakdown_rows,
     buffering_rows,
+    buffering_study,
     gains,
     headline_rows,
     kernel_rows,
@@ -366,7 +367,7 @@ def draw_buffering(evidence: Evidence, path: Path) -> None:
         memory.set_title("experts on the GPU, GiB")
         figure.suptitle(
             "Live expert buffering, geometry and recorded routing of Qwen3-30B-A3B, one "
-            f"{_device(evidence.buffering)}",
+            f"{_device(buffering_study(evidence.buffering))}",
             x=0.008, ha="left", fontsize=11.5, fontweight="bold",
         )  # fmt: skip
         save(figure, path)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -25,7 +25,9 @@ FILES: Mapping[str, str] = MappingProxyType(
         "headline": "paper_headline.json",
         "kernels": "gating_kernels.json",
         "buffering": "buffering_live.json",
+        "checks": "buffering_checks.json",
         "twin": "twin_lm.json",
+        "twin_mt": "twin_mt.json",
     }
 )
 _NEEDED: Mapping[str, tuple[str, ...]] = MappingProxyType(
@@ -33,10 +35,37 @@ _NEEDED: Mapping[str, tuple[str, ...]] = MappingProxyType(
         "headline": ("config", "routing", "weight_bytes", "rows", "breakdown", "headline"),
         "kernels": ("check", "ceilings", "routing", "rows"),
         "buffering": ("studies",),
+        "checks": ("studies",),
         "twin": ("config", "text", "learned", "held_out", "recorded", "routing"),
+        "twin_mt": ("config", "text", "learned", "held_out", "recorded", "routing", "beside"),
     }
 )
+_BY_STUDY = ("buffering", "checks")
+"""Results whose studies may come from several runs: each says its own command and device."""
 _ALWAYS = ("command", "date", "hardware", "versions")
+ADDITIONAL_FILES: Mapping[str, str] = MappingProxyType(
+    {
+        "predictions": "prediction_quality.json",
+        "latency": "memory_latency.json",
+        "parallel": "expert_parallel.json",
+        "mt": "mt_headline.json",
+    }
+)
+"""Results that the page takes where they are there."""
+_ADDITIONAL_NEEDED: Mapping[str, tuple[str, ...]] = MappingProxyType(
+    {
+        "predictions": (
+            "command", "sources", "counts", "all", "groups", "regret", "not_measured", "goals",
+            "rows",
+        ),
+        "latency": (
+            "command", "sources", "percentile", "routing", "predicted", "measured", "frontier",
+            "token_major", "hit_rate_alone", "recommended", "budget_bytes", "calibrated_on",
+        ),
+        "parallel": (*_ALWAYS, "num_ranks", "kernel", "all_to_all", "traces"),
+        "mt": _ALWAYS,
+    }
+)  # fmt: skip
 
 GATINGS: Mapping[str, str] = MappingProxyType(
     {
@@ -77,34 +106,50 @@ GOAL_LINK_ERROR = 0.02
 
 @dataclass(frozen=True, kw_only=True)
 class Evidence:
-    """The four results, as they were written.
+    """The results, as they were written.
 
     Attributes:
         headline: The founding paper's language model, whole.
         kernels: Gating kernels against the floor.
         buffering: Live expert buffering.
-        twin: The model whose routing drove them.
+        checks: Live expert buffering at more settings, in a run whose times were disturbed.
+        twin: The model whose routing drove the paper's language model.
+        twin_mt: The same for its translation model.
+        additions: Those of `ADDITIONAL_FILES` that are there, by name.
     """
 
     headline: Mapping[str, Any]
     kernels: Mapping[str, Any]
     buffering: Mapping[str, Any]
+    checks: Mapping[str, Any]
     twin: Mapping[str, Any]
+    twin_mt: Mapping[str, Any]
+    additions: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
 
 def read_evidence(folder: Path = RESULTS) -> Evidence:
     """Reads the results.
 
     Args:
-        folder: Where the files named in `FILES` lie.
+        folder: Where the files named in `FILES`, and perhaps in `ADDITIONAL_FILES`, lie.
 
     Raises:
         MoeprofError: One is missing, is no JSON or lacks a field.
     """
-    return Evidence(**{name: _read(folder / file, name) for name, file in FILES.items()})
+    return Evidence(
+        **{
+            name: _read(folder / file, (*(() if name in _BY_STUDY else _ALWAYS), *_NEEDED[name]))
+            for name, file in FILES.items()
+        },
+        additions={
+            name: _read(folder / file, _ADDITIONAL_NEEDED[name])
+            for name, file in ADDITIONAL_FILES.items()
+            if (folder / file).exists()
+        },
+    )
 
 
-def _read(path: Path, name: str) -> Mapping[str, Any]:
+def _read(path: Path, needed: Sequence[str]) -> Mapping[str, Any]:
     hint = "analysis/gpu/ holds the script that measures it on a GPU"
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
@@ -112,11 +157,15 @@ def _read(path: Path, name: str) -> Mapping[str, Any]:
         raise MoeprofError(f"there is no {path}", hint=hint) from error
     except (OSError, ValueError) as error:
         raise MoeprofError(f"cannot read {path}: {error}", hint=hint) from error
-    lacking = [
-        field
-        for field in (*_ALWAYS, *_NEEDED[name])
-        if not isinstance(data, dict) or field not in data
-    ]
+    known: Mapping[str, Any] = data if isinstance(data, dict) else {}
+    lacking = [each for each in needed if each not in known]
+    if "studies" in needed:
+        lacking += [
+            f"{each} of {name}"
+            for name, study in known.get("studies", {}).items()
+            for each in _ALWAYS
+            if each not in study
+        ]
     if lacking:
         raise MoeprofError(f"{path} lacks {', '.join(lacking)}", hint=hint)
     return data
@@ -318,19 +367,42 @@ def breakdown_rows(headline: Mapping[str, Any]) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
+LOAD = "load"
+QWEN_STUDY = "qwen3-30b-a3b"
+STUDIES: Mapping[str, str] = MappingProxyType(
+    {
+        QWEN_STUDY: "Qwen3-30B-A3B geometry",
+        "mt-decoder": "the paper's MT decoder",
+        "zoo-lm": "zoo:lm",
+    }
+)
+"""What each study of live buffering is called."""
+
+
 def buffering_study(buffering: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Returns the study of Qwen3-30B-A3B's geometry."""
-    name = "qwen3-30b-a3b"
-    if name not in buffering["studies"]:
-        raise MoeprofError(f"{FILES['buffering']} lacks the study {name}")
-    study: Mapping[str, Any] = buffering["studies"][name]
+    """Returns the study of Qwen3-30B-A3B's geometry, with its own command, date and device."""
+    if QWEN_STUDY not in buffering["studies"]:
+        raise MoeprofError(f"{FILES['buffering']} lacks the study {QWEN_STUDY}")
+    study: Mapping[str, Any] = buffering["studies"][QWEN_STUDY]
     return study
 
 
 def buffering_rows(buffering: Mapping[str, Any]) -> pd.DataFrame:
-    """Returns one row per setting, the model without a buffer first; ms of decode steps."""
+    """Returns the policies at the first capacity, the model without a buffer before them.
+
+    Of Qwen3-30B-A3B's geometry; every miss is loaded. Times are ms of decode steps. Every setting
+    of every study is in `buffering_matrix`.
+    """
     study = buffering_study(buffering)
-    settings = [study["unbuffered"], *study["settings"]]
+    first = study["settings"][0]["capacity"]
+    settings = [
+        study["unbuffered"],
+        *(
+            row
+            for row in study["settings"]
+            if row["capacity"] == first and row.get("miss", LOAD) == LOAD
+        ),
+    ]
     rows = []
     for row in settings:
         buffered = row is not settings[0]
@@ -367,28 +439,92 @@ def buffering_rows(buffering: Mapping[str, Any]) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
+def buffering_matrix(buffering: Mapping[str, Any]) -> pd.DataFrame:
+    """Returns one row per study, capacity, policy and miss action: what was checked, what held.
+
+    A check that was not looked at is None. ``link_error`` is the largest of the repetitions, and
+    ``link_error_net`` the same less the bytes that the run without a buffer receives: commands,
+    ids, whatever is no expert.
+    """
+    rows = []
+    for name, study in buffering["studies"].items():
+        received = _link_bytes(study["unbuffered"])
+        overhead = study["link_bytes_per_byte_copied"]
+        for row in study["settings"]:
+            errors = row.get("link_errors") or [math.nan]
+            copied = row["copied_bytes"] * (overhead or math.nan)
+            own = float(np.median(received)) / copied if received and copied else math.nan
+            control = row.get("wrong_expert_on_host")
+            rows.append(
+                {
+                    "study": STUDIES.get(name, name),
+                    "policy": row["policy"],
+                    "miss": row["miss"],
+                    "capacity": row["capacity"],
+                    "experts_per_layer": study["experts_per_layer_here"],
+                    "hit_rate": row["hit_rate"],
+                    "lookups": row["lookups"],
+                    "copies": row["copies"],
+                    "outputs_hold": row["outputs_hold"],
+                    "outputs_compared": row["outputs_compared"],
+                    "wrong_expert_noticed": (
+                        None if control is None else not control["comparison_holds"]
+                    ),
+                    "lookups_equal_replay": row["lookups_equal_replay"],
+                    "slots_intact": row["slots_broken"] == 0,
+                    "profiler_copies_equal": row.get("profiler", {}).get("holds"),
+                    "no_allocations": row["allocations_in_steady_state"] == 0,
+                    "memory_as_predicted": row["requested_as_predicted"],
+                    "link_error": max(errors),
+                    "link_error_net": max(abs(error - own) for error in errors),
+                }
+            )
+    return pd.DataFrame(rows)
+
+
+def _link_bytes(unbuffered: Mapping[str, Any]) -> list[int]:
+    """Returns the bytes received in the repetitions without a buffer, where they were counted."""
+    every = unbuffered.get("link_bytes") or [
+        each["link_bytes"] for each in unbuffered.get("repetitions", ())
+    ]
+    return [count for count in every if count is not None]
+
+
 def checks_held(buffering: Mapping[str, Any]) -> dict[str, bool]:
-    """Returns each check of the buffered runs and whether it held in every setting."""
-    rows = buffering_rows(buffering)
-    own = rows[rows["policy"] != rows["policy"].iloc[0]]
-    wrong = buffering_study(buffering)["wrong_slot_map"]
-    return {
-        "outputs bit-equal to the model without a buffer": bool(own["outputs_bit_equal"].all()),
-        "lookups equal to the sequential replay, row by row": bool(
-            own["lookups_equal_replay"].all()
+    """Returns each check of the buffered runs and whether it held in every setting of every study.
+
+    Checks that no setting has are left out.
+    """
+    rows = buffering_matrix(buffering)
+    loaded = rows["miss"] == LOAD
+
+    def held(column: str, chosen: pd.Series[bool] | None = None) -> bool | None:
+        looked = (rows if chosen is None else rows[chosen])[column].dropna()
+        return None if looked.empty else bool(looked.astype(bool).all())
+
+    on_host = held("outputs_hold", ~loaded)
+    noticed = held("wrong_expert_noticed", ~loaded)
+    wrong = [study["wrong_slot_map"] for study in buffering["studies"].values()]
+    errors = rows["link_error_net"].dropna()
+    found = {
+        "outputs bit-equal to the model without a buffer": held("outputs_hold", loaded),
+        "outputs of experts computed on the host within rounding, and outside it with wrong "
+        "experts": None if on_host is None else on_host and noticed is True,
+        "lookups equal to the sequential replay, row by row": held("lookups_equal_replay"),
+        "copies and bytes counted by the profiler equal to the predicted misses, per step": held(
+            "profiler_copies_equal"
         ),
-        "copies and bytes counted by the profiler equal to the predicted misses, per step": bool(
-            own["profiler_copies_equal"].all()
+        "bytes counted by the PCIe counters within 2% of the copies": (
+            None if errors.empty else bool((errors <= GOAL_LINK_ERROR).all())
         ),
-        "bytes counted by the PCIe counters within 2% of the copies": bool(
-            (own["link_error"] <= GOAL_LINK_ERROR).all()
-        ),
-        "memory asked for as predicted, to the byte": bool(own["memory_as_predicted"].all()),
-        "no allocation in steady state": bool((own["allocations_in_steady_state"] == 0).all()),
-        "a slot map made wrong on purpose changes the outputs": bool(
-            wrong["held_before"] and wrong["outputs_differ_after"]
+        "memory asked for as predicted, to the byte": held("memory_as_predicted"),
+        "no allocation in steady state": held("no_allocations"),
+        "a slot map made wrong on purpose changes the outputs": all(
+            each is not None and each["held_before"] and each["outputs_differ_after"]
+            for each in wrong
         ),
     }
+    return {name: ok for name, ok in found.items() if ok is not None}
 
 
 def held_out_rows(twin: Mapping[str, Any]) -> pd.DataFrame:

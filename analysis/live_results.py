@@ -3,8 +3,8 @@
     python -m analysis.live_results [-o OUT] [--results DIR] [--figure FILE]
 
 Reads DIR/*.json (analysis/results: the founding paper's language model whole, gating kernels, live
-expert buffering, the routing twin) and writes OUT/live-results.html, .md and .json, the rows behind
-it as CSV, its figures as PNG, and the README's table (OUT/readme-table.md). ``--figure
+expert buffering, both routing twins) and writes OUT/live-results.html, .md and .json, the rows
+behind it as CSV, its figures as PNG, and the README's table (OUT/readme-table.md). ``--figure
 docs/measured.png`` draws the README's figure. Nothing is measured here: each part names the device,
 the date and the command that measured it.
 """
@@ -24,6 +24,7 @@ from analysis.live_evidence import (
     RESULTS,
     Evidence,
     breakdown_rows,
+    buffering_matrix,
     buffering_rows,
     headline_rows,
     held_out_rows,
@@ -56,8 +57,9 @@ def results_page(evidence: Evidence) -> Report:
     parts = [
         headline_part(evidence.headline),
         kernels_part(evidence.kernels),
-        buffering_part(evidence.buffering),
+        buffering_part(evidence.buffering, evidence.checks),
         twin_part(evidence.twin),
+        twin_part(evidence.twin_mt, "twin_mt"),
     ]
     reading = ReadingData(
         eyebrow="Measured on a GPU",
@@ -131,8 +133,12 @@ def frames(evidence: Evidence) -> dict[str, pd.DataFrame]:
         "breakdown": breakdown_rows(evidence.headline),
         "kernels": kernel_rows(evidence.kernels),
         "buffering": buffering_rows(evidence.buffering),
+        "buffering-checks": buffering_matrix(evidence.buffering),
+        "buffering-disturbed": buffering_matrix(evidence.checks),
         "twin": held_out_rows(evidence.twin),
         "twin-routing": routing_rows(evidence.twin),
+        "twin-mt": held_out_rows(evidence.twin_mt),
+        "twin-mt-routing": routing_rows(evidence.twin_mt),
         "goals": pd.DataFrame({**vars(goal), "verdict": goal.verdict} for goal in goals(evidence)),
     }
 

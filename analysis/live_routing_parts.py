@@ -8,7 +8,10 @@ from typing import Any
 import pandas as pd
 
 from analysis.live_evidence import (
+    FILES,
     GOAL_LINK_ERROR,
+    STUDIES,
+    buffering_matrix,
     buffering_rows,
     buffering_study,
     checks_held,
@@ -47,14 +50,69 @@ _LOCALITY = (
 )
 
 
-def buffering_part(data: Mapping[str, Any]) -> Described:
-    """Returns live expert buffering."""
+_CHECK_COLUMNS = ("outputs_hold", "lookups_equal_replay", "slots_intact", "profiler_copies_equal",
+                  "no_allocations", "memory_as_predicted")  # fmt: skip
+
+
+def checks_rows(buffering: Mapping[str, Any]) -> pd.DataFrame:
+    """Returns one row per setting of every study: whether each check held; blank: not looked at."""
+    rows = buffering_matrix(buffering)
+    found = rows[["study", "policy", "miss"]].copy()
+    found["slots"] = [
+        f"{capacity} of {experts}"
+        for capacity, experts in zip(rows["capacity"], rows["experts_per_layer"], strict=True)
+    ]
+    found[["hit_rate", "copies"]] = rows[["hit_rate", "copies"]]
+    for column in (*_CHECK_COLUMNS, "wrong_expert_noticed"):
+        found[column] = [
+            "" if held is None or pd.isna(held) else "yes" if held else "no"
+            for held in rows[column]
+        ]
+    found["compared"] = rows["outputs_compared"]
+    found["pcie_difference"] = [_percent_of(value) for value in rows["link_error"]]
+    found["pcie_difference_net"] = [_percent_of(value) for value in rows["link_error_net"]]
+    return found
+
+
+def _percent_of(value: float) -> str:
+    return "" if pd.isna(value) else f"{100 * value:.3f}%"
+
+
+def _checks_said(checks: Mapping[str, Any]) -> str:
+    """Returns what the settings of a run held to, whose times are not told."""
+    rows = buffering_matrix(checks)
+    every = checks_rows(checks)
+    good = (every[list(_CHECK_COLUMNS)] != "no").all(axis=1)
+    lost = [
+        f"{row['policy']} with misses on the {row['miss']}, {row['slots']} slots: "
+        f"{', '.join(c.replace('_', ' ') for c in _CHECK_COLUMNS if row[c] == 'no')} "
+        f"(compared: {row['compared']})"
+        for _, row in every[~good].iterrows()
+    ]
+    net = rows["link_error_net"].max()
+    return (
+        f"A further run at {len(rows)} settings, with a host copy of its own for each layer, "
+        f"held every check in {int(good.sum())} of them"
+        + (f"; not: {'; '.join(lost)}. " if lost else ". ")
+        + "Bytes counted by the PCIe counters, less those that the run without a buffer receives, "
+        f"are those of the copies within {100 * net:.2f}%."
+        + (" Its times were disturbed and are not kept." if len(rows) else "")
+    )
+
+
+def buffering_part(data: Mapping[str, Any], checks: Mapping[str, Any]) -> Described:
+    """Returns live expert buffering.
+
+    Args:
+        data: The studies with their times.
+        checks: Studies of a run whose times were disturbed.
+    """
     study, rows = buffering_study(data), buffering_rows(data)
     base, own = rows.iloc[0], rows.iloc[1:]
     lru = own[own["policy"] == "lru"].iloc[0]
     quickest = own.loc[own["p50_ms"].idxmin()]
     fewest = own.loc[own["copies"].idxmin()]
-    held = checks_held(data)
+    held, num_settings = checks_held(data), len(buffering_matrix(data))
     source, geometry = study["routing_source"], study["geometry"]
     metrics, labels = [], {}
     for _, row in own.iterrows():
@@ -96,7 +154,7 @@ def buffering_part(data: Mapping[str, Any]) -> Described:
             metric="buffering/p50_ms/lru",
         ),
         Finding(
-            text=f"{sum(held.values())} of {len(held)} checks hold in all {len(own)} settings: "
+            text=f"{sum(held.values())} of {len(held)} checks hold in all {num_settings} settings: "
             f"{'; '.join(name for name, ok in held.items() if ok)}."
             + (f" Not: {'; '.join(lost)}." if lost else ""),
             severity=SEVERITY_COST + 10 if lost else SEVERITY_FACT + 1,
@@ -115,6 +173,7 @@ def buffering_part(data: Mapping[str, Any]) -> Described:
                 section="buffering",
             )
         )
+    findings.append(Finding(text=_checks_said(checks), severity=SEVERITY_FACT, section="buffering"))
     left = study.get("left_out_for_time", [])
     result = Result(
         name="buffering",
@@ -123,6 +182,9 @@ def buffering_part(data: Mapping[str, Any]) -> Described:
         metrics=tuple(metrics),
         findings=tuple(findings),
         notes=(
+            "Outputs of experts that the host computed are compared row by row, each dispatch "
+            "given the input it had without a buffer: along 48 layers in bf16 rounding alone adds "
+            "up to several percent.",
             "Policies: paper is the founding paper's, min knows the future (Belady) and bounds "
             "the hits of every other.",
             f"PCIe counters are read around each run; a byte copied takes "
@@ -204,15 +266,28 @@ def buffering_part(data: Mapping[str, Any]) -> Described:
         else "What does it cost to keep some of the experts on the GPU?",
         labels=labels,
         figures=figures,
-        tables=[rows_table("Every setting", rows)],
+        tables=[
+            rows_table("Times and memory", rows),
+            rows_table("Every setting and check", checks_rows(data)),
+            rows_table("Checks of the disturbed run", checks_rows(checks)),
+        ],
         headline=["buffering/p50_ms/none", "buffering/p50_ms/lru", "buffering/p50_ms/paper",
                   "buffering/p50_ms/min"],
     )  # fmt: skip
     repetitions = int(rows["num_repetitions"].max())
     shared = study["host_copy_shared_by_all_layers"]
+    others = {
+        f"Run of {STUDIES.get(name, name)}": _run_said(other)
+        for name, other in data["studies"].items()
+        if other is not study
+    }
+    others |= {
+        f"Disturbed run ({FILES['checks']}), {STUDIES.get(name, name)}": _run_said(other)
+        for name, other in checks["studies"].items()
+    }
     return part(
         "buffering",
-        data,
+        study,
         title="Live expert buffering",
         verdict=f"With {lru['capacity']} of {base['capacity']} experts a layer on the GPU a decode "
         f"step of Qwen3-30B-A3B's geometry takes {lru['p50_ms']:.0f} ms instead of "
@@ -228,6 +303,7 @@ def buffering_part(data: Mapping[str, Any]) -> Described:
             f"{geometry['d_model']} x {geometry['d_ff']}, "
             f"{wording.num_bytes(study['expert_bytes'])} each",
             "Repetitions": f"{repetitions} of {study['steps']} steps per setting",
+            **others,
         },
         banners=[
             ("One copy of a layer's experts in host memory was shared by all layers, which holds "
@@ -240,72 +316,61 @@ def buffering_part(data: Mapping[str, Any]) -> Described:
     )  # fmt: skip
 
 
-def twin_part(data: Mapping[str, Any]) -> Described:
-    """Returns the model whose routing drove the others."""
+def _run_said(study: Mapping[str, Any]) -> str:
+    """Returns where and how a study was run, in a line."""
+    hardware = study["hardware"]
+    beside = f"; beside it {study['beside']}" if study.get("beside") else ""
+    return (
+        f"{study['command']} on {hardware['device_name']}, driver {hardware.get('driver')}, "
+        f"torch {study['versions']['torch']}, {study['date']}{beside}"
+    )
+
+
+def twin_part(data: Mapping[str, Any], name: str = "twin") -> Described:
+    """Returns a model whose routing drove the others.
+
+    Args:
+        data: Its result.
+        name: Of the result, in `analysis.live_evidence.FILES`.
+    """
     text, routing = held_out_rows(data), routing_rows(data)
     config = data["config"]
+    translates = config["encoder_layers"] > 0
     known = data["routing"]["metrics"]
-    phase = "decoder/prefill"
-    entropy = known[f"activation/usage_entropy/{phase}"]["value"]
-    idle = known[f"activation/inactive_share/{phase}"]
-    excess = known[f"locality/excess_overlap_share/{phase}"]
-    told = known[f"locality/affinity_share/{phase}"]
-    shuffled = known[f"locality/affinity_shuffled_share/{phase}"]
-    apart = known["activation/label_distance/decoder"]["value"]
-    chance = known["activation/chance_label_distance/decoder"]["value"]
+    phase = "decoder/decode" if translates else "decoder/prefill"
     metrics, labels = [], {}
     for key, words, unit in _LOCALITY:
         for place in ("prefill", "decode"):
-            name = f"{key}/decoder/{place}"
-            if name not in known:
+            quantity = f"{key}/decoder/{place}"
+            if quantity not in known:
                 continue
-            each = known[name]
+            each = known[quantity]
             # Its own name space: these are quoted from the result, not computed here.
-            labels[f"twin/{name}"] = f"{words}, {place}"
+            labels[f"{name}/{quantity}"] = f"{words}, {place}"
             metrics.append(
                 Metric(
-                    name=f"twin/{name}", value=each["value"], unit=unit, figure_class="exact",
-                    low=each.get("low"), high=each.get("high"), note=each.get("note", ""),
+                    name=f"{name}/{quantity}", value=each["value"], unit=unit,
+                    figure_class="exact", low=each.get("low"), high=each.get("high"),
+                    note=each.get("note", ""),
                 )
             )  # fmt: skip
-    adds = excess["low"] is not None and excess["low"] > 0
-    findings = (
-        Finding(
-            text=f"The twin learned: {text['bits_per_byte'].min():.2f} to "
-            f"{text['bits_per_byte'].max():.2f} bits per byte on held-out text, "
-            f"{percent(text['share'].min())} to {percent(text['share'].max())} of a unigram "
-            f"model's. Its domains use experts {apart / chance:.1f} times as differently as two "
-            "halves of one domain do.",
-            severity=SEVERITY_FACT,
-            section="twin",
-        ),
-        Finding(
-            text=f"Its load is nearly even (entropy {entropy:.2f} of 1; {percent(idle['value'])} "
-            "of the experts inactive in a prefill pass). Layers follow each other: "
-            f"{percent(told['value'])} of a token's next experts can be told from its own, "
-            f"{100 * shuffled['value']:.1f}% from another token's. Order in time adds "
-            f"{wording.points(excess['value'])} to reuse "
-            f"({wording.points(excess['low'])} to {wording.points(excess['high'])})"
-            + ("." if adds else ": no more than chance explains."),
-            severity=SEVERITY_FACT - 2,
-            section="twin",
-            metric=f"twin/locality/affinity_share/{phase}",
-        ),
-    )
+    findings = _mt_findings(data, text, name) if translates else _lm_findings(data, text, name)
     learned, recorded = data["learned"], data["recorded"]
     result = Result(
-        name="twin",
+        name=name,
         title="Its routing",
         table=text,
         metrics=tuple(metrics),
         findings=findings,
         notes=(
             "Bits per byte are measured on the device named; figures of the routing follow from "
-            "the twin's trace, sample:twin-lm, by arithmetic, and are quoted from the result.",
+            f"the twin's trace, sample:{data['name']}, by arithmetic, and are quoted from the "
+            "result.",
             "The twin has the paper's layers, experts, top-k and width with narrow experts: its "
             "routing is learned, its times and bytes are not the paper's model's.",
         ),
     )
+    group = "language" if translates else "domain"
     figures = [
         figure_data(
             "text",
@@ -318,11 +383,11 @@ def twin_part(data: Mapping[str, Any]) -> Described:
             how="Lower is better. A ring is a model that only knows how frequent each token is.",
             panels=[
                 {
-                    "title": "domains",
-                    "x_label": "domain",
+                    "title": f"{group}s",
+                    "x_label": group,
                     "y_label": "bits per byte",
                     "y_unit": "number",
-                    "category": "domain",
+                    "category": group,
                     "categories": [str(name) for name in text["group"]],
                     "series": [
                         {"key": "recorded", "label": "twin", "low": None, "high": None,
@@ -342,41 +407,170 @@ def twin_part(data: Mapping[str, Any]) -> Described:
         tables=[
             rows_table("Held-out text", text),
             rows_table("Routing beside its controls", routing, figure_class="exact"),
+            rows_table("Idle experts by size of dispatch", _idle_table(data), figure_class="exact"),
         ],
-        headline=[f"twin/{key}/{phase}" for key in (
+        headline=[f"{name}/{key}/{phase}" for key in (
             "activation/inactive_share", "locality/overlap_share",
             "locality/shuffled_overlap_share", "locality/affinity_share")],
     )  # fmt: skip
+    layers = f"{config['decoder_layers']} layers"
+    if translates:
+        layers = f"{config['encoder_layers']} + {layers}"
     return part(
-        "twin",
+        name,
         data,
-        title="Routing twin",
-        verdict=f"The routing that drove the paper's model comes from a twin trained for "
+        title="Routing twin, translation" if translates else "Routing twin",
+        verdict=f"The routing that drove the paper's "
+        f"{'translation decoder' if translates else 'model'} comes from a twin trained for "
         f"{learned['steps']:,} steps to {percent(text['share'].min())} to "
         f"{percent(text['share'].max())} of a unigram model's bits per byte.",
-        routing=["its own: the trace is sample:twin-lm"],
+        routing=[f"its own: the trace is sample:{data['name']}"],
         facts={
-            "Model": f"{config['decoder_layers']} layers, every {config['moe_every']}nd with "
+            "Model": f"{layers}, every {_ordinal(config['moe_every'])} with "
             f"{config['num_experts']} experts, top-{config['top_k']}, d_model "
             f"{config['d_model']}, experts {config['expert_width']} wide",
             "Training": f"{learned['num_tokens']:,} tokens in {learned['seconds']:.0f} s",
             "Recorded": f"{recorded['requests']} requests, "
             f"{data['routing']['capture']['num_tokens']:,} tokens",
         },
-        banners=[],
+        banners=[f"Beside it: {data['beside']}."] if data.get("beside") else [],
         section=section,
         result=result,
+    )
+
+
+_ORDINALS = {1: "", 2: "2nd", 3: "3rd"}
+
+
+def _ordinal(count: int) -> str:
+    return _ORDINALS.get(count, f"{count}th")
+
+
+def _lm_findings(data: Mapping[str, Any], text: pd.DataFrame, name: str) -> tuple[Finding, Finding]:
+    known = data["routing"]["metrics"]
+    phase = "decoder/prefill"
+    entropy = known[f"activation/usage_entropy/{phase}"]["value"]
+    idle = known[f"activation/inactive_share/{phase}"]
+    excess = known[f"locality/excess_overlap_share/{phase}"]
+    told = known[f"locality/affinity_share/{phase}"]
+    shuffled = known[f"locality/affinity_shuffled_share/{phase}"]
+    adds = excess["low"] is not None and excess["low"] > 0
+    return (
+        _learned(data, text, name, "domain"),
+        Finding(
+            text=f"Its load is nearly even (entropy {entropy:.2f} of 1; {percent(idle['value'])} "
+            "of the experts inactive in a prefill pass). Layers follow each other: "
+            f"{percent(told['value'])} of a token's next experts can be told from its own, "
+            f"{100 * shuffled['value']:.1f}% from another token's. Order in time adds "
+            f"{wording.points(excess['value'])} to reuse "
+            f"({wording.points(excess['low'])} to {wording.points(excess['high'])})"
+            + ("." if adds else ": no more than chance explains."),
+            severity=SEVERITY_FACT - 2,
+            section=name,
+            metric=f"{name}/locality/affinity_share/{phase}",
+        ),
+    )
+
+
+PUBLISHED_IDLE = 0.75
+"""Inactive experts of a layer of the MT decoder, batch 96 (arXiv 2303.06182, Fig. 7)."""
+
+
+def _mt_findings(
+    data: Mapping[str, Any], text: pd.DataFrame, name: str
+) -> tuple[Finding, Finding, Finding]:
+    known, rows = data["routing"]["metrics"], idle_rows(data)
+    phase = "decoder/decode"
+    decode = rows[(rows["stack"] == "decoder") & (rows["phase"] == "decode")]
+    encode = rows[rows["stack"] == "encoder"]
+    (full,), (half,) = (
+        decode.iloc[[index]].to_dict("records") for index in (0, 1)
+    )  # Sizes stand largest first.
+    overlap = known[f"locality/overlap_share/{phase}"]["value"]
+    excess = known[f"locality/excess_overlap_share/{phase}"]
+    told = known[f"locality/affinity_share/{phase}"]["value"]
+    shuffled = known[f"locality/affinity_shuffled_share/{phase}"]["value"]
+    never = next(
+        row["share_never_used"] for row in data["routing"]["use"] if row["stack"] == "encoder"
+    )
+    return (
+        _learned(data, text, name, "target language"),
+        Finding(
+            text=f"Its decoder leaves {percent(full['inactive_share'])} of a layer's experts idle "
+            f"with all {full['most_tokens']} sequences, whose first words are much alike, and "
+            f"{percent(half['inactive_share'])} with {half['least_tokens']} to "
+            f"{half['most_tokens']}; even routing would leave "
+            f"{percent(full['uniform_inactive_share'])} and "
+            f"{percent(half['uniform_inactive_share'])}. The paper has about "
+            f"{percent(PUBLISHED_IDLE)} at batch 96. {percent(overlap)} of the experts of a "
+            "dispatch are needed by the next, of which order in time adds "
+            f"{wording.points(excess['value'])} ({wording.points(excess['low'])} to "
+            f"{wording.points(excess['high'])}); {percent(told)} of a token's next experts can be "
+            f"told from its own, {percent(shuffled)} from another token's.",
+            severity=SEVERITY_FACT - 2,
+            section=name,
+            metric=f"{name}/activation/inactive_share/{phase}",
+        ),
+        Finding(
+            text=f"Its encoder never uses {percent(never)} of its experts, and leaves "
+            f"{percent(encode['inactive_share'].min())} of them idle in the largest pass of "
+            f"{int(encode['most_tokens'].max()):,} tokens, where the paper's has nearly all "
+            "active: training was too short to spread it. Runs under this twin drive decoders.",
+            severity=SEVERITY_COST,
+            section=name,
+        ),
+    )
+
+
+def _learned(data: Mapping[str, Any], text: pd.DataFrame, name: str, group: str) -> Finding:
+    known = data["routing"]["metrics"]
+    apart = known["activation/label_distance/decoder"]["value"]
+    chance = known["activation/chance_label_distance/decoder"]["value"]
+    return Finding(
+        text=f"The twin learned: {text['bits_per_byte'].min():.2f} to "
+        f"{text['bits_per_byte'].max():.2f} bits per byte on held-out text, "
+        f"{percent(text['share'].min())} to {percent(text['share'].max())} of a unigram "
+        f"model's. Its {group}s use experts {apart / chance:.1f} times as differently as two "
+        f"halves of one {group} do.",
+        severity=SEVERITY_FACT,
+        section=name,
+    )
+
+
+def idle_rows(twin: Mapping[str, Any]) -> pd.DataFrame:
+    """Returns the share of idle experts by stack, phase and tokens of a dispatch."""
+    return pd.DataFrame(twin["routing"]["idleness"])
+
+
+def _idle_table(twin: Mapping[str, Any]) -> pd.DataFrame:
+    rows = idle_rows(twin)
+    least, most = rows["least_tokens"], rows["most_tokens"]
+    return pd.DataFrame(
+        {
+            "stack": rows["stack"],
+            "phase": rows["phase"],
+            "tokens": [
+                f"{low:,}" if low == high else f"{low:,} to {high:,}"
+                for low, high in zip(least, most, strict=True)
+            ],
+            "dispatches": [f"{count:,}" for count in rows["num_dispatches"]],
+            "inactive_share": rows["inactive_share"],
+            "uniform_inactive_share": rows["uniform_inactive_share"],
+        }
     )
 
 
 def routing_rows(twin: Mapping[str, Any]) -> pd.DataFrame:
     """Returns the twin's routing figures beside their controls, one row each."""
     known = twin["routing"]["metrics"]
+    places = {"prefill": "decoder", "decode": "decoder"}
+    if twin["config"]["encoder_layers"]:
+        places["encode"] = "encoder"
     rows = []
     for key, words, unit in _LOCALITY:
         row: dict[str, Any] = {"quantity": words, "unit": unit}
-        for place in ("prefill", "decode"):
-            each = known.get(f"{key}/decoder/{place}", {})
+        for place, stack in places.items():
+            each = known.get(f"{key}/{stack}/{place}", {})
             row[place] = finite(each.get("value"))
             row[f"{place}_low"] = finite(each.get("low"))
             row[f"{place}_high"] = finite(each.get("high"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 import shutil
@@ -162,12 +163,7 @@ def test_goals_are_judged_as_they_fell(evidence, raw):
     slow = json.loads(json.dumps(raw["kernels"]))
     for row in slow["rows"]:
         row["times_ms"] = [2 * time for time in row["times_ms"]]
-    worse = goals(
-        type(evidence)(
-            headline=evidence.headline, kernels=slow, buffering=evidence.buffering,
-            twin=evidence.twin,
-        )
-    )  # fmt: skip
+    worse = goals(dataclasses.replace(evidence, kernels=slow))
     assert not any(goal.met for goal in worse if goal.section == "kernels")
 
 
@@ -175,18 +171,19 @@ def test_a_check_that_does_not_hold_is_said(evidence, raw):
     broken = json.loads(json.dumps(raw["buffering"]))
     broken["studies"]["qwen3-30b-a3b"]["settings"][0]["link_errors"] = [0.05]
     assert sum(checks_held(broken).values()) == len(checks_held(broken)) - 1
-    page = analysis.results_page(
-        type(evidence)(
-            headline=evidence.headline, kernels=evidence.kernels, buffering=broken,
-            twin=evidence.twin,
-        )
-    )  # fmt: skip
+    page = analysis.results_page(dataclasses.replace(evidence, buffering=broken))
     said = [finding.text for finding in page.findings if "checks hold" in finding.text]
     assert "6 of 7" in said[0] and "Not: bytes counted by the PCIe counters" in said[0]
 
 
-def test_the_page_says_where_how_and_how_widely_it_was_measured(page, raw):
+def said(raw):
+    """Every measurement, each of which says where and how it was made."""
     for data in raw.values():
+        yield from data["studies"].values() if "studies" in data else [data]
+
+
+def test_the_page_says_where_how_and_how_widely_it_was_measured(page, raw):
+    for data in said(raw):
         for words in (
             data["hardware"]["device_name"], data["hardware"]["driver"], data["command"],
             data["date"][:10], f"torch {data['versions']['torch']}",
@@ -230,6 +227,7 @@ def test_the_command_writes_page_rows_and_figures(tmp_path, capsys):
     assert names == {
         "live-results.html", "live-results.md", "live-results.json", "readme-table.md",
         "headline.csv", "breakdown.csv", "kernels.csv", "buffering.csv", "twin.csv",
+        "buffering-checks.csv", "buffering-disturbed.csv", "twin-mt.csv", "twin-mt-routing.csv",
         "twin-routing.csv", "goals.csv", "headline.png", "kernels.png", "buffering.png",
     }  # fmt: skip
     assert figure.read_bytes() == (out / "headline.png").read_bytes()
@@ -258,7 +256,7 @@ def test_a_result_that_is_missing_or_broken_is_named(tmp_path, capsys, file):
     for text in ('{"date": ""}', "[]"):
         (tmp_path / file).write_text(text)
         assert analysis.main(command) == 1
-        assert "lacks command" in capsys.readouterr().err
+        assert re.search("lacks (command|studies)", capsys.readouterr().err)
     assert not (tmp_path / "out").exists()
 
 
@@ -276,15 +274,18 @@ def test_hostile_text_is_escaped(tmp_path, raw):
     hostile = '<script>alert("x")</script> $\\frac{ | _a_'
     for name, file in FILES.items():
         data = json.loads(json.dumps(raw[name]))
-        data["command"] = data["date"] = hostile
-        data["hardware"]["device_name"] = hostile
-        data["versions"]["torch"] = hostile
+        for own in said({name: data}):
+            own["command"] = own["date"] = hostile
+            own["hardware"]["device_name"] = hostile
+            own["versions"]["torch"] = hostile
+            if "studies" in data:
+                source = own["routing_source"]
+                source["model"] = source["trace"] = own["beside"] = hostile
+                own["settings"][0]["outputs_compared"] = hostile
         if name == "headline":
             data["routing"] = hostile
-        if name == "buffering":
-            source = data["studies"]["qwen3-30b-a3b"]["routing_source"]
-            source["model"] = source["trace"] = hostile
-        if name == "twin":
+        if name in ("twin", "twin_mt"):
+            data["beside"] = hostile
             data["held_out"][0]["group"] = hostile
         (tmp_path / file).write_text(json.dumps(data))
     assert analysis.main(["-o", str(tmp_path / "out"), "--results", str(tmp_path)]) == 0

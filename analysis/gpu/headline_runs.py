@@ -204,8 +204,10 @@ def _too_far(
     if limits.least_repeats > _FIRST_REPEATS:
         passes += limits.least_repeats
     seconds = passes * last["median_ms"] * factor / 1e3
-    free = torch.cuda.mem_get_info()[0] if device != "cpu" else None
-    beyond = free is not None and last["extra_bytes"] * factor > free
+    beyond = False
+    if device != "cpu":
+        torch.cuda.empty_cache()
+        beyond = last["extra_bytes"] * factor > torch.cuda.mem_get_info()[0]
     # Running out of memory takes no time: such a batch is tried, so that memory ends the series.
     if seconds > limits.point_seconds and not beyond:
         return (

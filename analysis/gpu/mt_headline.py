@@ -1,0 +1,429 @@
+"""The founding paper's translation model, a stack at a time, and one rank's share of 8 GPUs.
+
+    python -m analysis.gpu.mt_headline --out DIR --routing TRACE [--lm-routing TRACE]   # one H200
+    python -m analysis.gpu.mt_headline --out DIR --routing TRACE --tiny                 # on a CPU
+
+Part ``mt-encoder`` encodes batches of sentences padded to 32 tokens, part ``mt-decoder`` makes
+decode steps (NLLB-200's 54.5 B parameters, arXiv 2303.06182: 24 layers a stack, every fourth with
+128 experts of 64 MiB, top-2; random bf16 weights; one stack on the device at a time). Each gate
+computes its own choice, as it costs, and hands on the recorded one. TRACE is a routing twin's (see
+`analysis.gpu.twins`); the traces of the project are called ``sample:twin-mt`` and
+``sample:twin-lm``. Static gating has the paper's capacity, a slot for every token at every expert.
+The dense twin has no experts and, in the layers that route, a network top_k times as wide. As a
+control, moeprof's gating runs on uniform routing too, which keeps all experts busy.
+
+Part ``rank-share`` is one rank's share of the paper's layout of 8 GPUs, of the language and the
+translation model (see `analysis.gpu.rank_share`): total memory, static against dynamic.
+
+Each gating runs at growing batches until memory ends, or until a batch is predicted to take too
+long, which the result then says. Written to DIR/mt_headline.json after every part.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import gc
+import shlex
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from analysis.gpu import rank_share
+from analysis.gpu.evidence import evidence, write_json
+from analysis.gpu.headline_runs import (
+    Choice,
+    ForcedGate,
+    Prepare,
+    RunLimits,
+    StepCursor,
+    breakdown,
+    headline,
+    print_headline,
+    run_gating,
+)
+from analysis.gpu.mt_routing import (
+    LENGTH,
+    RecordedBatches,
+    decoder_steps,
+    encoder_batches,
+    uniform_control,
+)
+from analysis.gpu.mt_stacks import MT_CONFIG, MtDecoder, MtEncoder, MtStack, dense_config, widen
+from analysis.gpu.paper_headline import LENGTH as LM_LENGTH
+from analysis.gpu.paper_headline import TOKEN_FRACTION as LM_FRACTION
+from analysis.gpu.paper_headline import recorded_choices
+from moeprof.live.application import apply_gating
+from moeprof.live.paper_lm import PaperLmConfig
+from moeprof.replay.capacity import PAPER_LM, PAPER_MT, ModelShape
+
+RESULT = "mt_headline.json"
+MT_FRACTION = 1.0
+PAST_TOKENS = 16
+BREAKDOWN_BATCH = 48
+# Most wanted first: what comes late may find its time used up.
+GATINGS = (
+    "dense",
+    "dynamic",
+    "static_mask",
+    "static_grouped",
+    "static_index",
+    "dynamic_loop",
+    "dynamic_grouped",
+)
+BATCHES: Mapping[str, tuple[int, ...]] = {
+    "mt-encoder": (
+        1, 4, 8, 16, 24, 32, 48, 64, 96, 128, 160, 192, 256, 384, 512, 1024, 2048, 4096, 8192, 16384
+    ),
+    "mt-decoder": (
+        1, 8, 16, 48, 96, 192, 384, 768, 1536, 2048, 3072, 4096, 5120, 6144, 7168, 8192, 12288,
+        16384
+    ),
+}  # fmt: skip
+TINY_BATCHES = (1, 2)
+# The paper's gains over static gating: on one node, and the most on several (Fig. 9, abstract).
+PUBLISHED = {"mt-encoder": (5.75, 10.98), "mt-decoder": (2.58, 5.71)}
+# Total memory of static over dynamic gating (section V).
+PUBLISHED_MEMORY = {"lm": 1.36, "mt": 1.1}
+# Sequences a rank has; the last is the paper's batch, which is what the goal is held to.
+RANK_BATCHES = {"lm": (1, 4, 8), "mt": (6, 24, 48)}
+PARTS = ("mt-encoder", "mt-decoder", "rank-share")
+# Share of the time that is left for a part and those after it.
+TIME_SHARES = {"mt-encoder": 0.45, "mt-decoder": 0.7, "rank-share": 1.0}
+LIMITS = RunLimits(seconds=0.4, least_repeats=2, most_repeats=20, point_seconds=4.0)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Setup:
+    """What every part needs.
+
+    Attributes:
+        config: Shape of a stack.
+        lm_config: Shape of the language model.
+        routing: The translation twin's trace.
+        lm_routing: The language twin's.
+        device: ``cuda`` or ``cpu``.
+        batches: By part.
+        rank_batches: By model.
+        limits: Of a batch.
+    """
+
+    config: PaperLmConfig
+    lm_config: PaperLmConfig
+    routing: str
+    lm_routing: str
+    device: str
+    batches: Mapping[str, Sequence[int]]
+    rank_batches: Mapping[str, Sequence[int]]
+    limits: RunLimits
+
+
+def setup_of(options: argparse.Namespace) -> Setup:
+    """Returns the sizes asked for."""
+    config, lm_config = MT_CONFIG, PaperLmConfig()
+    batches: Mapping[str, Sequence[int]] = BATCHES
+    rank_batches: Mapping[str, Sequence[int]] = RANK_BATCHES
+    if options.tiny:
+        tiny: dict[str, Any] = {"vocab_size": 64, "d_model": 16, "d_ff": 32, "num_heads": 2}
+        config = dataclasses.replace(config, **tiny)
+        lm_config = dataclasses.replace(lm_config, **tiny)
+        batches = dict.fromkeys(BATCHES, TINY_BATCHES)
+        rank_batches = dict.fromkeys(RANK_BATCHES, TINY_BATCHES)
+    return Setup(
+        config=config,
+        lm_config=lm_config,
+        routing=options.routing,
+        lm_routing=options.lm_routing,
+        device="cpu" if options.tiny else "cuda",
+        batches=batches,
+        rank_batches=rank_batches,
+        limits=dataclasses.replace(LIMITS, seconds=0.0) if options.tiny else LIMITS,
+    )
+
+
+def build(part: str, config: PaperLmConfig, device: str) -> MtStack:
+    """Returns the stack of a part."""
+    return (MtEncoder if part == "mt-encoder" else MtDecoder)(config, device=device)
+
+
+def passes(part: str, stack: MtStack, batches: RecordedBatches, cursor: StepCursor) -> Prepare:
+    """Returns what makes passes over the first sentences of ``batches``.
+
+    A decoder attends to `PAST_TOKENS` tokens before its own and to an encoder output of `LENGTH`
+    tokens; their keys and values count as memory of the batch.
+    """
+    config, device = stack.config, stack.embedding.weight.device
+
+    def prepare(batch: int) -> tuple[int, Callable[[], object]]:
+        generator = torch.Generator().manual_seed(batch)
+        length = LENGTH if part == "mt-encoder" else 1
+        drawn = torch.randint(config.vocab_size, (batch, length), generator=generator)
+        tokens = drawn.to(device)
+        if part == "mt-encoder":
+            assert batches.keep is not None
+            keep = batches.keep[:batch]
+            return batches.num_tokens(batch), lambda: stack(tokens, keep)
+        # In the place of the encoder's output.
+        noise = torch.Generator(device).manual_seed(batch)
+        encoded = torch.empty(batch, LENGTH, config.d_model, device=device, dtype=torch.bfloat16)
+        encoded.normal_(generator=noise)
+        assert isinstance(stack, MtDecoder)
+        with torch.no_grad():
+            state = stack.begin(encoded, past_tokens=PAST_TOKENS, max_tokens=PAST_TOKENS + 1)
+        del encoded
+
+        def step() -> object:
+            cursor.advance()
+            return stack(tokens, state)
+
+        return batches.num_tokens(batch), step
+
+    return prepare
+
+
+def force(stack: MtStack, choices: Sequence[Sequence[Choice]]) -> StepCursor:
+    """Lets the gates of a stack hand on recorded choices and returns their cursor."""
+    cursor = StepCursor(num_steps=len(choices[0]))
+    for moe, own in zip(stack.moes, choices, strict=True):
+        gate = moe.gate.gate if isinstance(moe.gate, ForcedGate) else moe.gate
+        moe.gate = ForcedGate(gate, own, cursor)
+    return cursor
+
+
+def release(device: str) -> None:
+    """Gives back what a model that is gone held."""
+    gc.collect()
+    if device != "cpu":
+        torch.cuda.empty_cache()
+
+
+def run_stack(part: str, setup: Setup, deadline_s: float) -> dict[str, Any]:
+    """Measures one stack under every gating."""
+    config, device = setup.config, setup.device
+    sizes = setup.batches[part]
+    recorded = (encoder_batches if part == "mt-encoder" else decoder_steps)(
+        setup.routing, config, max(sizes), device
+    )
+    print(f"{part}: {recorded.said}", flush=True)
+    made: dict[str, Any] = {
+        "config": dataclasses.asdict(config),
+        "routing": recorded.said,
+        "length": LENGTH,
+        "past_tokens": PAST_TOKENS if part == "mt-decoder" else None,
+        "token_fraction": MT_FRACTION,
+        "num_distinct": recorded.num_distinct,
+        "published": dict(zip(("single_node", "multi_node"), PUBLISHED[part], strict=True)),
+        "active_experts": [
+            {"batch": batch, "mean": recorded.active_experts(batch)} for batch in sizes
+        ],
+    }
+    rows: list[dict[str, Any]] = []
+    skipped: list[dict[str, Any]] = []
+    parts: list[dict[str, Any]] = []
+
+    def run(name: str, stack: MtStack, cursor: StepCursor, left: int) -> None:
+        """Measures one gating, in up to twice its even share of the time that is left."""
+        now = time.monotonic()
+        limits = dataclasses.replace(
+            setup.limits, deadline_s=min(deadline_s, now + 2 * (deadline_s - now) / left)
+        )
+        prepare = passes(part, stack, recorded, cursor)
+        found = run_gating(
+            name, sizes, prepare, device, limits=limits, growth=2 if name == "static_mask" else 1
+        )
+        rows.extend(found.rows)
+        skipped.extend(found.skipped)
+        if device != "cpu" and now < deadline_s:
+            parts.append(breakdown(stack, name, BREAKDOWN_BATCH, prepare))
+
+    stack = build(part, dense_config(config), device)
+    widen(stack, config, device)
+    made["dense_weight_bytes"] = weight_bytes(stack)
+    run("dense", stack, StepCursor(), len(GATINGS))
+    del stack
+    release(device)
+    stack = build(part, config, device)
+    made["weight_bytes"] = weight_bytes(stack)
+    cursor = force(stack, recorded.choices)
+    for index, name in enumerate(GATINGS):
+        if name == "dense":
+            continue
+        fraction = MT_FRACTION if name.startswith("static") else None
+        with apply_gating(stack, name, token_fraction=fraction):
+            run(name, stack, cursor, len(GATINGS) - index)
+    control = uniform_control(recorded, config)
+    cursor = force(stack, control.choices)
+    with apply_gating(stack, "dynamic"):
+        found = run_gating(
+            "dynamic", sizes, passes(part, stack, control, cursor), device,
+            limits=dataclasses.replace(setup.limits, deadline_s=deadline_s),
+        )  # fmt: skip
+    compared = headline(rows, GATINGS)
+    others = [row for row in rows if row["gating"] != "dynamic"]
+    made |= {
+        "rows": rows,
+        "skipped": skipped,
+        "breakdown": parts,
+        "headline": compared,
+        "control": {
+            "routing": control.said,
+            "rows": found.rows,
+            "skipped": found.skipped,
+            "headline": headline([*others, *found.rows], GATINGS),
+        },
+    }
+    print_headline(compared)
+    single, several = PUBLISHED[part]
+    print(f"the paper, over one mask: {single}x on one node, {several}x on several", flush=True)
+    return made
+
+
+def weight_bytes(stack: MtStack) -> int:
+    """Returns the bytes of a stack's parameters."""
+    return sum(p.numel() * p.element_size() for p in stack.parameters())
+
+
+def run_rank_share(setup: Setup, deadline_s: float) -> dict[str, Any]:
+    """Measures one rank's share of both models under each gating."""
+    settings: list[dict[str, Any]] = []
+    skipped: list[dict[str, Any]] = []
+    for model, batches in setup.rank_batches.items():
+        # The paper's batch first.
+        for batch in sorted(batches, reverse=True):
+            if time.monotonic() > deadline_s:
+                reason = "the time given to this part is up"
+                skipped.append({"model": model, "batch_per_rank": batch, "reason": reason})
+                continue
+            settings.append(share_setting(model, batch, setup, judged=batch == max(batches)))
+            release(setup.device)
+    return {
+        "ranks": rank_share.RANKS,
+        "published": PUBLISHED_MEMORY,
+        "settings": settings,
+        "skipped": skipped,
+    }
+
+
+def share_setting(model: str, batch: int, setup: Setup, *, judged: bool) -> dict[str, Any]:
+    """Returns the memory of one rank's share of a model at a batch per rank."""
+    device, ranks = setup.device, rank_share.RANKS
+    if model == "lm":
+        config, fraction, whole = setup.lm_config, LM_FRACTION, PAPER_LM
+        length = LM_LENGTH if device != "cpu" else LENGTH
+        choices, said = recorded_choices(setup.lm_routing, config, ranks * batch * length, "cpu")
+        rank, routing = rank_share.rank_routing(choices, config.num_experts, device)
+        share = rank_share.lm_share(config, batch, length, fraction, device)
+    else:
+        config, fraction, whole, length = setup.config, MT_FRACTION, PAPER_MT, LENGTH
+        encoded = encoder_batches(setup.routing, config, ranks * batch, "cpu")
+        decoded = decoder_steps(setup.routing, config, ranks * batch, "cpu")
+        rank, routing = rank_share.rank_routing(
+            [own[0] for own in encoded.choices], config.num_experts, device
+        )
+        _, steps = rank_share.rank_routing(
+            [own[0] for own in decoded.choices], config.num_experts, device, rank
+        )
+        routing += steps
+        said = f"{encoded.said}; then {decoded.said.split('; ', maxsplit=1)[1]}"
+        assert encoded.keep is not None
+        keep = encoded.keep[rank * batch : (rank + 1) * batch].to(device)
+        share = rank_share.mt_share(config, keep, fraction, PAST_TOKENS, device)
+    tokens = batch * length
+    widest = max(routing, key=lambda each: each.num_received)
+    predicted_weights = predicted_weight_bytes(whole, config, len(routing))
+    rows = []
+    for gating in rank_share.GATINGS:
+        row = rank_share.measure(share, gating, routing, device)
+        layer = rank_share.moe_layer_bytes(
+            gating, config, num_tokens=tokens, fraction=fraction, routing=widest
+        )
+        row |= {"layer_bytes": layer, "predicted_bytes": row["weight_bytes"] + layer}
+        rows.append(row)
+        peak = row["peak_bytes"]
+        print(
+            f"  {model} share, batch {batch} a rank, {gating:20s}:"
+            f" {'not counted' if peak is None else f'{peak / 2**30:7.2f} GiB'},"
+            f" {row['predicted_bytes'] / 2**30:7.2f} GiB by arithmetic on the largest layer",
+            flush=True,
+        )
+    return {
+        "model": model,
+        "batch_per_rank": batch,
+        "tokens_per_rank": tokens,
+        "judged": judged,
+        "token_fraction": fraction,
+        "routing": said,
+        "rank": rank,
+        "rows_received_most": widest.num_received,
+        "rows_received_mean": widest_mean(routing),
+        "weight_bytes_by_shape": predicted_weights if device != "cpu" else None,
+        "rows": rows,
+        "ratios": ratios(rows, "peak_bytes"),
+        "predicted_ratios": ratios(rows, "predicted_bytes"),
+        "goal": PUBLISHED_MEMORY[model],
+    }
+
+
+def predicted_weight_bytes(whole: ModelShape, config: PaperLmConfig, num_layers: int) -> int:
+    """Returns what `moeprof.replay.capacity` says a rank holds, gates in single precision."""
+    gates = num_layers * config.num_experts * config.d_model
+    return whole.device_bytes(devices=rank_share.RANKS) + 2 * gates
+
+
+def widest_mean(routing: Sequence[rank_share.RankRouting]) -> float:
+    """Returns the mean of the rows that the rank receives in a layer."""
+    return sum(each.num_received for each in routing) / len(routing)
+
+
+def ratios(rows: Sequence[Mapping[str, Any]], field: str) -> dict[str, float | None]:
+    """Returns total memory of each static gating over moeprof's and over the paper's dynamic."""
+    found = {row["gating"]: row[field] for row in rows}
+    return {
+        f"{static} over {dynamic}": (
+            found[static] / found[dynamic] if found[static] and found[dynamic] else None
+        )
+        for static in rank_share.STATIC
+        for dynamic in rank_share.DYNAMIC
+    }
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Measures and writes."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n", maxsplit=1)[0])
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--routing", required=True, help="trace of the translation twin")
+    parser.add_argument("--lm-routing", default="sample:twin-lm", help="of the language twin")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
+    parser.add_argument("--seconds", type=float, default=140.0, help="time for all parts")
+    parser.add_argument("--tiny", action="store_true", help="small sizes, on the CPU")
+    options = parser.parse_args(arguments)
+    setup = setup_of(options)
+    begun = time.monotonic()
+    end = begun + options.seconds
+    given = sys.argv[1:] if arguments is None else list(arguments)
+    command = shlex.join(["python", "-m", "analysis.gpu.mt_headline", *given])
+    result = evidence(command, setup.device) | {"tiny": options.tiny, "parts": {}}
+    for part in options.parts:
+        now = time.monotonic()
+        is_last = part == options.parts[-1]
+        deadline_s = end if is_last else now + TIME_SHARES[part] * (end - now)
+        if now > end:
+            result["parts"][part] = {"not_run": "the time given was up before it began"}
+        elif part == "rank-share":
+            result["parts"][part] = run_rank_share(setup, deadline_s)
+        else:
+            result["parts"][part] = run_stack(part, setup, deadline_s)
+        release(setup.device)
+        result["wall_s"] = time.monotonic() - begun
+        write_json(options.out / RESULT, result)
+        print(f"{part} after {result['wall_s']:.0f} s", flush=True)
+    print(f"written to {options.out / RESULT}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

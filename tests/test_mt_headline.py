@@ -1,0 +1,369 @@
+"""The headline run of the translation model, and one rank's share, at tiny sizes on the CPU."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import time
+import weakref
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+
+from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
+from torch.utils._pytree import tree_leaves  # noqa: E402
+
+from analysis.gpu import headline_runs, mt_headline, mt_routing, rank_share  # noqa: E402
+from analysis.gpu.headline_runs import ForcedGate, RunLimits, StepCursor  # noqa: E402
+from analysis.gpu.mt_stacks import MT_CONFIG, MtDecoder, MtEncoder, dense_config, widen  # noqa: E402
+from moeprof.live.application import apply_gating  # noqa: E402
+from moeprof.live.kernels import KERNELS, kernel_named  # noqa: E402
+from moeprof.live.paper_lm import PaperExperts, PaperFfn, PaperLmConfig  # noqa: E402
+from moeprof.replay.capacity import PAPER_LM, PAPER_MT  # noqa: E402
+from moeprof.trace.synthetic import synthetic_trace  # noqa: E402
+
+TINY = dataclasses.replace(
+    MT_CONFIG, vocab_size=50, num_layers=8, d_model=16, d_ff=32, num_heads=2, num_experts=8
+)
+
+
+class LiveBytes(TorchDispatchMode):
+    """Counts the bytes of all storages that operations made and that are still alive."""
+
+    def __init__(self, *given):
+        super().__init__()
+        self.now = self.peak = 0
+        self.known = {tensor.untyped_storage()._cdata for tensor in given}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(out):
+            if isinstance(leaf, torch.Tensor):
+                self._count(leaf.untyped_storage())
+        self.peak = max(self.peak, self.now)
+        return out
+
+    def _count(self, storage):
+        key = storage._cdata
+        if key in self.known:
+            return
+        self.known.add(key)
+        size = storage.nbytes()
+        self.now += size
+
+        def gone():
+            self.now -= size
+            self.known.discard(key)
+
+        weakref.finalize(storage, gone)
+
+
+@pytest.fixture(scope="module")
+def traces(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("traces")
+    shape = {"num_requests": 24, "seed": 1, "prompt_tokens": 24, "output_tokens": 12}
+    mt = synthetic_trace(
+        folder / "mt.moeprof", num_sites=6, num_experts=128, layer_stride=4,
+        stacks=("encoder", "decoder"), **shape,
+    )  # fmt: skip
+    small = synthetic_trace(
+        folder / "small.moeprof", num_sites=2, num_experts=8, layer_stride=4,
+        stacks=("encoder", "decoder"), **shape,
+    )  # fmt: skip
+    lm = synthetic_trace(folder / "lm.moeprof", num_sites=12, num_experts=512,
+                         num_requests=8, prompt_tokens=256, length_spread=0.0)  # fmt: skip
+    return {"mt": str(mt.path), "small": str(small.path), "lm": str(lm.path)}
+
+
+@pytest.fixture(scope="module")
+def result(traces, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("out")
+    given = ["--tiny", "--out", str(folder), "--routing", traces["mt"]]
+    assert mt_headline.main([*given, "--lm-routing", traces["lm"]]) == 0
+    return json.loads((folder / mt_headline.RESULT).read_text())
+
+
+def test_the_shape_is_the_papers():
+    encoder = MtEncoder(device="meta")
+    decoder = MtDecoder(device="meta", embedding=encoder.embedding)
+    every = {id(p): p for stack in (encoder, decoder) for p in stack.parameters()}
+    assert sum(p.numel() for p in every.values()) == PAPER_MT.num_params
+    for stack in (encoder, decoder):
+        assert [i for i, layer in enumerate(stack.layers) if layer.routes] == [3, 7, 11, 15, 19, 23]
+        experts = [moe.experts for moe in stack.moes]
+        held = sum(p.numel() * 2 for moe in experts for p in moe.parameters())
+        assert held / 2**30 == pytest.approx(6 * 8, rel=0.001)
+        assert experts[0].w_in.shape == (128, 8192, 2048)
+
+
+def test_the_dense_twin_has_equal_operations():
+    stack = MtEncoder(dense_config(TINY), device="cpu")
+    widen(stack, TINY, "cpu")
+    widths = [layer.ffn.w_in.out_features for layer in stack.layers]
+    assert widths == [64 if TINY.is_moe_layer(i) else 32 for i in range(8)]
+    assert not any(isinstance(module, PaperExperts) for module in stack.modules())
+    assert all(not p.requires_grad for p in stack.parameters())
+    assert all(isinstance(layer.ffn, PaperFfn) for layer in stack.layers)
+
+
+@torch.no_grad()
+def test_padding_changes_nothing_and_experts_do(traces):
+    recorded = mt_routing.encoder_batches(traces["small"], TINY, 4, "cpu")
+    stack = MtEncoder(TINY, device="cpu").double()
+    mt_headline.force(stack, recorded.choices)
+    tokens = torch.randint(50, (4, mt_routing.LENGTH))
+    keep = recorded.keep
+    assert not keep.all() and keep.any(dim=1).all()
+    with apply_gating(stack, "static_mask", token_fraction=1.0):
+        before = stack(tokens, keep)
+        after = stack(torch.where(keep, tokens, 0), keep)
+    assert torch.equal(before[keep], after[keep])
+    with apply_gating(stack, "dynamic"):
+        dynamic = stack(tokens, keep)
+    torch.testing.assert_close(before[keep], dynamic[keep])
+    for moe in stack.moes:
+        moe.experts.w_out.zero_()
+    with apply_gating(stack, "dynamic"):
+        assert (stack(tokens, keep)[keep] - dynamic[keep]).abs().max() > 0.01
+
+
+@torch.no_grad()
+def test_a_decode_step_is_the_last_of_a_longer_decoding():
+    """Cross-attention and the cache against attention written out."""
+    stack = MtDecoder(dense_config(TINY), device="cpu").double()
+    encoded = torch.randn(3, 7, 16, dtype=torch.float64)
+    cross = stack.layers[0].cross_attention
+    rows = torch.randn(3, 1, 16, dtype=torch.float64)
+    key, value = cross.keys_values(encoded)
+    query = cross.query(rows).view(3, 2, 8)
+    both = cross.key_value(encoded)
+    keys, values = both[..., :16].view(3, 7, 2, 8), both[..., 16:].view(3, 7, 2, 8)
+    scores = torch.einsum("bhw,bshw->bhs", query, keys) / math.sqrt(8)
+    mixed = torch.einsum("bhs,bshw->bhw", scores.softmax(-1), values).reshape(3, 1, 16)
+    torch.testing.assert_close(cross(rows, key, value), cross.out(mixed))
+    state = stack.begin(encoded, past_tokens=5, max_tokens=6)
+    tokens = torch.randint(50, (3, 1))
+    assert torch.equal(stack(tokens, state), stack(tokens, state))
+    assert state.past.get_seq_length() == 5
+    assert stack(tokens, state).shape == (3, 1)
+
+
+def test_sentences_come_as_they_were_recorded(traces):
+    recorded = mt_routing.encoder_batches(traces["small"], TINY, 30, "cpu")
+    frame = mt_routing.open_trace(traces["small"]).routing(stack="encoder")
+    known = set()
+    for _, own in frame.groupby(["step", "request"], sort=False):
+        by_slot = own.pivot_table(index=["position"], columns=["site", "slot"], values="expert")
+        if mt_routing.SHORTEST <= len(by_slot) <= mt_routing.LENGTH:
+            known.add(by_slot.to_numpy().astype(int).tobytes())
+    ids = torch.cat([own[0][0] for own in recorded.choices], dim=1)
+    ids = ids.view(30, mt_routing.LENGTH, -1)
+    found = {ids[i][recorded.keep[i]].numpy().tobytes() for i in range(30)}
+    assert found == known and recorded.num_distinct == len(known)
+    padding = recorded.keep.logical_not()
+    assert (ids[padding] == -1).all() and (ids[recorded.keep] >= 0).all()
+    assert recorded.num_tokens(3) == int(recorded.keep[:3].sum())
+
+
+def test_steps_come_as_they_were_recorded(traces):
+    recorded = mt_routing.decoder_steps(traces["small"], TINY, 40, "cpu")
+    frame = mt_routing.open_trace(traces["small"]).routing(stack="decoder")
+    frame = frame[frame["phase"] == "decode"]
+    seen = {
+        tuple(own.sort_values(["site", "slot"])["expert"])
+        for _, own in frame.groupby(["step", "request", "position"])
+    }
+    steps = len(recorded.choices[0])
+    assert 1 < steps <= mt_routing.DECODE_STEPS
+    for step in range(steps):
+        ids = torch.cat([own[step][0] for own in recorded.choices], dim=1)
+        assert ids.shape == (40, 4)
+        assert set(map(tuple, ids.tolist())) <= seen
+    assert recorded.num_tokens(7) == 7
+
+
+def test_uniform_control_keeps_padding_and_draws_distinct_experts(traces):
+    recorded = mt_routing.encoder_batches(traces["small"], TINY, 30, "cpu")
+    control = mt_routing.uniform_control(recorded, TINY)
+    ids = control.choices[0][0][0]
+    flat = recorded.keep.reshape(-1)
+    assert (ids[~flat] == -1).all()
+    assert (ids[flat][:, 0] != ids[flat][:, 1]).all()
+    counts = np.bincount(ids[flat].reshape(-1), minlength=8)
+    assert counts.min() > 0.5 * counts.mean()
+    assert control.active_experts(30) == 8
+
+
+def test_gates_follow_the_cursor():
+    class Own(torch.nn.Module):
+        def forward(self, hidden):
+            self.rows = len(hidden)
+
+    choices = [(torch.full((5, 2), step), torch.ones(5, 2)) for step in range(3)]
+    cursor = StepCursor(num_steps=3)
+    gate = ForcedGate(Own(), choices, cursor)
+    seen = []
+    for _ in range(4):
+        seen.append(gate(torch.zeros(2, 4, dtype=torch.float64))[0][0, 0].item())
+        cursor.advance()
+    assert seen == [0, 1, 2, 0] and gate.gate.rows == 2
+
+
+def test_batches_that_would_take_too_long_are_not_tried():
+    def prepare(batch):
+        return batch, lambda: time.sleep(0.002)
+
+    limits = RunLimits(seconds=0, least_repeats=2, point_seconds=1.0)
+    run = headline_runs.run_gating("x", (1, 2, 1000, 2000), prepare, "cpu", limits=limits)
+    assert [row["batch"] for row in run.rows] == [1, 2]
+    assert [row["batch"] for row in run.skipped] == [1000, 2000]
+    assert all("predicted" in row["reason"] for row in run.skipped)
+    over = dataclasses.replace(limits, deadline_s=time.monotonic() - 1)
+    run = headline_runs.run_gating("x", (1,), prepare, "cpu", limits=over)
+    assert not run.rows and "time given" in run.skipped[0]["reason"]
+
+
+def test_a_series_ends_where_memory_does():
+    def prepare(batch):
+        def run():
+            if batch > 2:
+                raise torch.OutOfMemoryError("no more\nat all")
+
+        return batch, run
+
+    run = headline_runs.run_gating("x", (1, 2, 3, 4), prepare, "cpu")
+    assert [row.get("out_of_memory") for row in run.rows] == [None, None, "no more"]
+
+
+def test_everything_is_written(result):
+    assert result["tiny"] and set(result["parts"]) == set(mt_headline.PARTS)
+    for name in ("mt-encoder", "mt-decoder"):
+        part = result["parts"][name]
+        assert {row["gating"] for row in part["rows"]} == {"dense", *KERNELS}
+        assert len(part["rows"]) == 2 * (1 + len(KERNELS)) and not part["skipped"]
+        assert {row["baseline"] for row in part["headline"]} == {"dense", *KERNELS} - {"dynamic"}
+        assert part["published"]["single_node"] < part["published"]["multi_node"]
+        assert len(part["control"]["rows"]) == 2
+        for row in part["rows"]:
+            rate = row["num_tokens"] / np.median(row["times_ms"]) * 1e3
+            assert row["tokens_per_s"] == pytest.approx(rate, rel=1e-3)
+    encoded = [row["num_tokens"] for row in result["parts"]["mt-encoder"]["rows"]]
+    assert all(17 <= tokens <= 64 for tokens in encoded)
+
+
+def test_time_that_is_up_is_said(traces, tmp_path):
+    given = ["--tiny", "--out", str(tmp_path), "--routing", traces["mt"], "--seconds", "0"]
+    assert mt_headline.main([*given, "--parts", "rank-share", "mt-encoder"]) == 0
+    written = json.loads((tmp_path / mt_headline.RESULT).read_text())
+    assert all("time given" in part["not_run"] for part in written["parts"].values())
+
+
+def lm_routing(num_experts=64, tokens=96, seed=0):
+    rng = np.random.default_rng(seed)
+    chance = rng.random((rank_share.RANKS * tokens, num_experts)) ** 0.2
+    chance *= np.linspace(0.8, 1, num_experts)
+    ids = torch.from_numpy(np.argsort(-chance, axis=1)[:, :2].copy())
+    return [(ids, torch.full(ids.shape, 0.5))]
+
+
+def test_a_ranks_routing_is_counted():
+    choices = lm_routing()
+    rank, (routing,) = rank_share.rank_routing(choices, 64, "cpu")
+    ids = choices[0][0].numpy()
+    received = [((ids // 8) == r).sum() for r in range(rank_share.RANKS)]
+    assert rank == int(np.argmax(received)) and routing.num_received == max(received)
+    assert routing.num_own == 2 * 96
+    mine = ids[rank * 96 : (rank + 1) * 96]
+    assert torch.equal(routing.own[0], torch.from_numpy(mine))
+    for sender in range(rank_share.RANKS):
+        rows = ids[sender * 96 : (sender + 1) * 96]
+        for expert in range(8):
+            assert routing.counts[sender, expert] == (rows == rank * 8 + expert).sum()
+
+
+def test_fairseq_mask_is_the_lean_mask():
+    ids = torch.tensor([[0, 1], [0, 2], [0, -1], [2, 0], [1, 0]])
+    weights = torch.rand(5, 2)
+    for slots in (1, 2, 5):
+        lean = rank_share.combine_mask(ids, weights, 3, slots)
+        assert torch.equal(rank_share.fairseq_mask(ids, weights, 3, slots), lean)
+
+
+@pytest.mark.parametrize("gating", [*rank_share.STATIC, "dynamic_loop"])
+@torch.no_grad()
+def test_a_layers_memory_is_as_arithmetic_says(gating):
+    """The peak of all storages a layer makes, counted one by one on the CPU."""
+    config = PaperLmConfig(vocab_size=8, num_layers=1, moe_every=1, d_model=64, d_ff=256,
+                           num_heads=2, num_experts=64)  # fmt: skip
+    tokens, fraction = 384, 0.25
+    own = dataclasses.replace(config, num_experts=8)
+    block = rank_share.PaperMoe(own, device=torch.device("cpu"), dtype=torch.bfloat16)
+    for parameter in block.parameters():
+        parameter.normal_()
+    layer = rank_share.RankMoe(config, block, fraction)
+    _, (routing,) = rank_share.rank_routing(lm_routing(tokens=tokens), 64, "cpu")
+    layer.route(gating, routing)
+    # The gate's logits are of no account at the paper's width; here they would be.
+    layer.gate.gate.forward = lambda _: None
+    hidden = torch.randn(1, tokens, 64).bfloat16()
+    layer(hidden)
+    with LiveBytes(hidden, *layer.parameters(), *routing.own, routing.counts) as live:
+        out = layer(hidden)
+    expected = rank_share.moe_layer_bytes(
+        gating, config, num_tokens=tokens, fraction=fraction, routing=routing
+    )
+    stream = 2 * hidden.nbytes
+    assert out.shape == hidden.shape
+    assert live.peak == pytest.approx(expected - stream, rel=0.2)
+
+
+@torch.no_grad()
+def test_a_rank_with_all_experts_computes_the_layer(monkeypatch):
+    """With one rank nothing crosses, so values are real: they must be those of the kernels."""
+    monkeypatch.setattr(rank_share, "RANKS", 1)
+    config = PaperLmConfig(vocab_size=8, num_layers=1, moe_every=1, d_model=32, d_ff=64,
+                           num_heads=2, num_experts=8)  # fmt: skip
+    block = rank_share.PaperMoe(config, device=torch.device("cpu"), dtype=torch.float64)
+    for parameter in block.parameters():
+        parameter.normal_()
+    layer = rank_share.RankMoe(config, block, 1.0)
+    (ids, weights) = lm_routing(num_experts=8, tokens=24)[0]
+    ids[4] = -1
+    _, (routing,) = rank_share.rank_routing([(ids, weights)], 8, "cpu")
+    hidden = torch.randn(1, 24, 32, dtype=torch.float64)
+    own = block.experts
+    experts = rank_share.ExpertWeights(
+        w_in=own.w_in, w_out=own.w_out, b_in=own.b_in, b_out=own.b_out, activation="relu"
+    )
+    expected = kernel_named("dynamic_loop")(hidden[0], ids, weights.double(), experts)
+    for gating in rank_share.GATINGS:
+        layer.route(gating, routing)
+        torch.testing.assert_close(layer(hidden)[0], expected, rtol=1e-5, atol=1e-5)
+
+
+def test_one_ranks_share_is_the_papers(result):
+    part = result["parts"]["rank-share"]
+    assert part["ranks"] == 8 and part["published"] == {"lm": 1.36, "mt": 1.1}
+    judged = {each["model"]: each for each in part["settings"] if each["judged"]}
+    assert set(judged) == {"lm", "mt"}
+    for each in part["settings"]:
+        assert [row["gating"] for row in each["rows"]] == list(rank_share.GATINGS)
+        assert all(row["peak_bytes"] is None for row in each["rows"])
+        assert each["ratios"]["static_mask over dynamic"] is None
+        assert each["rows_received_most"] >= each["rows_received_mean"] > 0
+
+
+@pytest.mark.parametrize(("whole", "config"), [(PAPER_LM, PaperLmConfig()), (PAPER_MT, MT_CONFIG)])
+def test_weights_of_a_share_are_those_that_the_replay_computes(whole, config):
+    """Without a device: the same modules on no device."""
+    if whole is PAPER_LM:
+        share = rank_share.lm_share(config, 1, 8, 0.05, "meta")
+    else:
+        keep = torch.ones(1, 8, dtype=torch.bool, device="meta")
+        share = rank_share.mt_share(config, keep, 1.0, 4, "meta")
+    predicted = mt_headline.predicted_weight_bytes(whole, config, len(share.blocks))
+    assert share.weight_bytes == predicted
+    assert len(share.blocks) == 12

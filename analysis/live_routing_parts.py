@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pandas as pd
@@ -368,6 +368,14 @@ def twin_part(data: Mapping[str, Any], name: str = "twin") -> Described:
             "result.",
             "The twin has the paper's layers, experts, top-k and width with narrow experts: its "
             "routing is learned, its times and bytes are not the paper's model's.",
+            *(
+                (
+                    "Each batch is of one target language, so that shuffling dispatches also mixes "
+                    "languages: what order in time adds is partly that.",
+                )
+                if translates
+                else ()
+            ),
         ),
     )
     group = "language" if translates else "domain"
@@ -497,7 +505,7 @@ def _mt_findings(
         _learned(data, text, name, "target language"),
         Finding(
             text=f"Its decoder leaves {percent(full['inactive_share'])} of a layer's experts idle "
-            f"with all {full['most_tokens']} sequences, whose first words are much alike, and "
+            f"with all {full['most_tokens']} sequences, as they are early in a sentence, and "
             f"{percent(half['inactive_share'])} with {half['least_tokens']} to "
             f"{half['most_tokens']}; even routing would leave "
             f"{percent(full['uniform_inactive_share'])} and "
@@ -515,10 +523,20 @@ def _mt_findings(
             text=f"Its encoder never uses {percent(never)} of its experts, and leaves "
             f"{percent(encode['inactive_share'].min())} of them idle in the largest pass of "
             f"{int(encode['most_tokens'].max()):,} tokens, where the paper's has nearly all "
-            "active: training was too short to spread it. Runs under this twin drive decoders.",
+            f"active. {_rare_said(data['learned']['curve'])} Runs under this twin drive decoders.",
             severity=SEVERITY_COST,
             section=name,
         ),
+    )
+
+
+def _rare_said(curve: Sequence[Mapping[str, Any]]) -> str:
+    """Returns how the share of rarely used experts, both stacks together, went in training."""
+    last = curve[-1]["rare_share"]
+    before = curve[len(curve) // 2]["rare_share"]
+    return (
+        f"Rarely used experts of both stacks were {percent(before)} half way through training and "
+        f"{percent(last)} at its end."
     )
 
 

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
 from moeprof.replay.calibration_file import (
     Calibration,
+    Corrections,
     Curve,
     DecisionTimes,
     ExpertTimes,
     GatingTimes,
+    KernelCorrection,
+    Leftovers,
     Measured,
+    StreamedTimes,
     Trial,
 )
+from moeprof.replay.pipeline import PARTS
 
 
 def exactly(value: float, error: float = 0.0) -> Measured:
@@ -39,6 +45,41 @@ def trial(ratio: float, kind: str = "buffering", steps: int = 4) -> Trial:
         modelled_ms=(10.0,) * steps,
         measured_ms=((10.0 * ratio,) * steps,) * 2,
     )
+
+
+def corrections(
+    ratio: float = 1.0, *, residuals: Sequence[float] = (0.0,) * 5, kernel: str = "dynamic"
+) -> Corrections:
+    """Every part, and a kernel, takes ``ratio`` times as long; nothing is uncertain but that."""
+    left = Leftovers(residuals=tuple(residuals), freedom=len(residuals), jitter=(1.0,))
+    return Corrections(
+        parts=PARTS,
+        log_factors=(math.log(ratio),) * len(PARTS),
+        covariance=tuple(
+            tuple(1e-18 if row == column else 0.0 for column in range(len(PARTS)))
+            for row in range(len(PARTS))
+        ),
+        buffering=left,
+        kernels={kernel: KernelCorrection(log_factor=math.log(ratio), error=0.0)},
+        gating=left,
+    )
+
+
+def streamed_times(**changes: Any) -> StreamedTimes:
+    """Pieces take 2 s, whatever is in them; all else is free."""
+    free = exactly(0.0)
+    given: dict[str, Any] = {
+        "most_tokens": 64,
+        "known_s": free,
+        "late_s": free,
+        "piece_host": flat(0.0),
+        "slot_host_s": free,
+        "load_host_s": free,
+        "piece_device": surface(2.0),
+        "combine_host_s": free,
+        "combine_device": flat(0.0),
+    }
+    return StreamedTimes(**given | changes)
 
 
 def hand_calibration(
@@ -78,7 +119,7 @@ def hand_calibration(
     }
     for name in (
         "launch_host_s", "launch_device_s", "expert_host_s", "slot_host_s", "load_host_s",
-        "fetch_s", "return_host_s", "known_s", "combine_host_s", "sync_s",
+        "fetch_s", "return_host_s", "known_s", "combine_host_s", "sync_s", "handover_s",
     ):  # fmt: skip
         given[name] = exactly(0.0)
     return Calibration(**given | changes)

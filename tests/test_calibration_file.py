@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from calibrations import exactly, flat, hand_calibration, trial
+from calibrations import corrections, exactly, flat, hand_calibration, streamed_times, trial
 
 from moeprof.errors import EXIT_BAD_TRACE, CalibrationError, MoeprofError
 from moeprof.replay.calibration_file import (
@@ -25,7 +25,9 @@ def test_what_is_written_is_read(tmp_path: Path) -> None:
     calibration = hand_calibration(
         all_to_all=Curve(sizes=(1.0, 2.0), times_s=(exactly(0.1, 0.02), exactly(0.3))),
         exchange_ranks=2,
+        streamed=streamed_times(),
         trials=(trial(1.25), trial(0.5, kind="gating")),
+        corrections=corrections(1.2, residuals=(0.1, -0.2)),
     )
     path = write_calibration(calibration, tmp_path / "machine.json")
     assert read_calibration(path) == calibration
@@ -64,6 +66,12 @@ def _damaged(change: Any) -> Any:
         (lambda _: "[1, 2]", "no calibration file"),
         (_damaged(lambda c: c.update(kind="x")), "no calibration file"),
         (_damaged(lambda c: c.update(schema_version=99)), "has version 99"),
+        (_damaged(lambda c: c.update(schema_version=1)), "has version 1, this moeprof reads"),
+        (_damaged(lambda c: c["corrections"]["log_factors"].pop()), "do not match their parts"),
+        (_damaged(lambda c: c["corrections"]["covariance"].pop()), "do not match their parts"),
+        (_damaged(lambda c: c["corrections"]["gating"].update(freedom=0)), "nothing over"),
+        (_damaged(lambda c: c["corrections"]["gating"].update(jitter=[math.nan])), "no finite"),
+        (_damaged(lambda c: c["streamed"].pop("piece_host")), "lacks 'piece_host'"),
         (_damaged(lambda c: c.pop("known_s")), "lacks 'known_s'"),
         (_damaged(lambda c: c["sync_s"].update(median=-1.0)), "negative"),
         (_damaged(lambda c: c["matrix_flops_per_s"].update(median=0.0)), "is zero"),
@@ -74,7 +82,10 @@ def _damaged(change: Any) -> Any:
     ],
 )
 def test_damaged_files_are_one_line(tmp_path: Path, damage: Any, message: str) -> None:
-    path = write_calibration(hand_calibration(trials=(trial(1.0),)), tmp_path / "machine.json")
+    whole = hand_calibration(
+        trials=(trial(1.0),), corrections=corrections(), streamed=streamed_times()
+    )
+    path = write_calibration(whole, tmp_path / "machine.json")
     path.write_text(damage(json.loads(path.read_text())))
     with pytest.raises(CalibrationError, match=message) as caught:
         read_calibration(path)
@@ -96,6 +107,14 @@ def test_spreads() -> None:
     # 1.2533 sigma / sqrt(n), over the median; one outlier changes nothing.
     assert found.error == pytest.approx(1.2533 * 0.5 / 20 / 10, rel=0.15)
     assert Measured.of([3.0]).error == 0
+
+
+def test_trials_are_judged_by_the_median_of_their_repetitions() -> None:
+    found = dataclasses.replace(
+        trial(1.0), modelled_ms=(1.0, 2.0), measured_ms=((1.0, 4.0), (9.0, 4.0), (2.0, 8.0))
+    )
+    np.testing.assert_allclose(found.step_ms(), [2, 4])
+    np.testing.assert_allclose(found.ratios(), [2, 2])
 
 
 def test_curves() -> None:

@@ -9,12 +9,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-from calibrations import exactly, flat, hand_calibration, surface, trial
+from calibrations import corrections, exactly, flat, hand_calibration, surface
 
 import moeprof
 from moeprof.errors import TraceError, UsageError
 from moeprof.replay import buffer_plans, cost_model, pipeline
-from moeprof.replay.calibration_file import Curve, DecisionTimes, ExpertTimes
+from moeprof.replay.calibration_file import Curve, DecisionTimes, ExpertTimes, Trial
+from moeprof.replay.corrections import TriedBuffer, fit_corrections
 from moeprof.replay.expert_shapes import ExpertShape, shape_of_trace
 from moeprof.replay.gating_work import Dispatches, device_columns, kernel_work
 from moeprof.replay.least_squares import fit_parts
@@ -246,7 +247,7 @@ def test_the_pipeline_lies_between_its_bounds(trace: Any) -> None:
         )
         routed = buffer_plans.read_routed_rows(trace, "decoder")
         work = cost_model.buffering_work_of(routed, plan, chosen, SHAPE, any_machine())
-        link_ms = routed.per_step(plan.loads * work.copy_s) * 1e3
+        link_ms = routed.per_step(plan.loads * work.copy_s[0]) * 1e3
         assert (overlapped >= link_ms - 1e-9).all()
 
 
@@ -259,7 +260,7 @@ def test_factors_scale_their_part_only(trace: Any) -> None:
     factors = np.ones((2, len(pipeline.PARTS)))
     factors[1, pipeline.PARTS.index("copy")] = 2.0
     plain, changed = pipeline.step_times(work, factors)
-    copies = routed.per_step(plan.loads * work.copy_s)
+    copies = routed.per_step(plan.loads * work.copy_s[0])
     np.testing.assert_allclose(changed - plain, copies)
     doubled = pipeline.step_times(work, np.full((1, len(pipeline.PARTS)), 2.0))[0]
     np.testing.assert_allclose(doubled, 2 * plain)
@@ -270,35 +271,41 @@ def test_trials_correct_and_widen(trace: Any) -> None:
     plain = predicted(trace, any_machine(), setting)
     assert plain.percentiles_ms[50][1:] == (None, None)
     assert plain.percentiles_ms[50][0] == pytest.approx(np.percentile(judged_ms(trace, plain), 50))
-    same = any_machine(trials=tuple(trial(2.0) for _ in range(5)))
+    same = any_machine(corrections=corrections(2.0))
     found = predicted(trace, same, setting).percentiles_ms
     for percentile in cost_model.PERCENTILES:
         value, low, high = found[percentile]
         assert value == pytest.approx(2 * np.percentile(judged_ms(trace, plain), percentile))
-        assert low == pytest.approx(value) == high
-    spread = any_machine(trials=tuple(trial(ratio) for ratio in (1.5, 1.9, 2.0, 2.1, 2.7)))
+        assert low == pytest.approx(value) and high == pytest.approx(value)
+    spread = any_machine(corrections=corrections(2.0, residuals=(-0.3, -0.1, 0.0, 0.1, 0.3)))
     value, low, high = predicted(trace, spread, setting).percentiles_ms[50]
     assert low < 0.9 * value and high > 1.1 * value
-    others = any_machine(trials=tuple(trial(3.0, kind="gating") for _ in range(5)))
-    assert predicted(trace, others, setting).percentiles_ms == plain.percentiles_ms
+    few = any_machine(corrections=corrections(2.0, residuals=(0.1, -0.1)))
+    assert predicted(trace, few, setting).percentiles_ms[50][1:] == (None, None)
+    others = dataclasses.replace(corrections(3.0), buffering=None)
+    found = predicted(trace, any_machine(corrections=others), setting)
+    assert found.percentiles_ms == plain.percentiles_ms
+    gating = predicted(trace, any_machine(corrections=others), parse_setting("gating:dynamic"))
+    np.testing.assert_allclose(gating.step_ms, 3 * gating.modelled_ms)
 
 
 def judged_ms(trace: Any, prediction: Any) -> Any:
     decode = np.array(buffer_plans.read_routed_rows(trace, "decoder").phases) == "decode"
-    return np.tile(prediction.modelled_ms[decode], 5)
+    return prediction.modelled_ms[decode]
 
 
-def test_errors_of_constants_widen(trace: Any) -> None:
+def test_errors_of_parts_widen(trace: Any) -> None:
     setting = BufferingSetting(capacity=2)
-    trials = tuple(trial(1.0) for _ in range(3))
-    narrow = predicted(trace, any_machine(trials=trials), setting).percentiles_ms[50]
-    assert narrow[1] == pytest.approx(narrow[2])
+    slow = Curve(sizes=(256.0,), times_s=(exactly(1e-3),))
+    known = corrections()
+    narrow = predicted(trace, any_machine(corrections=known, to_device=slow), setting)
+    assert narrow.percentiles_ms[50][1] == pytest.approx(narrow.percentiles_ms[50][2])
+    covariance = np.array(known.covariance)
+    copy = pipeline.PARTS.index("copy")
+    covariance[copy, copy] = 0.1**2
+    unsure = dataclasses.replace(known, covariance=tuple(map(tuple, covariance.tolist())))
     wide = predicted(
-        trace,
-        any_machine(
-            trials=trials, to_device=Curve(sizes=(256.0,), times_s=(exactly(1e-3, error=0.1),))
-        ),
-        setting,
+        trace, any_machine(corrections=unsure, to_device=slow), setting
     ).percentiles_ms[50]
     assert wide[1] < 0.95 * wide[0] and wide[2] > 1.05 * wide[0]
 
@@ -308,26 +315,38 @@ def test_stated_intervals_hold_on_a_machine_that_obeys_the_model(trace: Any) -> 
     # in it, about nine in ten have to lie within the interval made from trials in it.
     generator = np.random.default_rng(7)
     setting = BufferingSetting(capacity=4)
-    question = cost_model.question_of(trace, shape=SHAPE, repetitions=3)
-    exact = cost_model.predict(question, setting, any_machine()).modelled_ms
+    question = cost_model.question_of(trace, shape=SHAPE, repetitions=4)
+    machine = any_machine()
+    work = cost_model.work_of(question, setting, machine)
+    exact = pipeline.step_times(work)[0] * 1e3
+
+    def run(judged: Any) -> Any:
+        factor = 1.1 * np.exp(0.05 * generator.standard_normal())
+        noise = np.exp(0.03 * generator.standard_normal((4, len(judged))))
+        return exact[judged] * factor * noise
+
     inside = []
-    for _ in range(60):
-        trials = []
-        for _ in range(12):
-            factor = 1.3 * np.exp(0.05 * generator.standard_normal())
-            run = 10 * factor * np.exp(0.03 * generator.standard_normal((3, 20)))
-            trials.append(
-                dataclasses.replace(
-                    trial(1.0), modelled_ms=(10.0,) * 20, measured_ms=tuple(map(tuple, run))
-                )
-            )
-        found = cost_model.predict(question, setting, any_machine(trials=tuple(trials)))
-        factor = 1.3 * np.exp(0.05 * generator.standard_normal())
-        noise = np.exp(0.03 * generator.standard_normal((3, len(question.judged))))
-        run = exact[question.judged] * factor * noise
+    for _ in range(40):
+        tried = [
+            TriedBuffer(trial=trial_of(exact, run(np.arange(len(exact)))), work=work)
+            for _ in range(12)
+        ]
+        known = dataclasses.replace(machine, corrections=fit_corrections(tried, {}))
+        found = cost_model.predict(question, setting, known)
+        measured = np.median(run(question.judged), axis=0)
         for percentile, (_, low, high) in found.percentiles_ms.items():
-            inside.append(low <= np.percentile(run, percentile) <= high)
+            inside.append(low <= np.percentile(measured, percentile) <= high)
     assert 0.8 <= np.mean(inside) <= 0.98
+
+
+def trial_of(modelled_ms: Any, measured_ms: Any, kind: str = "buffering") -> Trial:
+    return Trial(
+        kind=kind,
+        setting="made up",
+        routing="made up",
+        modelled_ms=tuple(modelled_ms.tolist()),
+        measured_ms=tuple(map(tuple, measured_ms.tolist())),
+    )
 
 
 def test_bytes_and_naive_models(tmp_path: Path) -> None:
@@ -348,8 +367,7 @@ def test_bytes_and_naive_models(tmp_path: Path) -> None:
 
 
 def test_the_table(trace: Any) -> None:
-    trials = [trial(1.0, kind=kind) for kind in cost_model.KINDS for _ in range(3)]
-    machine = any_machine(trials=tuple(trials))
+    machine = any_machine(corrections=corrections(residuals=(0.0, 0.01, -0.01)))
     settings = [parse_setting(text) for text in ("lru:25%", "min:4:host", "gating:dynamic")]
     result = moeprof.replay.cost(trace, machine, settings, shape=SHAPE)
     assert list(result.table["setting"]) == [s.name for s in settings for _ in range(2)]
@@ -440,7 +458,7 @@ def test_other_percentiles_and_another_plan_can_be_asked_for(tmp_path: Path) -> 
     question = cost_model.question_of(trace, shape=SHAPE, phase="all", percentiles=[95])
     found = cost_model.predict(question, parse_setting("lru:4"), machine)
     assert found.percentiles_ms.keys() == found.naive_bandwidth_ms.keys() == {95}
-    assert found.percentiles_ms[95][0] == pytest.approx(np.percentile([24e3, 14e3, 8e3] * 5, 95))
+    assert found.percentiles_ms[95][0] == pytest.approx(np.percentile([24e3, 14e3, 8e3], 95))
     # A plan that copies nothing: what is left are two experts a step.
     resident = buffer_plans.plan_buffer(trace, question.routed, BufferingSetting(capacity=None))
     other = cost_model.predict(question, parse_setting("lru:4"), machine, plan=resident)

@@ -27,13 +27,15 @@ TINY = dataclasses.replace(
     expert_bytes=(6 << 10, 24 << 10),
     d_model=32,
     num_experts=8,
-    num_layers=2,
-    batch=2,
-    output_tokens=4,
+    regimes=(
+        measuring.Regime(batch=1, num_layers=2, num_steps=4),
+        measuring.Regime(batch=2, num_layers=1, num_steps=3),
+    ),
     rows=(1, 8),
     host_rows=(1, 4),
     slots=(4, 16),
     tokens=(1, 4),
+    pieces=(1, 4),
     cold_bytes=64 << 10,
     repeats=3,
     trial_repetitions=2,
@@ -96,9 +98,10 @@ def test_curves_are_at_the_sizes_asked_for(calibrated: Any) -> None:
 def test_trials_cover_policies_miss_actions_and_kernels(calibrated: Any) -> None:
     machine, _ = calibrated
     names = {trial.setting for trial in machine.trials}
-    assert {"unbuffered", "lru:0.25", "min:0.5", "min:0.5:host"} <= names
+    assert {"unbuffered", "lru:0.125", "min:0.5", "lru:0.25:host", "lru:0.25:split"} <= names
     assert {"gating:dynamic_loop", "gating:static_mask"} <= names
-    assert len(machine.trials) == len(TINY.expert_bytes) * len(names)
+    assert len(machine.trials) == len(TINY.expert_bytes) * len(TINY.regimes) * len(names)
+    assert {len(trial.modelled_ms) for trial in machine.trials} == {4, 3}
     for trial in machine.trials:
         assert len(trial.measured_ms) == TINY.trial_repetitions
         assert (trial.ratios() > 0).all() and np.isfinite(trial.ratios()).all()

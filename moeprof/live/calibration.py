@@ -1,8 +1,9 @@
 """Measures what this machine does, once, for the cost model.
 
 Constants first, each by itself; then trials: whole steps under several settings, driven by made-up
-routing, next to what the constants alone say of them. What is left over corrects predictions and
-says how sure they are. Leaves out the file (`moeprof.replay.calibration_file`).
+routing in two regimes, next to what the constants alone say of them. From them come corrections of
+the constants and how sure predictions are (`moeprof.replay.corrections`). Leaves out the file
+(`moeprof.replay.calibration_file`).
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 
 from moeprof.errors import MoeprofError, UsageError
 from moeprof.live.ceilings import measure_ceilings
@@ -28,9 +30,10 @@ from moeprof.live.expert_store import ExpertStore
 from moeprof.live.experts import ExpertWeights, random_experts
 from moeprof.live.grouping import can_group
 from moeprof.live.kernels import KERNELS
-from moeprof.live.kernels.fused import can_fuse
+from moeprof.live.kernels.fused import FEW_TOKENS, can_fuse
+from moeprof.live.kernels.streamed import StreamedDispatch, can_stream
 from moeprof.live.part_times import PartTimes
-from moeprof.live.routed_runs import random_sites
+from moeprof.live.routed_runs import random_sites, routed_steps, starting_rows
 from moeprof.live.row_blocks import Workspace
 from moeprof.live.setting_runs import (
     RoutedStack,
@@ -40,11 +43,12 @@ from moeprof.live.setting_runs import (
     open_stack,
     timed_steps,
 )
-from moeprof.live.transfers import HostTransfers, make_slots, open_transfers
+from moeprof.live.transfers import HostTransfers, Transfers, make_slots, open_transfers
 from moeprof.recording.hardware import hardware, versions
 from moeprof.replay import cost_model
 from moeprof.replay.buffer_plans import planned_dispatches, read_routed_rows, residency_of
 from moeprof.replay.cache import policies, streams
+from moeprof.replay.cache.pieces import copies_of, pieces_of
 from moeprof.replay.calibration_file import (
     Calibration,
     Curve,
@@ -52,11 +56,14 @@ from moeprof.replay.calibration_file import (
     ExpertTimes,
     GatingTimes,
     Measured,
+    StreamedTimes,
     Trial,
 )
+from moeprof.replay.corrections import TriedBuffer, fit_corrections
 from moeprof.replay.expert_shapes import ExpertShape
 from moeprof.replay.gating_work import Dispatches, device_columns, kernel_work
 from moeprof.replay.least_squares import fit_parts
+from moeprof.replay.pipeline import Work, step_times
 from moeprof.replay.serving_settings import (
     STATIC_KERNELS,
     BufferingSetting,
@@ -68,6 +75,7 @@ from moeprof.trace.synthetic import synthetic_trace
 if TYPE_CHECKING:
     from moeprof.trace.reader import Trace
 
+Floats = NDArray[np.float64]
 Progress = Callable[[str, int, int], None]
 
 ROUTING = "made-up routing (Zipf, half of the experts kept from token to token)"
@@ -75,10 +83,28 @@ DEFAULT_POLICIES = tuple(policies.POLICIES)
 
 _SMALL_ROWS = 8
 _PLAN_REPEATS = 3
-_TRIAL_SHARES = (0.25, 0.5)
-_TRIAL_MISSES = ("load", "host", "split")
+_TRIAL_POLICIES = ("lru", "lfu", "paper", "min")
+_TRIAL_SHARES = (0.125, 0.5)
+_TRIAL_MISSES = ("host", "split")
+_TRIAL_MISS_SHARE = 0.25
+_CHAIN = 16
 _ACTIVE_SHARES = (0.25, 1.0)
 _DECISION_SHARES = (0.125, 0.25, 0.5)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Regime:
+    """How trials are run.
+
+    Attributes:
+        batch: Requests at a time.
+        num_layers: Layers.
+        num_steps: Steps.
+    """
+
+    batch: int
+    num_layers: int
+    num_steps: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,13 +118,12 @@ class CalibrationSizes:
         dtype: Of weights and rows.
         num_experts: Experts per layer of trials.
         top_k: Slots per token of trials.
-        num_layers: Layers of trials.
-        batch: Requests at a time in trials.
-        output_tokens: Tokens of each.
+        regimes: What trials run.
         rows: Rows of an expert on the device.
         host_rows: Rows of an expert on the host.
         slots: (token, slot) rows of a dispatch.
         tokens: Tokens of a dispatch, for gating kernels.
+        pieces: Experts of a piece.
         cold_bytes: Experts that take turns take so much at least, so that no cache of the device
             holds them.
         repeats: Repetitions of each part.
@@ -111,20 +136,19 @@ class CalibrationSizes:
     dtype: str
     num_experts: int
     top_k: int
-    num_layers: int
-    batch: int
-    output_tokens: int
+    regimes: tuple[Regime, ...]
     rows: tuple[int, ...]
     host_rows: tuple[int, ...]
     slots: tuple[int, ...]
     tokens: tuple[int, ...]
+    pieces: tuple[int, ...]
     cold_bytes: int
     repeats: int
     trial_repetitions: int
 
     def __post_init__(self) -> None:
         """Refuses what cannot be measured."""
-        for name in ("expert_bytes", "rows", "host_rows", "slots", "tokens"):
+        for name in ("expert_bytes", "rows", "host_rows", "slots", "tokens", "pieces"):
             values = getattr(self, name)
             if not values or min(values) < 1 or list(values) != sorted(set(values)):
                 raise UsageError(f"{name} has to ascend from 1 or more, not {values}")
@@ -141,16 +165,19 @@ GPU_SIZES = CalibrationSizes(
     dtype="bfloat16",
     num_experts=64,
     top_k=6,
-    num_layers=8,
-    batch=4,
-    output_tokens=12,
+    # With more requests at a time more is copied in a step: fewer layers, for about the same time.
+    regimes=(
+        Regime(batch=1, num_layers=4, num_steps=16),
+        Regime(batch=8, num_layers=2, num_steps=12),
+    ),
     rows=(1, 2, 4, 8, 16, 64, 256, 1024),
     host_rows=(1, 2, 4, 16),
     slots=(8, 64, 512, 4096),
     tokens=(1, 8, 32, 128, 512),
+    pieces=(1, 2, 4, 8, 16, 32, 64),
     cold_bytes=256 << 20,
     repeats=20,
-    trial_repetitions=3,
+    trial_repetitions=4,
 )
 CPU_SIZES = CalibrationSizes(
     expert_bytes=(64 << 10, 512 << 10),
@@ -158,16 +185,18 @@ CPU_SIZES = CalibrationSizes(
     dtype="float32",
     num_experts=16,
     top_k=2,
-    num_layers=4,
-    batch=4,
-    output_tokens=12,
+    regimes=(
+        Regime(batch=1, num_layers=4, num_steps=16),
+        Regime(batch=8, num_layers=2, num_steps=12),
+    ),
     rows=(1, 4, 16, 64),
     host_rows=(1, 4, 16),
     slots=(8, 64, 256),
     tokens=(1, 8, 32),
+    pieces=(1, 4, 16),
     cold_bytes=4 << 20,
     repeats=10,
-    trial_repetitions=3,
+    trial_repetitions=4,
 )
 
 
@@ -218,8 +247,8 @@ def calibrate(
     # First: ranks that do not find each other should not cost all the rest.
     exchange = None if num_ranks is None else exchange_curve(num_ranks, device=target)
     with tempfile.TemporaryDirectory() as folder, torch.no_grad():
-        trace = _made_up(Path(folder), chosen, batch=chosen.batch)
-        found = _measured(bench, trace, policies, kernels, command, show)
+        regimes = [_made_up(Path(folder), chosen, regime) for regime in chosen.regimes]
+        found = _measured(bench, regimes, policies, kernels, command, show)
     return dataclasses.replace(found, all_to_all=exchange, exchange_ranks=num_ranks)
 
 
@@ -248,22 +277,31 @@ def device_named(device: torch.device | str | None) -> torch.device:
     return found
 
 
-def _made_up(folder: Path, sizes: CalibrationSizes, *, batch: int) -> Trace:
-    return synthetic_trace(
-        folder / f"calibration-{batch}.moeprof",
-        num_requests=2 * batch,
-        num_sites=sizes.num_layers,
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _MadeUp:
+    """Made-up routing of a regime."""
+
+    regime: Regime
+    trace: Trace
+
+
+def _made_up(folder: Path, sizes: CalibrationSizes, regime: Regime) -> _MadeUp:
+    trace = synthetic_trace(
+        folder / f"calibration-{regime.batch}.moeprof",
+        num_requests=2 * regime.batch,
+        num_sites=regime.num_layers,
         num_experts=sizes.num_experts,
         top_k=sizes.top_k,
-        batch=batch,
+        batch=regime.batch,
         prompt_tokens=8,
-        output_tokens=sizes.output_tokens,
+        output_tokens=regime.num_steps,
     )
+    return _MadeUp(regime=regime, trace=trace)
 
 
 def _measured(
     bench: _Bench,
-    trace: Trace,
+    regimes: Sequence[_MadeUp],
     policy_names: Sequence[str],
     kernels: Sequence[str],
     command: str,
@@ -299,23 +337,54 @@ def _measured(
         expert_host_s=by_size[0].launch,
         slot_host_s=by_size[0].slot,
         load_host_s=by_size[0].load,
+        handover_s=by_size[0].handover,
+        streamed=_streamed_times(by_size),
         **constants,
     )
     decisions = {}
     for name in policy_names:
         show(f"decisions of {name}", next(count), parts)
-        decisions[name] = _decision_times(trace, name)
+        decisions[name] = _decision_times(regimes, name, streamed=machine.streamed is not None)
     gating = {}
     for name in kernels:
         show(f"gating {name}", next(count), parts)
         gating[name] = bench.of_kernel(name, machine)
     machine = dataclasses.replace(machine, decisions=decisions, gating=gating)
-    trials: list[Trial] = []
+    tried: list[_Tried] = []
     for size in sizes.expert_bytes:
         show(f"trials at {size / (1 << 20):.2f} MiB an expert", next(count), parts)
-        trials += bench.trials(trace, size, machine)
+        tried += bench.trials(regimes, size, machine)
+    corrections = fit_corrections(
+        [TriedBuffer(trial=one.trial, work=one.work) for one in tried if one.kernel is None],
+        {name: [one.trial for one in tried if one.kernel == name] for name in kernels},
+    )
     show("done", parts, parts)
-    return dataclasses.replace(machine, trials=tuple(trials))
+    return dataclasses.replace(
+        machine, trials=tuple(one.trial for one in tried), corrections=corrections
+    )
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Tried:
+    """A trial, and what is modelled of it; of a kernel, if it is named."""
+
+    trial: Trial
+    work: Work
+    kernel: str | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class _PieceParts:
+    """What was measured of dispatches that run in pieces, at one size of experts."""
+
+    known: Measured
+    late: Measured
+    host: Curve
+    slot: Measured
+    load: Measured
+    device: Curve
+    combine_host: Measured
+    combine_device: Curve
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -330,6 +399,27 @@ class _ExpertParts:
     launch: Measured
     slot: Measured
     load: Measured
+    handover: Measured
+    pieces: _PieceParts | None
+
+
+def _streamed_times(by_size: Sequence[_ExpertParts]) -> StreamedTimes | None:
+    """Returns what depends on the size of experts by size, all else as it is for the smallest."""
+    found = [(one.expert_bytes, one.pieces) for one in by_size if one.pieces is not None]
+    if not found:
+        return None
+    own = found[0][1]
+    return StreamedTimes(
+        most_tokens=FEW_TOKENS,
+        known_s=own.known,
+        late_s=own.late,
+        piece_host=own.host,
+        slot_host_s=own.slot,
+        load_host_s=own.load,
+        piece_device=_surface([(size, one.device) for size, one in found]),
+        combine_host_s=own.combine_host,
+        combine_device=own.combine_device,
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -412,26 +502,149 @@ class _Bench:
             # As the live buffer does: the weights are looked up in their block each time.
             return lambda: store.weights(next(turn)).run(0, rows)
 
+        few = self._rows(self.sizes.rows[0])
+
+        def chain() -> None:
+            # The read event lies behind whatever the device is busy with.
+            transfers.release(0)
+            for expert in range(_CHAIN):
+                transfers.load(0, store.block(expert % count))
+                transfers.await_load(0)
+                views[0].run(0, few)
+                transfers.release(0)
+
         given = {rows: self._rows(rows) for rows in self.sizes.rows}
         own = {rows: self._rows(rows, "cpu") for rows in self.sizes.host_rows}
+        copy = self.times.device_part(load)
+        curve = _ascending(
+            [(n, self.times.device_part(on_device(rows))) for n, rows in given.items()]
+        )
         found = _ExpertParts(
             expert_bytes=shape.expert_bytes,
             block_bytes=shape.block_bytes,
-            copy=self.times.device_part(load),
-            on_device=_ascending(
-                [(n, self.times.device_part(on_device(rows))) for n, rows in given.items()]
-            ),
+            copy=copy,
+            on_device=curve,
             on_host=_ascending([(n, self._on_host(by_host(rows))) for n, rows in own.items()]),
-            launch=self.times.host(on_device(given[self.sizes.rows[0]])),
+            launch=self.times.host(on_device(few)),
             # Without a queue there is nothing to order, and a copy is done when it is asked for.
             slot=self.times.host(order),
             load=self.times.host(ask),
+            handover=self._handover(chain, copy.median + curve.times_s[0].median),
+            pieces=self._of_pieces(store, slots, transfers)
+            if not self.times.is_serial and can_stream(store.shape, self.device)
+            else None,
         )
         transfers.finish()
         assert isinstance(transfers, HostTransfers) == self.times.is_serial
         store.close()
         del pools
         return found
+
+    def _handover(self, chain: Callable[[], object], link_s: float) -> Measured:
+        """Returns what a chain of copies and experts in one slot takes beyond them, per handover.
+
+        Each link of the chain is a copy that waits for the expert before it, and an expert that
+        waits for the copy: two handovers.
+        """
+        if self.times.is_serial:
+            return self.times.host(chain)
+        whole = self.times.device_part(chain)
+
+        def beyond(chain_s: float) -> float:
+            return max(0.0, (chain_s / _CHAIN - link_s) / 2)
+
+        return Measured(
+            median=beyond(whole.median),
+            low=beyond(whole.low),
+            high=beyond(whole.high),
+            error=whole.error,
+            num_repetitions=whole.num_repetitions,
+        )
+
+    def _of_pieces(
+        self, store: ExpertStore, slots: Sequence[torch.Tensor], transfers: Transfers
+    ) -> _PieceParts:
+        """Measures dispatches of a few tokens in pieces."""
+        sizes, times, shape = self.sizes, self.times, store.shape
+        most = max(len(slots), sizes.pieces[-1])
+        memory = torch.empty(most * shape.block_bytes, dtype=torch.uint8, device=self.device)
+        size = shape.block_bytes
+        blocks = [memory[each * size : (each + 1) * size] for each in range(most)]
+        for index, block in enumerate(blocks):
+            block.copy_(slots[index % len(slots)][:size])
+        dispatch = StreamedDispatch(shape, num_experts=most, device=self.device)
+        dispatch.reserve(FEW_TOKENS * sizes.top_k)
+        first = itertools.count()
+
+        def begun(num_slots: int, num_experts: int) -> Callable[[], object]:
+            """Returns what takes a dispatch whose experts are 0, 1, ..."""
+            tokens = min(FEW_TOKENS, max(1, -(-num_slots // sizes.top_k)))
+            hidden = self._rows(tokens)
+            ids = torch.arange(tokens * sizes.top_k, device=self.device) % num_experts
+            ids = ids.view(tokens, sizes.top_k)
+            gates = torch.full(ids.shape, 1 / sizes.top_k, dtype=self.dtype, device=self.device)
+
+            def begin() -> None:
+                rows = F.rms_norm(hidden, hidden.shape[-1:])
+                dispatch.begin(rows, ids, gates)
+
+            return begin
+
+        def piece(num_experts: int) -> Callable[[], object]:
+            def run() -> None:
+                # Others each time: no cache of the device holds them.
+                start = next(first) * num_experts
+                own = [blocks[(start + each) % most] for each in range(num_experts)]
+                dispatch.run(range(num_experts), own)
+
+            return run
+
+        def known() -> None:
+            begin()
+            dispatch.active()
+
+        def after(stream: torch.Tensor) -> Callable[[], object]:
+            return lambda: stream + dispatch.combined()
+
+        def order() -> None:
+            transfers.await_all([0])
+            transfers.mark()
+
+        group = range(min(len(slots), sizes.top_k))
+
+        def ask() -> None:
+            transfers.load_all([(each, store.block(each)) for each in group])
+
+        host, device = [], []
+        for experts in sizes.pieces:
+            begin = begun(experts, experts)
+            host.append((experts, times.host(piece(experts), before=begin)))
+            device.append((experts, times.device_part(piece(experts), before=begin)))
+        combine = []
+        combine_host = None
+        for num_slots in sizes.slots:
+            if num_slots > FEW_TOKENS * sizes.top_k:
+                continue
+            begin = begun(num_slots, min(num_slots, most))
+            begin()
+            tokens = min(FEW_TOKENS, max(1, -(-num_slots // sizes.top_k)))
+            added = after(self._rows(tokens))
+            combine.append((tokens * sizes.top_k, times.device_part(added)))
+            combine_host = combine_host or times.host(added)
+        assert combine_host is not None
+        begin = begun(sizes.top_k, sizes.top_k)
+        asked = times.host(ask)
+        transfers.finish()
+        return _PieceParts(
+            known=times.host(known),
+            late=times.late(known),
+            host=_ascending(host),
+            slot=times.host(order),
+            load=_scaled(asked, 1 / len(group)),
+            device=_ascending(device),
+            combine_host=combine_host,
+            combine_device=_ascending(combine),
+        )
 
     def _on_host(self, function: Callable[[], object]) -> Measured:
         return PartTimes(torch.device("cpu"), repeats=self.sizes.repeats).device_part(function)
@@ -574,22 +787,49 @@ class _Bench:
             )
         return found, waits
 
-    def trials(self, trace: Trace, size: int, machine: Calibration) -> list[Trial]:
+    def trials(self, regimes: Sequence[_MadeUp], size: int, machine: Calibration) -> list[_Tried]:
         """Runs settings on made-up routing, at one size of experts."""
         shape = self.sizes.shape(size)
-        stack = open_stack(trace, stack="decoder", device=self.device, shape=shape, share_host=True)
-        found = []
-        question = cost_model.question_of(
-            trace, shape=shape, phase="all", repetitions=self.sizes.trial_repetitions
+        # Page-locked memory takes seconds to be had: one copy for all regimes.
+        most = max(regimes, key=lambda made: made.regime.num_layers)
+        whole = open_stack(
+            most.trace, stack="decoder", device=self.device, shape=shape, share_host=True
         )
-        for setting in trial_settings(machine):
-            try:
-                found.append(self._trial(stack, question, setting, machine))
-            except torch.cuda.OutOfMemoryError:
-                # A trial fewer: what is kept on the device depends on the setting.
-                torch.cuda.empty_cache()
-        stack.close()
+        found = []
+        for made in regimes:
+            stack = self._stack_of(whole, made)
+            question = cost_model.question_of(
+                made.trace,
+                shape=shape,
+                phase="all",
+                max_steps=made.regime.num_steps,
+                repetitions=self.sizes.trial_repetitions,
+            )
+            for setting in trial_settings(machine):
+                try:
+                    found.append(self._trial(stack, question, setting, machine))
+                except torch.cuda.OutOfMemoryError:
+                    # A trial fewer: what is kept on the device depends on the setting.
+                    torch.cuda.empty_cache()
+        whole.close()
         return found
+
+    def _stack_of(self, whole: RoutedStack, made: _MadeUp) -> RoutedStack:
+        """Returns the first layers of a stack under the routing of a regime."""
+        steps = routed_steps(
+            made.trace,
+            stack="decoder",
+            device=self.device,
+            dtype=self.dtype,
+            max_steps=made.regime.num_steps,
+        )
+        return dataclasses.replace(
+            whole,
+            trace=made.trace,
+            sites=whole.sites[: made.regime.num_layers],
+            steps=tuple(steps),
+            hidden=starting_rows(steps, geometry_of(whole.shape), self.device),
+        )
 
     def _trial(
         self,
@@ -597,28 +837,40 @@ class _Bench:
         question: cost_model.Question,
         setting: Setting,
         machine: Calibration,
-    ) -> Trial:
+    ) -> _Tried:
         run = SettingRun(stack, setting)
         measured = timed_steps(run, repetitions=self.sizes.trial_repetitions)
         run.close()
-        modelled = cost_model.predict(question, setting, machine).modelled_ms
-        return Trial(
-            kind="gating" if isinstance(setting, GatingSetting) else "buffering",
+        work = cost_model.work_of(question, setting, machine)
+        kernel = setting.kernel if isinstance(setting, GatingSetting) else None
+        trial = Trial(
+            kind="buffering" if kernel is None else "gating",
             setting=setting.name,
             routing=ROUTING,
-            modelled_ms=tuple(modelled.tolist()),
+            modelled_ms=tuple((step_times(work)[0] * 1e3).tolist()),
             measured_ms=measured,
         )
+        return _Tried(trial=trial, work=work, kernel=kernel)
 
 
 def trial_settings(machine: Calibration) -> list[Setting]:
-    """Returns the settings that are tried: every policy and kernel, every miss action."""
+    """Returns the settings that are tried: no buffer, small and large ones, others, every kernel.
+
+    Policies differ in how long they take to decide, which is measured for all of them, and in what
+    they copy, which is known: a few of them are enough.
+    """
+    known = [name for name in _TRIAL_POLICIES if name in machine.decisions]
     found: list[Setting] = [BufferingSetting(capacity=None)]
-    for index, policy in enumerate(machine.decisions):
-        share = _TRIAL_SHARES[index % len(_TRIAL_SHARES)]
-        miss = _TRIAL_MISSES[index % len(_TRIAL_MISSES)]
-        for action in dict.fromkeys(("load", miss)):
-            found.append(BufferingSetting(capacity=share, policy=policy, miss=action))
+    found += [
+        BufferingSetting(capacity=share, policy=policy)
+        for policy in known or list(machine.decisions)
+        for share in _TRIAL_SHARES
+    ]
+    found += [
+        BufferingSetting(capacity=_TRIAL_MISS_SHARE, policy=policy, miss=miss)
+        for policy in known[:1]
+        for miss in _TRIAL_MISSES
+    ]
     found += [GatingSetting(kernel=name) for name in machine.gating]
     return found
 
@@ -642,6 +894,15 @@ def _stacked(shape: ExpertShape, count: int, device: torch.device) -> ExpertWeig
     )
 
 
+def _scaled(measured: Measured, factor: float) -> Measured:
+    return dataclasses.replace(
+        measured,
+        median=measured.median * factor,
+        low=measured.low * factor,
+        high=measured.high * factor,
+    )
+
+
 def _ascending(points: Sequence[tuple[float, Measured]]) -> Curve:
     ordered = dict(sorted(points, key=lambda point: point[0]))
     return Curve(sizes=tuple(map(float, ordered)), times_s=tuple(ordered.values()))
@@ -653,33 +914,15 @@ def _surface(points: Sequence[tuple[int, Curve]]) -> ExpertTimes:
     )
 
 
-def _decision_times(trace: Trace, policy: str) -> DecisionTimes:
-    """Times a policy's state machine over made-up routing; the host alone."""
-    routed = read_routed_rows(trace, "decoder")
-    rows = streams.read_rows(trace)
-    count = np.diff(routed.starts)
-    columns, seconds = [], []
-    for share in _DECISION_SHARES:
-        setting = BufferingSetting(capacity=share, policy=policy)
-        runs = []
-        for _ in range(_PLAN_REPEATS):
-            made = residency_of(trace, routed, setting, rows=rows)
-            dispatches = planned_dispatches(made.residency, routed, setting)
-            times, hits = [], []
-            for _ in range(len(count)):
-                begun_s = time.perf_counter()
-                planned = next(dispatches)
-                times.append(time.perf_counter() - begun_s)
-                hits.append(sum(one.hit for one in planned))
-            runs.append(times)
-        hit = np.array(hits, np.float64)
-        missed = count - hit
-        slots = made.capacity[routed.site]
-        columns.append(np.stack([np.ones_like(hit), hit, missed, missed * slots], axis=1))
-        # The same decisions each time: the median of the repetitions is without interruptions.
-        seconds.append(np.median(np.array(runs), axis=0))
-    every = np.concatenate(columns)
-    fit = fit_parts(every, np.concatenate(seconds))
+def _decision_times(regimes: Sequence[_MadeUp], policy: str, *, streamed: bool) -> DecisionTimes:
+    """Times a policy's state machine over made-up routing, and the order of pieces; host alone."""
+    found = [
+        _decisions(made.trace, policy, share, streamed=streamed)
+        for made in regimes
+        for share in _DECISION_SHARES
+    ]
+    every = np.concatenate([columns for columns, _ in found])
+    fit = fit_parts(every, np.concatenate([seconds for _, seconds in found]))
     return DecisionTimes(
         dispatch_s=float(fit.factors[0]),
         hit_s=float(fit.factors[1]),
@@ -687,3 +930,30 @@ def _decision_times(trace: Trace, policy: str) -> DecisionTimes:
         slot_s=float(fit.factors[3]),
         error=fit.error / len(every) ** 0.5,
     )
+
+
+def _decisions(trace: Trace, policy: str, share: float, *, streamed: bool) -> tuple[Floats, Floats]:
+    """Returns what `DecisionTimes` multiplies [dispatches, 4], and the times in seconds."""
+    routed = read_routed_rows(trace, "decoder")
+    rows = streams.read_rows(trace)
+    count = np.diff(routed.starts)
+    setting = BufferingSetting(capacity=share, policy=policy)
+    runs = []
+    for _ in range(_PLAN_REPEATS):
+        made = residency_of(trace, routed, setting, rows=rows)
+        dispatches = planned_dispatches(made.residency, routed, setting)
+        times, hits = [], []
+        for _ in range(len(count)):
+            begun_s = time.perf_counter()
+            planned = next(dispatches)
+            if streamed:
+                copies_of(planned, pieces_of(planned, streamed=True))
+            times.append(time.perf_counter() - begun_s)
+            hits.append(sum(one.hit for one in planned))
+        runs.append(times)
+    hit = np.array(hits, np.float64)
+    missed = count - hit
+    slots = made.capacity[routed.site]
+    columns = np.stack([np.ones_like(hit), hit, missed, missed * slots], axis=1)
+    # The same decisions each time: the median of the repetitions is without interruptions.
+    return columns, np.median(np.array(runs), axis=0)

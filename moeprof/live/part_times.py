@@ -17,6 +17,10 @@ _AHEAD_CYCLES = 8_000_000
 _NOTHING = Measured(median=0.0, low=0.0, high=0.0, error=0.0, num_repetitions=0)
 
 
+def _nothing() -> None:
+    """Does nothing."""
+
+
 class PartTimes:
     """Times functions on one device.
 
@@ -37,17 +41,24 @@ class PartTimes:
         if not self.is_serial:
             torch.cuda.synchronize(self.device)
 
-    def wall(self, function: Callable[[], object], *, settle: bool = True) -> Measured:
+    def wall(
+        self,
+        function: Callable[[], object],
+        *,
+        before: Callable[[], object] = _nothing,
+        settle: bool = True,
+    ) -> Measured:
         """Returns the time in seconds on the host's clock, from an idle device.
 
         Args:
             function: What to time.
+            before: What each run of it needs; not timed.
             settle: The device has to be done too; else the function returns when it likes.
         """
-        for _ in range(self._warmup):
-            function()
+        self._warm_up(function, before)
         times = []
         for _ in range(self._repeats):
+            before()
             self.settle()
             begun_s = time.perf_counter()
             function()
@@ -57,25 +68,36 @@ class PartTimes:
         self.settle()
         return Measured.of(times)
 
-    def host(self, function: Callable[[], object]) -> Measured:
-        """Returns the time in seconds that the host needs to ask for something."""
-        return _NOTHING if self.is_serial else self.wall(function, settle=False)
+    def host(
+        self, function: Callable[[], object], *, before: Callable[[], object] = _nothing
+    ) -> Measured:
+        """Returns the time in seconds that the host needs to ask for something; see `wall`."""
+        if self.is_serial:
+            return _NOTHING
+        return self.wall(function, before=before, settle=False)
 
-    def device_part(self, function: Callable[[], object]) -> Measured:
+    def device_part(
+        self, function: Callable[[], object], *, before: Callable[[], object] = _nothing
+    ) -> Measured:
         """Returns the time in seconds on the device, launches not waited for.
 
         The device is kept busy meanwhile, so that everything is asked for before it begins; the
         function must not wait for the device.
+
+        Args:
+            function: What to time.
+            before: What each run of it needs; not timed, on a device without a queue of its own not
+                run.
         """
         if self.is_serial:
             times = repeat(
                 function, device=self.device, repeats=self._repeats, warmup=self._warmup
             ).times_ms
             return Measured.of([each / 1e3 for each in times])
-        for _ in range(self._warmup):
-            function()
+        self._warm_up(function, before)
         found = []
         for _ in range(self._repeats):
+            before()
             self.settle()
             torch.cuda._sleep(_AHEAD_CYCLES)  # type: ignore[no-untyped-call]
             begin = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
@@ -86,3 +108,37 @@ class PartTimes:
             self.settle()
             found.append(begin.elapsed_time(end) / 1e3)
         return Measured.of(found)
+
+    def late(
+        self, function: Callable[[], object], *, before: Callable[[], object] = _nothing
+    ) -> Measured:
+        """Returns the time in seconds from a busy device being free until a function has returned.
+
+        Args:
+            function: What to time; it waits for the device, and asks for what it waits for long
+                before the device is free.
+            before: What each run of it needs; not timed.
+        """
+        if self.is_serial:
+            return _NOTHING
+        self._warm_up(function, before)
+        found = []
+        for _ in range(self._repeats):
+            before()
+            self.settle()
+            begin = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+            end = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+            begun_s = time.perf_counter()
+            begin.record()
+            torch.cuda._sleep(_AHEAD_CYCLES)  # type: ignore[no-untyped-call]
+            end.record()
+            function()
+            passed_s = time.perf_counter() - begun_s
+            self.settle()
+            found.append(max(0.0, passed_s - begin.elapsed_time(end) / 1e3))
+        return Measured.of(found)
+
+    def _warm_up(self, function: Callable[[], object], before: Callable[[], object]) -> None:
+        for _ in range(self._warmup):
+            before()
+            function()

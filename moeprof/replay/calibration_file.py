@@ -19,7 +19,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from moeprof.errors import CalibrationError, MoeprofError
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 KIND = "moeprof calibration"
 
 Floats = NDArray[np.float64]
@@ -189,6 +189,90 @@ class GatingTimes:
 
 
 @dataclass(frozen=True, kw_only=True)
+class StreamedTimes:
+    """Times of dispatches of a few tokens that run in pieces (`moeprof.replay.cache.pieces`).
+
+    Attributes:
+        most_tokens: Larger dispatches run expert by expert.
+        known_s: From the start of a dispatch on an idle device until the host knows the active
+            experts.
+        late_s: From the device having come so far until then, on a busy device.
+        piece_host: Host time to launch a piece, by its experts.
+        slot_host_s: Host time besides where they lie in slots.
+        load_host_s: Host time to ask for one copy, of several asked for together.
+        piece_device: Device time of a piece, by the bytes of an expert and the number of its
+            experts (in place of rows).
+        combine_host_s: Host time of what follows the experts.
+        combine_device: Device time of it, by (token, slot) rows.
+    """
+
+    most_tokens: int
+    known_s: Measured
+    late_s: Measured
+    piece_host: Curve
+    slot_host_s: Measured
+    load_host_s: Measured
+    piece_device: ExpertTimes
+    combine_host_s: Measured
+    combine_device: Curve
+
+
+@dataclass(frozen=True, kw_only=True)
+class Leftovers:
+    """What trials leave over once they were fitted.
+
+    Attributes:
+        residuals: One per trial: log of measured over predicted, by a fit to all others.
+        freedom: Degrees of freedom: trials less what was fitted to them.
+        jitter: Factors of single steps around their trial, of all trials; median about 1. Those
+            of a step's median over the repetitions of its trial.
+    """
+
+    residuals: tuple[float, ...]
+    freedom: float
+    jitter: tuple[float, ...]
+
+    @property
+    def spread(self) -> float:
+        """Root mean square of the residuals."""
+        return math.sqrt(math.fsum(one * one for one in self.residuals) / len(self.residuals))
+
+
+@dataclass(frozen=True, kw_only=True)
+class KernelCorrection:
+    """What the trials of a gating kernel say.
+
+    Attributes:
+        log_factor: Log of measured over modelled.
+        error: Standard error of it.
+    """
+
+    log_factor: float
+    error: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Corrections:
+    """What trials say about the constants (`moeprof.replay.corrections`).
+
+    Attributes:
+        parts: Kinds of work, as `moeprof.replay.pipeline.PARTS`.
+        log_factors: [parts] logs of the factors by which their times are multiplied.
+        covariance: [parts][parts] of their errors.
+        buffering: What is left over; None without trials of buffers.
+        kernels: By gating kernel.
+        gating: What is left over; None without trials of kernels.
+    """
+
+    parts: tuple[str, ...]
+    log_factors: tuple[float, ...]
+    covariance: tuple[tuple[float, ...], ...]
+    buffering: Leftovers | None
+    kernels: Mapping[str, KernelCorrection] = field(default_factory=dict)
+    gating: Leftovers | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
 class Trial:
     """A run on the machine beside what the constants alone say: what a model leaves over.
 
@@ -206,9 +290,14 @@ class Trial:
     modelled_ms: tuple[float, ...]
     measured_ms: tuple[tuple[float, ...], ...]
 
+    def step_ms(self) -> Floats:
+        """Returns [steps] the medians of the repetitions."""
+        found: Floats = np.median(np.array(self.measured_ms), axis=0)
+        return found
+
     def ratios(self) -> Floats:
-        """Returns measured over modelled, [repetitions * steps]."""
-        found: Floats = (np.array(self.measured_ms) / np.array(self.modelled_ms)).ravel()
+        """Returns [steps] medians of the repetitions over what was modelled."""
+        found: Floats = self.step_ms() / np.array(self.modelled_ms)
         return found
 
 
@@ -241,12 +330,16 @@ class Calibration:
         combine_host_s: Host time of what follows the experts.
         combine_device: Device time of it, by (token, slot) rows.
         sync_s: Wait for an idle device.
+        handover_s: From the end of a computation to the start of a copy that waits for it, and
+            from the end of a copy to the start of a computation.
+        streamed: Dispatches that run in pieces; None where the machine cannot.
         decisions: By policy.
         gating: By kernel.
         all_to_all: Time of an exchange between ranks, by the bytes that each sends to the others;
             None where none was measured.
         exchange_ranks: Ranks that exchanged; None where none did.
         trials: Runs that say what the model leaves over.
+        corrections: What they say; None without.
     """
 
     device: Mapping[str, Any]
@@ -272,11 +365,14 @@ class Calibration:
     combine_host_s: Measured
     combine_device: Curve
     sync_s: Measured
+    handover_s: Measured
+    streamed: StreamedTimes | None = None
     decisions: Mapping[str, DecisionTimes] = field(default_factory=dict)
     gating: Mapping[str, GatingTimes] = field(default_factory=dict)
     all_to_all: Curve | None = None
     exchange_ranks: int | None = None
     trials: tuple[Trial, ...] = ()
+    corrections: Corrections | None = None
 
     @property
     def name(self) -> str:
@@ -287,7 +383,7 @@ class Calibration:
 _CONSTANTS = (
     "device_copy_bytes_per_s", "matrix_flops_per_s", "launch_host_s", "launch_device_s",
     "expert_host_s", "slot_host_s", "load_host_s", "fetch_s", "return_host_s", "known_s",
-    "combine_host_s", "sync_s",
+    "combine_host_s", "sync_s", "handover_s",
 )  # fmt: skip
 _CURVES = ("to_device", "sort_device", "combine_device")
 _SURFACES = ("device_expert", "host_expert")
@@ -346,7 +442,9 @@ def read_calibration(path: str | os.PathLike[str]) -> Calibration:
 
 
 def _calibration(content: Mapping[str, Any]) -> Calibration:
-    exchange = content["all_to_all"]
+    exchange, streamed, fitted = (
+        content[name] for name in ("all_to_all", "streamed", "corrections")
+    )
     parts: dict[str, Any] = {name: content[name] for name in _PLAIN}
     parts |= {name: _measured(content[name]) for name in _CONSTANTS}
     parts |= {name: _curve(content[name]) for name in _CURVES}
@@ -356,12 +454,14 @@ def _calibration(content: Mapping[str, Any]) -> Calibration:
         raise ValueError("a rate, or the time of a copy, is zero")
     return Calibration(
         **parts,
+        streamed=None if streamed is None else _streamed(streamed),
         decisions={name: DecisionTimes(**one) for name, one in content["decisions"].items()},
         gating={name: GatingTimes(**one) for name, one in content["gating"].items()},
         all_to_all=None if exchange is None else _curve(exchange),
         # Files from before exchanges were measured do not have it.
         exchange_ranks=content.get("exchange_ranks"),
         trials=tuple(_trial(one) for one in content["trials"]),
+        corrections=None if fitted is None else _corrections(fitted),
     )
 
 
@@ -391,6 +491,54 @@ def _surface(content: Mapping[str, Any]) -> ExpertTimes:
 def _check_ascending(sizes: Sequence[float], count: int) -> None:
     if not sizes or len(sizes) != count or any(np.diff(sizes) <= 0) or sizes[0] <= 0:
         raise ValueError("the sizes of a curve do not ascend, or do not match its times")
+
+
+def _streamed(content: Mapping[str, Any]) -> StreamedTimes:
+    return StreamedTimes(
+        most_tokens=int(content["most_tokens"]),
+        known_s=_measured(content["known_s"]),
+        late_s=_measured(content["late_s"]),
+        piece_host=_curve(content["piece_host"]),
+        slot_host_s=_measured(content["slot_host_s"]),
+        load_host_s=_measured(content["load_host_s"]),
+        piece_device=_surface(content["piece_device"]),
+        combine_host_s=_measured(content["combine_host_s"]),
+        combine_device=_curve(content["combine_device"]),
+    )
+
+
+def _corrections(content: Mapping[str, Any]) -> Corrections:
+    parts = tuple(str(one) for one in content["parts"])
+    factors = _finite(content["log_factors"])
+    covariance = tuple(_finite(row) for row in content["covariance"])
+    sizes = {len(covariance), *(len(row) for row in [factors, *covariance])}
+    if sizes != {len(parts)}:
+        raise ValueError("the corrections do not match their parts")
+    left = {
+        kind: None if content[kind] is None else _leftovers(content[kind])
+        for kind in ("buffering", "gating")
+    }
+    return Corrections(
+        parts=parts,
+        log_factors=factors,
+        covariance=covariance,
+        kernels={name: KernelCorrection(**one) for name, one in content["kernels"].items()},
+        **left,
+    )
+
+
+def _leftovers(content: Mapping[str, Any]) -> Leftovers:
+    residuals, jitter = _finite(content["residuals"]), _finite(content["jitter"])
+    if not residuals or not jitter or not content["freedom"] > 0:
+        raise ValueError("trials leave nothing over")
+    return Leftovers(residuals=residuals, freedom=float(content["freedom"]), jitter=jitter)
+
+
+def _finite(values: Sequence[Any]) -> tuple[float, ...]:
+    found = tuple(float(one) for one in values)
+    if not all(map(math.isfinite, found)):
+        raise ValueError("a correction is no finite number")
+    return found
 
 
 def _trial(content: Mapping[str, Any]) -> Trial:

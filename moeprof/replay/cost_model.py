@@ -1,16 +1,20 @@
 """What a setting would cost on a calibrated machine: the time of every step, bytes, intervals.
 
 Every step of the trace is run through the pipeline of the live runtime (`pipeline`) with the exact
-lookups and copies of the ``sequential`` replay (`buffer_plans`), then corrected by what the
-calibration's trial runs left over. Leaves out attention, embeddings and everything else around the
-experts: a step is what `moeprof.live` runs, all experts of one stack.
+lookups and copies of the ``sequential`` replay (`buffer_plans`), in the runtime's order
+(`execution_orders`), with the constants of the calibration times the factors that its trial runs
+ask for (`corrections`). Leaves out attention, embeddings and everything else around the experts: a
+step is what `moeprof.live` runs, all experts of one stack.
 
-The interval. 200 draws; in each of them every kind of work is off by a factor drawn from the
-standard error of its constant, the whole setting is off by a factor drawn from the spread between
-the calibration's trials (Student's t for their number, one more setting to come), and every step of
-every repetition by a factor drawn from the steps of the trials. The percentiles of each draw are
-taken as a measurement would take them; the prediction is the median of the draws, the interval
-their 5th to 95th percentile. Without at least `LEAST_TRIALS` trials of a kind there is no interval.
+A measurement takes the median of every step over its repetitions, then percentiles over steps: a
+hiccup of the machine is no property of a setting. Predictions are of that.
+
+The interval. 200 draws; in each of them the factors of all kinds of work are drawn together from
+the errors of their fit, the whole setting is off by a factor drawn from what the trials leave over
+(Student's t, one more setting to come), and the median of every step by a factor drawn from those
+of the trials. The percentiles of each draw are taken as a measurement would take them; the
+prediction is the median of the draws, the interval their 5th to 95th percentile. Without at least
+`LEAST_TRIALS` trials of a kind there is no interval.
 """
 
 from __future__ import annotations
@@ -23,9 +27,10 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from moeprof.errors import UsageError
+from moeprof.errors import CalibrationError, UsageError
 from moeprof.replay.buffer_plans import BufferPlan, RoutedRows, plan_buffer, read_routed_rows
 from moeprof.replay.cache import streams
+from moeprof.replay.execution_orders import execution_order, is_streamed
 from moeprof.replay.expert_shapes import ExpertShape, shape_of_trace
 from moeprof.replay.gating_work import Dispatches, device_seconds, kernel_work
 from moeprof.replay.pipeline import NOTHING, PARTS, Work, step_times
@@ -33,7 +38,7 @@ from moeprof.replay.result import Result
 from moeprof.replay.serving_settings import BufferingSetting, GatingSetting, Setting
 
 if TYPE_CHECKING:
-    from moeprof.replay.calibration_file import Calibration, Trial
+    from moeprof.replay.calibration_file import Calibration, Leftovers
     from moeprof.trace.reader import Trace
 
 Floats = NDArray[np.float64]
@@ -168,25 +173,21 @@ def predict(
         UsageError: The calibration lacks what the setting needs.
     """
     routed = question.routed
-    kind = "gating" if isinstance(setting, GatingSetting) else "buffering"
-    if isinstance(setting, GatingSetting):
-        plan = plan_buffer(question.trace, routed, BufferingSetting(capacity=None))
-        work = gating_work_of(routed, setting, question.shape, machine)
-        hit_rate = None
-    else:
-        plan = plan or plan_buffer(question.trace, routed, setting, rows=question.rows)
-        work = buffering_work_of(routed, plan, setting, question.shape, machine)
-        hit_rate = None if setting.capacity is None else float(plan.hit.mean())
+    plan = plan or plan_of(question, setting)
+    work = work_of(question, setting, machine, plan=plan)
+    is_buffered = isinstance(setting, BufferingSetting) and setting.capacity is not None
     modelled = step_times(work)[0] * _MS
     copied = routed.per_step(plan.loads.astype(np.int64)) * question.shape.block_bytes
-    leftover = leftovers(machine.trials, kind)
+    known = _knowledge_of(setting, machine)
+    corrected = known.scale * step_times(work, np.exp(known.log_factors)[None])[0] * _MS
     generator = np.random.default_rng(question.seed)
-    drawn = _drawn_percentiles(question, work, machine, leftover, generator)
+    drawn = _drawn_percentiles(question, work, known, generator)
+    left = known.leftovers
+    has_interval = left is not None and len(left.residuals) >= LEAST_TRIALS
     percentiles = {}
     for index, percentile in enumerate(question.percentiles):
         value = float(np.median(drawn[:, index]))
         low, high = np.quantile(drawn[:, index], (_LOW, _HIGH)).tolist()
-        has_interval = leftover.num_trials >= LEAST_TRIALS
         percentiles[percentile] = (value, low, high) if has_interval else (value, None, None)
     read = routed.per_step(np.ones(routed.num_lookups, np.int64)) * question.shape.expert_bytes
     link = _link_bytes_per_s(machine)
@@ -194,16 +195,16 @@ def predict(
     return Prediction(
         setting=setting,
         modelled_ms=modelled,
-        step_ms=modelled * leftover.factor,
+        step_ms=corrected,
         copied_bytes=copied,
         device_bytes=(plan.num_slots + plan.num_staging) * question.shape.expert_bytes,
-        hit_rate=hit_rate,
+        hit_rate=float(plan.hit.mean()) if is_buffered else None,
         percentiles_ms=percentiles,
         naive_bandwidth_ms={
             each: float(np.percentile(by_bytes[question.judged], each)) * _MS
             for each in question.percentiles
         },
-        naive_mean_ms=_mean_ms(work, question.judged),
+        naive_mean_ms=float(work.unoverlapped_s()[question.judged].mean()) * _MS,
     )
 
 
@@ -212,73 +213,91 @@ def _link_bytes_per_s(machine: Calibration) -> float:
     return machine.to_device.sizes[-1] / machine.to_device.times_s[-1].median
 
 
-def _mean_ms(work: Work, judged: NDArray[np.int64]) -> float:
-    """Returns the mean over steps of everything done, as if nothing overlapped."""
-    every = work.known_s + work.decide_s + work.combine_host_s + work.combine_device_s + work.sort_s
-    lookups = np.where(
-        work.on_host == 1, work.host_s, work.launch_s + work.expert_s
-    ) + work.loads * (work.load_s + work.copy_s)
-    total = np.concatenate([[0.0], np.cumsum(lookups)])
-    per_dispatch = every + np.diff(total[work.starts])
-    steps = np.concatenate([[0.0], np.cumsum(per_dispatch)])[work.step_starts]
-    return float((np.diff(steps) + work.sync_s)[judged].mean()) * _MS
+def plan_of(question: Question, setting: Setting) -> BufferPlan:
+    """Returns what the live runtime would do with every lookup."""
+    if isinstance(setting, GatingSetting):
+        setting = BufferingSetting(capacity=None)
+    return plan_buffer(question.trace, question.routed, setting, rows=question.rows)
+
+
+def work_of(
+    question: Question,
+    setting: Setting,
+    machine: Calibration,
+    *,
+    plan: BufferPlan | None = None,
+) -> Work:
+    """Returns what the steps do; arguments as in `predict`."""
+    if isinstance(setting, GatingSetting):
+        return gating_work_of(question.routed, setting, question.shape, machine)
+    plan = plan or plan_of(question, setting)
+    return buffering_work_of(question.routed, plan, setting, question.shape, machine)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Leftovers:
-    """What trials leave over: measured times over those of the constants alone.
+class _Knowledge:
+    """What trials say about a setting.
 
     Attributes:
-        factor: Median over trials.
-        spread: Standard deviation between trials, of logarithms, one more setting to come.
-        freedom: Degrees of freedom of the spread.
-        jitter: [steps of all trials] factors of single steps around their trial, median 1.
-        num_trials: Trials.
+        log_factors: [parts] of the kinds of work.
+        error: [parts, parts] a root of their covariance.
+        scale: Factor of the whole.
+        scale_error: Standard error of its log.
+        leftovers: What they leave over; None without trials.
     """
 
-    factor: float
-    spread: float
-    freedom: int
-    jitter: Floats
-    num_trials: int
+    log_factors: Floats
+    error: Floats
+    scale: float = 1.0
+    scale_error: float = 0.0
+    leftovers: Leftovers | None = None
 
 
-def leftovers(trials: Sequence[Trial], kind: str) -> Leftovers:
-    """Returns what the trials of a kind leave over; nothing where there are none."""
-    own = [trial.ratios() for trial in trials if trial.kind == kind]
-    if not own:
-        return Leftovers(factor=1.0, spread=0.0, freedom=1, jitter=np.ones(1), num_trials=0)
-    medians = np.array([np.median(each) for each in own])
-    jitter = np.concatenate([each / median for each, median in zip(own, medians, strict=True)])
-    count = len(own)
-    logs = np.log(medians)
-    spread = float(np.std(logs, ddof=1)) * (1 + 1 / count) ** 0.5 if count > 1 else 0.0
-    return Leftovers(
-        factor=float(np.exp(np.median(logs))),
-        spread=spread,
-        freedom=max(1, count - 1),
-        jitter=jitter,
-        num_trials=count,
+def _knowledge_of(setting: Setting, machine: Calibration) -> _Knowledge:
+    found = machine.corrections
+    nothing = np.zeros(len(PARTS))
+    plain = _Knowledge(log_factors=nothing, error=np.diag(part_errors(machine)))
+    if found is None:
+        return plain
+    if found.parts != PARTS:
+        raise CalibrationError(
+            "the calibration corrects other parts than this moeprof models",
+            hint="measure this machine again: moeprof calibrate -o FILE",
+        )
+    if isinstance(setting, GatingSetting):
+        if setting.kernel not in found.kernels:
+            return plain
+        # Its trials ran this kernel as a whole: what single constants are off by is in them.
+        own = found.kernels[setting.kernel]
+        return _Knowledge(
+            log_factors=nothing,
+            error=np.zeros((len(PARTS), len(PARTS))),
+            scale=float(np.exp(own.log_factor)),
+            scale_error=own.error,
+            leftovers=found.gating,
+        )
+    if found.buffering is None:
+        return plain
+    return _Knowledge(
+        log_factors=np.array(found.log_factors),
+        error=np.linalg.cholesky(np.array(found.covariance)),
+        leftovers=found.buffering,
     )
 
 
 def _drawn_percentiles(
-    question: Question,
-    work: Work,
-    machine: Calibration,
-    leftover: Leftovers,
-    generator: np.random.Generator,
+    question: Question, work: Work, known: _Knowledge, generator: np.random.Generator
 ) -> Floats:
     """Returns [draws, percentiles] in milliseconds."""
-    errors = part_errors(machine)
-    factors = np.exp(generator.standard_normal((NUM_DRAWS, len(PARTS))) * errors)
-    every = step_times(work, factors)[:, question.judged] * _MS
-    scale = leftover.factor * np.exp(
-        leftover.spread * generator.standard_t(leftover.freedom, NUM_DRAWS)
-    )
-    shape = (NUM_DRAWS, question.repetitions, len(question.judged))
-    jitter = leftover.jitter[generator.integers(len(leftover.jitter), size=shape)]
-    run = (every[:, None, :] * jitter).reshape(NUM_DRAWS, -1) * scale[:, None]
+    errors = generator.standard_normal((NUM_DRAWS, len(PARTS))) @ known.error.T
+    every = step_times(work, np.exp(known.log_factors + errors))[:, question.judged] * _MS
+    off = known.scale_error * generator.standard_normal(NUM_DRAWS)
+    if known.leftovers is not None:
+        left = known.leftovers
+        off = off + left.spread * generator.standard_t(left.freedom, NUM_DRAWS)
+        jitter = np.array(left.jitter)
+        every = every * jitter[generator.integers(len(jitter), size=every.shape)]
+    run = every * (known.scale * np.exp(off))[:, None]
     found: Floats = np.percentile(run, question.percentiles, axis=1).T
     return found
 
@@ -299,6 +318,7 @@ def part_errors(machine: Calibration) -> Floats:
         "combine_host": machine.combine_host_s.error,
         "combine_device": machine.combine_device.error,
         "sync": machine.sync_s.error,
+        "handover": machine.handover_s.error,
     }
     return np.array([errors[part] for part in PARTS])
 
@@ -314,7 +334,7 @@ def buffering_work_of(
     slots = (routed.num_tokens * routed.top_k).astype(np.float64)
     count = len(routed.site)
     decide = np.zeros(count)
-    launch = machine.expert_host_s.median
+    is_buffered = setting.capacity is not None
     if setting.capacity is not None:
         if setting.policy not in machine.decisions:
             known = ", ".join(sorted(machine.decisions))
@@ -322,39 +342,70 @@ def buffering_work_of(
                 f"the calibration does not know the policy {setting.policy}",
                 hint=f"calibrate with it, or choose one of {known}",
             )
-        launch += machine.slot_host_s.median
-        lookups = np.diff(routed.starts)
-        total = np.concatenate([[0], np.cumsum(plan.hit.astype(np.int64))])
-        hits = np.diff(total[routed.starts])
+        hits = _per_dispatch(plan.hit, routed.starts)
         decide = machine.decisions[setting.policy].at(
-            hits, lookups - hits, plan.capacity[routed.site]
+            hits, np.diff(routed.starts) - hits, plan.capacity[routed.site]
         )
-    num_lookups = routed.num_lookups
-    rows = routed.rows
+    streamed = is_streamed(routed.num_tokens, shape, machine)
+    order = execution_order(routed, plan, streamed)
+    experts = np.diff(order.lookup_starts)
+    # Expert by expert, a piece is one lookup.
+    slot_s = machine.slot_host_s.median
+    launch = np.full(len(experts), machine.expert_host_s.median + is_buffered * slot_s)
+    load_s = np.full(len(order.copied), machine.load_host_s.median)
+    first = order.lookups[order.lookup_starts[:-1]]
+    expert_s = machine.device_expert.at(shape.expert_bytes, routed.rows[first])
+    known_s = np.full(count, machine.known_s.median)
+    sort_s = machine.sort_device.at(slots)
+    combine_host = np.full(count, machine.combine_host_s.median)
+    combine_device = machine.combine_device.at(slots)
+    if machine.streamed is not None:
+        own = machine.streamed
+        by_piece = np.repeat(streamed, np.diff(order.piece_starts))
+        piece_host = own.piece_host.at(experts) + is_buffered * own.slot_host_s.median
+        launch = np.where(by_piece, piece_host, launch)
+        by_group = np.repeat(streamed, np.diff(order.copy_starts))
+        load_s = np.where(by_group, own.load_host_s.median, load_s)
+        expert_s = np.where(by_piece, own.piece_device.at(shape.expert_bytes, experts), expert_s)
+        known_s = np.where(streamed, own.known_s.median, known_s)
+        sort_s = np.where(streamed, own.late_s.median, sort_s)
+        combine_host = np.where(streamed, own.combine_host_s.median, combine_host)
+        combine_device = np.where(streamed, own.combine_device.at(slots), combine_device)
+    on_host = _per_dispatch(plan.on_host, routed.starts)
+    host_s = plan.on_host * machine.host_expert.at(shape.expert_bytes, routed.rows)
     copy_s = float(machine.to_device.at(shape.block_bytes))
     return Work(
         step_starts=routed.step_starts,
-        starts=routed.starts,
+        piece_starts=order.piece_starts,
+        copy_starts=order.copy_starts,
         waits=np.ones(count, np.uint8),
-        known_s=np.full(count, machine.known_s.median),
-        sort_s=machine.sort_device.at(slots),
+        known_s=known_s,
+        sort_s=sort_s,
         decide_s=decide,
-        combine_host_s=np.full(count, machine.combine_host_s.median),
-        combine_device_s=machine.combine_device.at(slots),
-        loads=plan.loads,
-        after=plan.after,
-        awaits=plan.awaits,
-        on_host=plan.on_host,
-        launch_s=np.full(num_lookups, launch),
-        expert_s=machine.device_expert.at(shape.expert_bytes, rows),
-        host_s=machine.host_expert.at(shape.expert_bytes, rows),
-        copy_s=np.full(num_lookups, copy_s),
-        load_s=machine.load_host_s.median,
+        on_host=(on_host > 0).astype(np.uint8),
+        host_s=_per_dispatch(host_s, routed.starts),
+        combine_host_s=combine_host,
+        combine_device_s=combine_device,
+        launch_s=launch,
+        expert_s=expert_s,
+        awaits=order.awaits,
+        before=order.before,
+        after=order.after,
+        load_s=load_s,
+        copy_s=np.full(len(order.copied), copy_s),
+        handover_s=machine.handover_s.median,
         fetch_s=machine.fetch_s.median,
         return_s=machine.return_host_s.median,
         sync_s=machine.sync_s.median,
         is_serial=machine.is_serial,
     )
+
+
+def _per_dispatch(per_lookup: NDArray[Any], starts: NDArray[np.int32]) -> Floats:
+    """Returns [dispatches] sums of a value [lookups]."""
+    total = np.concatenate([[0.0], np.cumsum(per_lookup, dtype=np.float64)])
+    found: Floats = np.diff(total[starts])
+    return found
 
 
 def gating_work_of(
@@ -381,25 +432,27 @@ def gating_work_of(
     )
     done = kernel_work(setting.kernel, given, shape)
     nothing = np.zeros(count)
-    nowhere = np.full(count, NOTHING, np.int32)
+    none = np.zeros(0, np.int32)
     return Work(
         step_starts=routed.step_starts,
-        starts=np.arange(count + 1, dtype=np.int32),
+        piece_starts=np.arange(count + 1, dtype=np.int32),
+        copy_starts=np.zeros(count + 1, np.int32),
         waits=np.full(count, times.waits, np.uint8),
         known_s=nothing,
-        sort_s=nothing.copy(),
-        decide_s=nothing.copy(),
-        combine_host_s=nothing.copy(),
-        combine_device_s=nothing.copy(),
-        loads=np.zeros(count, np.uint8),
-        after=nowhere,
-        awaits=nowhere.copy(),
+        sort_s=nothing,
+        decide_s=nothing,
         on_host=np.zeros(count, np.uint8),
+        host_s=nothing,
+        combine_host_s=nothing,
+        combine_device_s=nothing,
         launch_s=times.host_dispatch_s + times.host_expert_s * active,
         expert_s=device_seconds(times, done, active, machine),
-        host_s=nothing.copy(),
-        copy_s=nothing.copy(),
-        load_s=0.0,
+        awaits=np.full(count, NOTHING, np.int32),
+        before=none,
+        after=none,
+        load_s=np.zeros(0),
+        copy_s=np.zeros(0),
+        handover_s=0.0,
         fetch_s=0.0,
         return_s=0.0,
         sync_s=machine.sync_s.median,

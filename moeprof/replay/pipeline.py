@@ -1,10 +1,12 @@
 """How long a step takes when host, copies and computations overlap.
 
 Three clocks, as in the live expert buffer: the host asks, copies follow each other on one stream,
-computations on another. The host waits for the device once per dispatch, to learn which experts are
-active; a computation waits for the copy that it reads; a copy waits for the last reader of its
-slot. A step ends when all three are done. On a device without a queue of its own everything is done
-in turn. Leaves out where the times come from (`cost_model`) and what is copied (`buffer_plans`).
+computations on another. A dispatch runs in pieces (`moeprof.replay.cache.pieces`), each of them one
+lookup or several. The host waits for the device once per dispatch, to learn which experts are
+active; a piece waits for the copies that it reads; a copy waits for the last reader of its slot;
+either takes a handover from one stream to the other. A step ends when all three are done. On a
+device without a queue of its own everything is done in turn. Leaves out where the times come from
+(`cost_model`) and what is copied (`buffer_plans`).
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ Bools = NDArray[np.uint8]
 
 PARTS = (
     "known", "sort", "decide", "load", "copy", "launch", "expert", "host_expert", "lane",
-    "combine_host", "combine_device", "sync",
+    "combine_host", "combine_device", "sync", "handover",
 )  # fmt: skip
 """Kinds of work whose times may be wrong by a factor each, in the order of `step_times`."""
 
@@ -31,27 +33,30 @@ NOTHING = -1
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Work:
-    """What the steps of a run do, with the time of each piece in seconds.
+    """What the steps of a run do, with the time of each part in seconds.
 
     Attributes:
         step_starts: [steps + 1] first dispatch of each step.
-        starts: [dispatches + 1] first lookup of each dispatch.
+        piece_starts: [dispatches + 1] first piece of each dispatch.
+        copy_starts: [dispatches + 1] first copy of each dispatch.
         waits: [dispatches] 1 where the host waits for the device before the experts run.
         known_s: [dispatches] host time until it knows (an idle device assumed), or does not care.
         sort_s: [dispatches] device time until then.
         decide_s: [dispatches] host time to decide.
+        on_host: [dispatches] 1 where the host computes experts.
+        host_s: [dispatches] host time of them.
         combine_host_s: [dispatches] host time after the experts.
         combine_device_s: [dispatches] device time after the experts.
-        loads: [lookups] 1 where the expert is copied.
-        after: [lookups] place within the dispatch of the reader that the copy waits for, or
-            `NOTHING`.
-        awaits: [lookups] index of the lookup of this step whose copy is read, or `NOTHING`.
-        on_host: [lookups] 1 where the host computes.
-        launch_s: [lookups] host time to launch the expert.
-        expert_s: [lookups] device time of the expert.
-        host_s: [lookups] host time of the expert, where the host computes.
-        copy_s: [lookups] time of the copy.
-        load_s: Host time to ask for a copy.
+        launch_s: [pieces] host time to launch the piece.
+        expert_s: [pieces] device time of its experts.
+        awaits: [pieces] last copy of this step that the piece reads, or `NOTHING`.
+        before: [copies] place within the dispatch of the piece before which the copy is asked for;
+            the number of pieces where after all of them. Never falls within a dispatch.
+        after: [copies] place of the piece that it waits for, below ``before``, or `NOTHING`.
+        load_s: [copies] host time to ask for the copy.
+        copy_s: [copies] time of the copy.
+        handover_s: From the end of a reader to the start of the copy that waited for it, and from
+            the arrival of a copy to the start of the piece that waited for it.
         fetch_s: Time until rows are on the host.
         return_s: Host time to send rows back.
         sync_s: Wait for an idle device at the end of a step.
@@ -59,22 +64,24 @@ class Work:
     """
 
     step_starts: Int32s
-    starts: Int32s
+    piece_starts: Int32s
+    copy_starts: Int32s
     waits: Bools
     known_s: Floats
     sort_s: Floats
     decide_s: Floats
+    on_host: Bools
+    host_s: Floats
     combine_host_s: Floats
     combine_device_s: Floats
-    loads: Bools
-    after: Int32s
-    awaits: Int32s
-    on_host: Bools
     launch_s: Floats
     expert_s: Floats
-    host_s: Floats
+    awaits: Int32s
+    before: Int32s
+    after: Int32s
+    load_s: Floats
     copy_s: Floats
-    load_s: float
+    handover_s: float
     fetch_s: float
     return_s: float
     sync_s: float
@@ -84,6 +91,23 @@ class Work:
     def num_steps(self) -> int:
         """Steps."""
         return len(self.step_starts) - 1
+
+    def unoverlapped_s(self) -> Floats:
+        """Returns [steps] the sum of all parts, but handovers and the rows' way to the host."""
+        per_dispatch = (
+            self.known_s + self.sort_s + self.decide_s + self.host_s
+            + self.combine_host_s + self.combine_device_s
+            + _sums(self.launch_s + self.expert_s, self.piece_starts)
+            + _sums(self.load_s + self.copy_s, self.copy_starts)
+        )  # fmt: skip
+        return _sums(per_dispatch, self.step_starts) + self.sync_s
+
+
+def _sums(values: Floats, starts: Int32s) -> Floats:
+    """Returns the sums of ``values`` between each of ``starts`` and the next."""
+    total = np.concatenate([[0.0], np.cumsum(values)])
+    found: Floats = np.diff(total[starts])
+    return found
 
 
 def step_times(work: Work, factors: Floats | None = None) -> Floats:
@@ -96,58 +120,62 @@ def step_times(work: Work, factors: Floats | None = None) -> Floats:
     """
     given = np.ones((1, len(PARTS))) if factors is None else np.ascontiguousarray(factors)
     times = np.empty((len(given), work.num_steps))
-    constants = np.array([work.load_s, work.fetch_s, work.return_s, work.sync_s])
+    constants = np.array([work.fetch_s, work.return_s, work.sync_s, work.handover_s])
     fill = _fill_serial if work.is_serial else _fill_times
     fill(
-        work.step_starts, work.starts, work.waits, work.known_s, work.sort_s, work.decide_s,
-        work.combine_host_s, work.combine_device_s, work.loads, work.after, work.awaits,
-        work.on_host, work.launch_s, work.expert_s, work.host_s, work.copy_s, constants, given,
-        times,
+        work.step_starts, work.piece_starts, work.copy_starts, work.waits, work.known_s,
+        work.sort_s, work.decide_s, work.on_host, work.host_s, work.combine_host_s,
+        work.combine_device_s, work.launch_s, work.expert_s, work.awaits, work.before, work.after,
+        work.load_s, work.copy_s, constants, given, times,
     )  # fmt: skip
     return times
 
 
 _SIGNATURE = (
-    "void(int32[::1], int32[::1], uint8[::1], float64[::1], float64[::1], float64[::1],"
-    " float64[::1], float64[::1], uint8[::1], int32[::1], int32[::1], uint8[::1], float64[::1],"
-    " float64[::1], float64[::1], float64[::1], float64[::1], float64[:, ::1], float64[:, ::1])"
+    "void(int32[::1], int32[::1], int32[::1], uint8[::1], float64[::1], float64[::1],"
+    " float64[::1], uint8[::1], float64[::1], float64[::1], float64[::1], float64[::1],"
+    " float64[::1], int32[::1], int32[::1], int32[::1], float64[::1], float64[::1],"
+    " float64[::1], float64[:, ::1], float64[:, ::1])"
 )
 
 
 @compiled(_SIGNATURE)
 def _fill_times(  # noqa: PLR0917
     step_starts: Int32s,
-    starts: Int32s,
+    piece_starts: Int32s,
+    copy_starts: Int32s,
     waits: Bools,
     known_s: Floats,
     sort_s: Floats,
     decide_s: Floats,
+    on_host: Bools,
+    host_s: Floats,
     combine_host_s: Floats,
     combine_device_s: Floats,
-    loads: Bools,
-    after: Int32s,
-    awaits: Int32s,
-    on_host: Bools,
     launch_s: Floats,
     expert_s: Floats,
-    host_s: Floats,
+    awaits: Int32s,
+    before: Int32s,
+    after: Int32s,
+    load_s: Floats,
     copy_s: Floats,
     constants: Floats,
     factors: Floats,
     times: Floats,
 ) -> None:
     """Fills [draws, steps] with the three clocks of each step run out."""
-    arrived = np.zeros(len(loads))
-    finished = np.zeros(len(loads))
+    arrived = np.zeros(len(copy_s))
+    finished = np.zeros(len(launch_s))
     for draw in range(len(factors)):
         own = factors[draw]
-        load = constants[0] * own[3]
+        handover = constants[3] * own[12]
         for step in range(len(step_starts) - 1):
             host = 0.0
             device = 0.0
             link = 0.0
             for dispatch in range(step_starts[step], step_starts[step + 1]):
-                first, end = starts[dispatch], starts[dispatch + 1]
+                first, end = piece_starts[dispatch], piece_starts[dispatch + 1]
+                upcoming, last = copy_starts[dispatch], copy_starts[dispatch + 1]
                 begun = host
                 host += known_s[dispatch] * own[0]
                 if waits[dispatch]:
@@ -157,65 +185,54 @@ def _fill_times(  # noqa: PLR0917
                     device = max(max(device, begun) + sort_s[dispatch] * own[1], host)
                 host += decide_s[dispatch] * own[2]
                 fetched = device
-                host_work = 0.0
-                has_host = False
-                for lookup in range(first, end):
-                    if on_host[lookup]:
-                        has_host = True
-                        host_work += host_s[lookup] * own[7]
-                upcoming = first
-                for lookup in range(first, end + 1):
-                    # As the runtime does: every copy that may start before this expert is asked
-                    # for first, in order; what is left after the last expert.
-                    while upcoming < end:
-                        if loads[upcoming]:
-                            waiting = after[upcoming]
-                            if lookup < end and waiting >= lookup - first:
-                                break
-                            host += load
-                            start = max(link, host)
-                            if waiting >= 0:
-                                start = max(start, finished[first + waiting])
-                            link = start + copy_s[upcoming] * own[4]
-                            arrived[upcoming] = link
+                for piece in range(first, end + 1):
+                    while upcoming < last and before[upcoming] <= piece - first:
+                        host += load_s[upcoming] * own[3]
+                        start = max(link, host)
+                        if after[upcoming] >= 0:
+                            start = max(start, finished[first + after[upcoming]] + handover)
+                        link = start + copy_s[upcoming] * own[4]
+                        arrived[upcoming] = link
                         upcoming += 1
-                    if lookup == end or on_host[lookup]:
+                    if piece == end:
                         continue
                     start = max(device, host)
-                    if awaits[lookup] >= 0:
-                        start = max(start, arrived[awaits[lookup]])
-                    host += launch_s[lookup] * own[5]
-                    device = max(start + expert_s[lookup] * own[6], host)
-                    finished[lookup] = device
-                if has_host:
-                    host = max(host, fetched + constants[1] * own[8])
-                    host += host_work + constants[2] * own[8]
+                    if awaits[piece] >= 0:
+                        start = max(start, arrived[awaits[piece]] + handover)
+                    host += launch_s[piece] * own[5]
+                    device = max(start + expert_s[piece] * own[6], host)
+                    finished[piece] = device
+                if on_host[dispatch]:
+                    host = max(host, fetched + constants[0] * own[8])
+                    host += host_s[dispatch] * own[7] + constants[1] * own[8]
                 begun = host
                 host += combine_host_s[dispatch] * own[9]
                 device = max(
                     max(device, begun) + combine_device_s[dispatch] * own[10],
                     host,
                 )
-            times[draw, step] = max(host, device, link) + constants[3] * own[11]
+            times[draw, step] = max(host, device, link) + constants[2] * own[11]
 
 
 @compiled(_SIGNATURE)
 def _fill_serial(  # noqa: PLR0917
     step_starts: Int32s,
-    starts: Int32s,
+    piece_starts: Int32s,
+    copy_starts: Int32s,
     waits: Bools,
     known_s: Floats,
     sort_s: Floats,
     decide_s: Floats,
+    on_host: Bools,
+    host_s: Floats,
     combine_host_s: Floats,
     combine_device_s: Floats,
-    loads: Bools,
-    after: Int32s,
-    awaits: Int32s,
-    on_host: Bools,
     launch_s: Floats,
     expert_s: Floats,
-    host_s: Floats,
+    awaits: Int32s,
+    before: Int32s,
+    after: Int32s,
+    load_s: Floats,
     copy_s: Floats,
     constants: Floats,
     factors: Floats,
@@ -225,20 +242,16 @@ def _fill_serial(  # noqa: PLR0917
     for draw in range(len(factors)):
         own = factors[draw]
         for step in range(len(step_starts) - 1):
-            total = constants[3] * own[11]
+            total = constants[2] * own[11]
             for dispatch in range(step_starts[step], step_starts[step + 1]):
                 total += known_s[dispatch] * own[0] + sort_s[dispatch] * own[1]
                 total += decide_s[dispatch] * own[2]
                 total += combine_host_s[dispatch] * own[9] + combine_device_s[dispatch] * own[10]
-                has_host = False
-                for lookup in range(starts[dispatch], starts[dispatch + 1]):
-                    if loads[lookup]:
-                        total += constants[0] * own[3] + copy_s[lookup] * own[4]
-                    if on_host[lookup]:
-                        has_host = True
-                        total += host_s[lookup] * own[7]
-                    else:
-                        total += launch_s[lookup] * own[5] + expert_s[lookup] * own[6]
-                if has_host:
-                    total += (constants[1] + constants[2]) * own[8]
+                for piece in range(piece_starts[dispatch], piece_starts[dispatch + 1]):
+                    total += launch_s[piece] * own[5] + expert_s[piece] * own[6]
+                for copy in range(copy_starts[dispatch], copy_starts[dispatch + 1]):
+                    total += load_s[copy] * own[3] + copy_s[copy] * own[4]
+                if on_host[dispatch]:
+                    total += host_s[dispatch] * own[7]
+                    total += (constants[0] + constants[1]) * own[8]
             times[draw, step] = total

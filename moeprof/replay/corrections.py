@@ -1,0 +1,211 @@
+"""What trial runs say about the constants of a machine.
+
+Constants are measured one by one; a run may still take longer than they say, by what they do to
+each other. Trials of expert buffers, in several regimes, correct the kinds of work: the log of a
+factor for each of `pipeline.PARTS` is fitted so that the modelled steps come out as measured.
+Damped Gauss-Newton steps minimise
+
+    sum over trials of mean over steps of (log measured - log modelled)^2 / sigma^2
+    + sum over parts of (log factor / `PRIOR`)^2
+
+where measured is a step's median over the repetitions and sigma what is left over in the trials,
+found along with the factors. The second sum keeps parts where they are that no trial sees, or that
+several explain alike: a constant is thought to be right within `PRIOR`. Trials of a gating kernel
+give one factor for that kernel.
+
+What remains is judged by leaving out one trial at a time: how far off is a setting that was not
+fitted to.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moeprof.replay.calibration_file import Corrections, KernelCorrection, Leftovers, Trial
+from moeprof.replay.pipeline import PARTS, Work, step_times
+
+Floats = NDArray[np.float64]
+
+PRIOR = 0.3
+"""Standard deviation of the log of a factor before any trial."""
+
+_LEAST_SIGMA = 0.01
+_FIRST_SIGMA = 0.1
+_NUM_SIGMAS = 4
+_NUM_STEPS = 60
+_DIFFERENCE = 1e-4
+_DAMPING = 1e-3
+_MOST_DAMPING = 1e9
+_DAMPING_RATE = 4.0
+_CONVERGED = 1e-9
+_MS = 1e3
+_MEDIAN_PENALTY = 1.2533
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class TriedBuffer:
+    """A trial of an expert buffer, with what its steps did.
+
+    Attributes:
+        trial: What was measured.
+        work: What is modelled.
+    """
+
+    trial: Trial
+    work: Work
+
+
+def fit_corrections(
+    buffers: Sequence[TriedBuffer], kernels: Mapping[str, Sequence[Trial]]
+) -> Corrections | None:
+    """Returns what trials say; None without any.
+
+    Args:
+        buffers: Trials of expert buffers.
+        kernels: Trials by gating kernel.
+    """
+    known = {name: own for name, own in kernels.items() if own}
+    if not buffers and not known:
+        return None
+    fit = _fit_parts(buffers)
+    of_kernels = {name: [_middle(trial) for trial in own] for name, own in known.items()}
+    return Corrections(
+        parts=PARTS,
+        log_factors=tuple(fit.log_factors.tolist()),
+        covariance=tuple(tuple(row) for row in fit.covariance.tolist()),
+        buffering=fit.leftovers,
+        kernels={name: _correction(logs) for name, logs in of_kernels.items()},
+        gating=_kernel_leftovers(of_kernels, known) if known else None,
+    )
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _PartFit:
+    log_factors: Floats
+    covariance: Floats
+    leftovers: Leftovers | None
+
+
+def _fit_parts(buffers: Sequence[TriedBuffer]) -> _PartFit:
+    num_parts = len(PARTS)
+    factors = np.zeros(num_parts)
+    prior = np.eye(num_parts) / PRIOR**2
+    if not buffers:
+        return _PartFit(
+            log_factors=factors, covariance=PRIOR**2 * np.eye(num_parts), leftovers=None
+        )
+    measured = [np.log(each.trial.step_ms() / _MS) for each in buffers]
+    sigma = _FIRST_SIGMA
+    for _ in range(_NUM_SIGMAS):
+        factors = _descended(buffers, measured, factors, sigma)
+        residuals = _residuals(buffers, measured, factors)
+        sigma = max(_LEAST_SIGMA, float(np.sqrt(np.mean([np.mean(r**2) for r in residuals]))))
+    slopes = _slopes(buffers, factors)
+    residuals = _residuals(buffers, measured, factors)
+    own = [j.T @ j / len(j) / sigma**2 for j in slopes]
+    curvature = prior + sum(own)
+    covariance = np.asarray(np.linalg.inv(curvature), np.float64)
+    left_out = []
+    for slope, residual, part in zip(slopes, residuals, own, strict=True):
+        pull = slope.T @ residual / len(residual) / sigma**2
+        moved = np.linalg.solve(curvature - part, -pull)
+        left_out.append(float(np.median(residual - slope @ moved)))
+    num_fitted = float(np.trace(covariance @ (curvature - prior)))
+    jitter = [np.exp(residual - np.median(residual)) for residual in residuals]
+    return _PartFit(
+        log_factors=factors,
+        covariance=covariance,
+        leftovers=Leftovers(
+            residuals=tuple(left_out),
+            freedom=max(1.0, len(buffers) - num_fitted),
+            jitter=tuple(np.concatenate(jitter).tolist()),
+        ),
+    )
+
+
+def _descended(
+    buffers: Sequence[TriedBuffer], measured: Sequence[Floats], factors: Floats, sigma: float
+) -> Floats:
+    """Returns the factors that minimise the sum in the module's description, for one sigma."""
+
+    def total(given: Floats, residuals: Sequence[Floats]) -> float:
+        misfit = sum(float(np.mean(r**2)) for r in residuals) / sigma**2
+        return misfit + float(given @ given) / PRIOR**2
+
+    residuals = _residuals(buffers, measured, factors)
+    least = total(factors, residuals)
+    damping = _DAMPING
+    for _ in range(_NUM_STEPS):
+        slopes = _slopes(buffers, factors)
+        curvature = np.eye(len(factors)) / PRIOR**2
+        pull = -factors / PRIOR**2
+        for slope, residual in zip(slopes, residuals, strict=True):
+            curvature += slope.T @ slope / len(slope) / sigma**2
+            pull += slope.T @ residual / len(residual) / sigma**2
+        gain = 0.0
+        while damping < _MOST_DAMPING:
+            damped = curvature + damping * np.diag(np.diag(curvature))
+            tried = factors + np.linalg.solve(damped, pull)
+            found = _residuals(buffers, measured, tried)
+            reached = total(tried, found)
+            if reached < least:
+                gain, least, factors, residuals = least - reached, reached, tried, found
+                damping = max(damping / _DAMPING_RATE, _DAMPING)
+                break
+            damping *= _DAMPING_RATE
+        if gain <= _CONVERGED * least:
+            break
+    return factors
+
+
+def _residuals(
+    buffers: Sequence[TriedBuffer], measured: Sequence[Floats], factors: Floats
+) -> list[Floats]:
+    """Returns [steps] logs of measured over modelled, for each trial."""
+    scale = np.exp(factors)[None]
+    return [
+        own - np.log(step_times(each.work, scale)[0])
+        for each, own in zip(buffers, measured, strict=True)
+    ]
+
+
+def _slopes(buffers: Sequence[TriedBuffer], factors: Floats) -> list[Floats]:
+    """Returns [steps, parts] how the logs of modelled steps follow those of factors."""
+    moved = np.exp(np.concatenate([factors[None], factors + _DIFFERENCE * np.eye(len(factors))]))
+    found = []
+    for each in buffers:
+        logs = np.log(step_times(each.work, moved))
+        found.append(((logs[1:] - logs[0]) / _DIFFERENCE).T)
+    return found
+
+
+def _middle(trial: Trial) -> float:
+    return float(np.log(np.median(trial.ratios())))
+
+
+def _correction(logs: Sequence[float]) -> KernelCorrection:
+    spread = float(np.std(logs, ddof=1)) if len(logs) > 1 else PRIOR
+    return KernelCorrection(
+        log_factor=float(np.median(logs)), error=_MEDIAN_PENALTY * spread / len(logs) ** 0.5
+    )
+
+
+def _kernel_leftovers(
+    logs: Mapping[str, Sequence[float]], trials: Mapping[str, Sequence[Trial]]
+) -> Leftovers:
+    """Returns what each trial is off by from the others of its kernel; all of it where alone."""
+    residuals = []
+    for own in logs.values():
+        for index, one in enumerate(own):
+            others = [*own[:index], *own[index + 1 :]]
+            residuals.append(one - float(np.median(others)) if others else one)
+    ratios = [trial.ratios() for own in trials.values() for trial in own]
+    return Leftovers(
+        residuals=tuple(residuals),
+        freedom=max(1.0, float(len(residuals) - len(logs))),
+        jitter=tuple(np.concatenate([each / np.median(each) for each in ratios]).tolist()),
+    )

@@ -7,6 +7,7 @@ by torch: matrix products choose their kernels by alignment too.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -123,10 +124,13 @@ class ExpertStore:
         """Bytes of all experts' tensors."""
         return self.num_experts * self.shape.expert_bytes
 
+    @functools.cached_property
+    def _blocks(self) -> tuple[Bytes, ...]:
+        return torch.split(self.memory, self.shape.block_bytes)
+
     def block(self, expert: int) -> Bytes:
         """Returns the block of one expert."""
-        size = self.shape.block_bytes
-        return self.memory[expert * size : (expert + 1) * size]
+        return self._blocks[expert]
 
     def weights(self, expert: int) -> ExpertWeights:
         """Returns one expert on the host."""

@@ -13,6 +13,7 @@ from typing import Any, Protocol
 
 import torch
 
+from moeprof.live.device_copies import copy_to_device
 from moeprof.live.expert_store import ALIGNMENT_BYTES, Bytes
 
 _NUM_EVENTS = 256
@@ -109,12 +110,17 @@ class CudaTransfers:
         self.slots = slots
         device = slots[0].device
         self._copies = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self._stream = self._copies.cuda_stream
+        self._addresses = [slot.data_ptr() for slot in slots]
+        self._slot_bytes = [slot.numel() for slot in slots]
         self._arrived = [new_event() for _ in slots]
         self._read = [new_event() for _ in slots]
         self._is_read = [False] * len(slots)
         # The event that says that the copy into a slot has arrived, until a reader has waited.
         self._pending: dict[int, torch.cuda.Event] = {}
-        self._turns = itertools.cycle([new_event() for _ in range(_NUM_EVENTS)])
+        # Apart: an arrival that nobody has waited for must not become a mark of the other stream.
+        self._arrivals = itertools.cycle([new_event() for _ in range(_NUM_EVENTS)])
+        self._marks = itertools.cycle([new_event() for _ in range(_NUM_EVENTS)])
         # The slots' memory may have been somebody else's on the stream that made them.
         torch.cuda.synchronize(device)
         self._compute = torch.cuda.current_stream(device)
@@ -131,10 +137,14 @@ class CudaTransfers:
         if self._is_read[slot]:
             self._copies.wait_event(self._read[slot])
             self._is_read[slot] = False
-        with torch.cuda.stream(self._copies):
-            self.slots[slot][: block.numel()].copy_(block, non_blocking=True)
+        self._copy(slot, block)
         self._arrived[slot].record(self._copies)
         self._pending[slot] = self._arrived[slot]
+
+    def _copy(self, slot: int, block: Bytes) -> None:
+        num_bytes = block.numel()
+        assert num_bytes <= self._slot_bytes[slot]
+        copy_to_device(self._addresses[slot], block.data_ptr(), num_bytes, self._stream)
 
     def await_load(self, slot: int) -> None:
         """Lets the computing stream wait."""
@@ -153,11 +163,10 @@ class CudaTransfers:
             return
         if behind is not None:
             self._copies.wait_event(behind)
-        with torch.cuda.stream(self._copies):
-            for slot, block in copies:
-                self.slots[slot][: block.numel()].copy_(block, non_blocking=True)
+        for slot, block in copies:
+            self._copy(slot, block)
         # An event may be in use still: waiting for its later record is waiting too long, no more.
-        arrived = next(self._turns)
+        arrived = next(self._arrivals)
         arrived.record(self._copies)
         for slot, _ in copies:
             self._pending[slot] = arrived
@@ -171,7 +180,7 @@ class CudaTransfers:
 
     def mark(self) -> torch.cuda.Event:
         """Marks the computing stream."""
-        marked = next(self._turns)
+        marked = next(self._marks)
         marked.record(self._compute)
         return marked
 

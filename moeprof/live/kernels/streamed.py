@@ -10,15 +10,20 @@ from __future__ import annotations
 import importlib.util
 import time
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
 
+from moeprof.live.device_copies import copy_to_host
 from moeprof.live.expert_store import ALIGNMENT_BYTES, BlockShape, Bytes
 from moeprof.live.kernels.fused import FEW_TOKENS, suits_device
 from moeprof.live.transfers import new_event
 
 _WIDTH_ALIGNMENT = 8
+_POINTER_ALIGNMENT = 16
+_ID_BYTES = 8
+_LEAST_TOKENS = 16
 _ADDED_COLUMNS = 512
 
 
@@ -68,6 +73,14 @@ class StreamedDispatch:
         self.wait_s = 0.0
         self.num_waits = 0
         self.num_growths = 0
+        self._unit = ALIGNMENT_BYTES // shape.itemsize
+        self._compiled: dict[tuple[Any, ...], Any] = {}
+        from moeprof.live.kernels import few, parts, piecewise
+
+        self._kernels = piecewise
+        self._tiles = (few.IN_TILES, few.OUT_TILES)
+        self._rows_at_once = few.FEW_ROWS
+        self._activation = parts.ACTIVATION_CODES[shape.activation]
         self._grow(FEW_TOKENS)
 
     def _grow(self, num_slots: int) -> None:
@@ -82,7 +95,8 @@ class StreamedDispatch:
             self._rows = torch.zeros(
                 num_slots, self._width, dtype=torch.float32, device=self._device
             )
-        self._entries = self._table.numpy()
+        self._entries, self._chosen = self._table.numpy(), self._host_ids.numpy()
+        self._host_address = self._host_ids.data_ptr()
         self._num_slots = num_slots
         self.num_growths += 1
 
@@ -115,9 +129,14 @@ class StreamedDispatch:
         self._weights = weights.contiguous()
         self._filled = 0
         self.reserve(ids.numel())
-        self._host_ids[: ids.numel()].copy_(self._ids.view(-1), non_blocking=True)
-        if self._ready is not None:
-            self._ready.record(torch.cuda.current_stream(self._device))
+        if self._ready is None:
+            self._host_ids[: ids.numel()].copy_(self._ids.view(-1))
+            return
+        stream = torch.cuda.current_stream(self._device)
+        copy_to_host(
+            self._host_address, self._ids.data_ptr(), _ID_BYTES * ids.numel(), stream.cuda_stream
+        )
+        self._ready.record(stream)
 
     def active(self) -> tuple[list[int], list[int]]:
         """Waits for the device; returns the experts that have rows, ascending, and their rows."""
@@ -126,14 +145,14 @@ class StreamedDispatch:
             self._ready.synchronize()
         self.wait_s += time.perf_counter() - begun_s
         self.num_waits += 1
-        chosen = self._host_ids[: self._ids.numel()].numpy()
+        chosen = self._chosen[: self._ids.numel()]
         counts = np.bincount(chosen[chosen >= 0], minlength=self._num_experts)
         found = np.flatnonzero(counts)
         return found.tolist(), counts[found].tolist()
 
     def slots_of(self, expert: int) -> list[int]:
         """Returns the flat slots that have an expert; known after `active`."""
-        chosen = self._host_ids[: self._ids.numel()].numpy()
+        chosen = self._chosen[: self._ids.numel()]
         found: list[int] = np.flatnonzero(chosen == expert).tolist()
         return found
 
@@ -159,39 +178,73 @@ class StreamedDispatch:
         return found
 
     def _launch(self, experts: Sequence[int], offsets: Sequence[int], pool: torch.Tensor) -> None:
-        from moeprof.live.kernels.few import FEW_ROWS, IN_TILES, OUT_TILES
-        from moeprof.live.kernels.parts import ACTIVATION_CODES, next_power
-        from moeprof.live.kernels.piecewise import piece_in, piece_out
-
         first, count = self._filled, len(experts)
         self._filled += count
         self._entries[0, first : first + count] = experts
         self._entries[1, first : first + count] = offsets
-        (num_tokens, top_k), width, d_ff = self._ids.shape, self._width, self._d_ff
-        has_bias = "b_in" in self._offsets
-        common = {
-            "TABLE": self._table.shape[1],
-            "UNIT": ALIGNMENT_BYTES // self._shape.itemsize,
-            "TOP_K": top_k,
-            "TOKENS": next_power(num_tokens),
-            "ROWS": FEW_ROWS,
-            "BIAS": has_bias,
-            "DEPENDENT": self._is_cuda,
-        }
-        piece_in[(count * -(-d_ff // IN_TILES.columns),)](
-            self._hidden, self._ids, self._table, pool, self._inner, first, num_tokens, d_ff,
-            W_IN=self._offsets["w_in"], B_IN=self._offsets.get("b_in", 0), D_MODEL=width,
-            COLUMNS=IN_TILES.columns, DEPTH_STEP=IN_TILES.depth, GATED=self._shape.gated,
-            ACTIVATION=ACTIVATION_CODES[self._shape.activation], num_stages=IN_TILES.num_stages,
-            num_warps=IN_TILES.num_warps, **common,
+        shape, (num_tokens, top_k) = self._shape, self._ids.shape
+        width, d_ff, offset = self._width, self._d_ff, self._offsets
+        tokens, table, unit = self._padded(num_tokens), self._table.shape[1], self._unit
+        tiles_in, tiles_out = self._tiles
+        has_bias = "b_in" in offset
+        self._call(
+            "piece_in",
+            count * -(-d_ff // tiles_in.columns),
+            (tokens, top_k, self._hidden.data_ptr() % _POINTER_ALIGNMENT),
+            (
+                self._hidden, self._ids, self._table, pool, self._inner, first, num_tokens, d_ff,
+                table, unit, offset["w_in"], offset.get("b_in", 0), width, top_k, tokens,
+                tiles_in.columns, tiles_in.depth, self._rows_at_once, shape.gated, has_bias,
+                self._activation, self._is_cuda,
+            ),
+            {"num_stages": tiles_in.num_stages, "num_warps": tiles_in.num_warps},
         )  # fmt: skip
-        piece_out[(count * -(-width // OUT_TILES.columns),)](
-            self._inner, self._ids, self._table, pool, self._rows, first, num_tokens, width,
-            W_OUT=self._offsets["w_out"], B_OUT=self._offsets.get("b_out", 0), D_FF=d_ff,
-            COLUMNS=OUT_TILES.columns, DEPTH_STEP=OUT_TILES.depth, num_stages=OUT_TILES.num_stages,
-            num_warps=OUT_TILES.num_warps, **common,
-            **({"launch_pdl": True} if self._is_cuda else {}),
+        self._call(
+            "piece_out",
+            count * -(-width // tiles_out.columns),
+            (tokens, top_k),
+            (
+                self._inner, self._ids, self._table, pool, self._rows, first, num_tokens, width,
+                table, unit, offset["w_out"], offset.get("b_out", 0), d_ff, top_k, tokens,
+                tiles_out.columns, tiles_out.depth, self._rows_at_once, has_bias, self._is_cuda,
+            ),
+            {
+                "num_stages": tiles_out.num_stages,
+                "num_warps": tiles_out.num_warps,
+                **({"launch_pdl": True} if self._is_cuda else {}),
+            },
         )  # fmt: skip
+
+    @staticmethod
+    def _padded(num_tokens: int) -> int:
+        """Returns what the kernels count tokens up to."""
+        return max(_LEAST_TOKENS, 1 << (num_tokens - 1).bit_length())
+
+    def _call(
+        self,
+        name: str,
+        num_programs: int,
+        variant: tuple[Any, ...],
+        given: tuple[Any, ...],
+        options: dict[str, Any],
+    ) -> None:
+        """Launches a kernel; what Triton compiled for a variant is launched without asking again.
+
+        Args:
+            name: Of the kernel.
+            num_programs: How many.
+            variant: What its code depends on, besides this object's own sizes.
+            given: Arguments, those that are constants to the compiler included.
+            options: For the compiler.
+        """
+        key = (name, *variant, self._ids.data_ptr() % _POINTER_ALIGNMENT)
+        compiled = self._compiled.get(key)
+        if compiled is None:
+            kernel = getattr(self._kernels, name)
+            # None in Triton's interpreter, which compiles nothing.
+            self._compiled[key] = kernel[(num_programs,)](*given, **options)
+            return
+        compiled[(num_programs, 1, 1)](*given)
 
     def put(self, slots: Sequence[int], rows: torch.Tensor) -> None:
         """Takes rows that were computed elsewhere.
@@ -200,23 +253,25 @@ class StreamedDispatch:
             slots: Flat slots, each once per dispatch.
             rows: [slots, d_model] on the device.
         """
-        from moeprof.live.kernels.piecewise import put_rows
-
         count = len(slots)
         self._entries[2, :count] = slots
-        tiles = -(-self._width // _ADDED_COLUMNS)
-        put_rows[(count * tiles,)](
-            rows, self._table[2], self._rows, self._width, COLUMNS=_ADDED_COLUMNS
+        self._call(
+            "put_rows",
+            count * -(-self._width // _ADDED_COLUMNS),
+            (rows.dtype, rows.data_ptr() % _POINTER_ALIGNMENT),
+            (rows, self._table[2], self._rows, self._width, _ADDED_COLUMNS),
+            {},
         )
 
     def combined(self) -> torch.Tensor:
         """Returns the output [T, d_model]: each token's rows, weighted and added slot by slot."""
-        from moeprof.live.kernels.piecewise import add_slots
-
         num_tokens, top_k = self._ids.shape
         out = torch.empty_like(self._hidden)
-        add_slots[(num_tokens * -(-self._width // _ADDED_COLUMNS),)](
-            self._rows, self._ids, self._weights, out, self._width, TOP_K=top_k,
-            COLUMNS=_ADDED_COLUMNS,
-        )  # fmt: skip
+        self._call(
+            "add_slots",
+            num_tokens * -(-self._width // _ADDED_COLUMNS),
+            (top_k, self._weights.dtype, self._weights.data_ptr() % _POINTER_ALIGNMENT),
+            (self._rows, self._ids, self._weights, out, self._width, top_k, _ADDED_COLUMNS),
+            {},
+        )
         return out

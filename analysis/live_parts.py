@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
-from analysis.live_evidence import (
-    FILES,
-)
+from analysis.live_evidence import ADDITIONAL_FILES, FILES
+from analysis.live_goals import Goal
 from moeprof.replay import wording
-from moeprof.replay.result import Result
+from moeprof.replay.result import Finding, Result
 from moeprof.reporting.document import Described, with_findings
 from moeprof.reporting.layout import (
     FactData,
@@ -39,6 +40,28 @@ _COUNTS = ("batch", "num_tokens", "tokens_per_s", "copies", "lookups", "capacity
            "slots_broken")  # fmt: skip
 
 
+Draw = Callable[[Mapping[str, Any], Path], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Addition:
+    """What the page makes of a result of `ADDITIONAL_FILES`.
+
+    Attributes:
+        part: The part of the page.
+        goals: What the result is held to, given None where there is no result.
+        readme_rows: Rows of the README's table.
+        rows: What is written as CSV, by file name.
+        drawings: What is drawn as PNG, by file name.
+    """
+
+    part: Callable[[Mapping[str, Any]], Described]
+    goals: Callable[[Mapping[str, Any] | None], list[Goal]]
+    readme_rows: Callable[[Mapping[str, Any]], list[tuple[str, str, str, str]]]
+    rows: Callable[[Mapping[str, Any]], Mapping[str, pd.DataFrame]]
+    drawings: Mapping[str, Draw]
+
+
 def part(
     name: str,
     data: Mapping[str, Any],
@@ -52,25 +75,78 @@ def part(
     result: Result,
 ) -> Described:
     """Returns one result as a part of the page, with what has to be known of its measurement."""
-    hardware, versions = data["hardware"], data["versions"]
-    memory = hardware.get("device_memory_bytes")
+    return pooled_part(
+        name,
+        [data],
+        command=data["command"],
+        title=title,
+        verdict=verdict,
+        routing=routing,
+        facts=facts,
+        banners=banners,
+        sections=[section],
+        findings=result.findings,
+    )
+
+
+def pooled_part(
+    name: str,
+    measurements: Sequence[Mapping[str, Any]],
+    *,
+    command: str,
+    title: str,
+    verdict: str,
+    routing: Sequence[str],
+    facts: Mapping[str, str],
+    banners: Sequence[str],
+    sections: Sequence[SectionData],
+    findings: Sequence[Finding],
+    figure_class: str = "measured",
+) -> Described:
+    """Returns what several measurements say together as a part of the page.
+
+    Args:
+        name: In `FILES` or `ADDITIONAL_FILES`.
+        measurements: Each with hardware, versions and date.
+        command: That made the result.
+        title: Heading.
+        verdict: One sentence.
+        routing: Where routing comes from.
+        facts: Further facts by label.
+        banners: What has to be known first.
+        sections: Of the part.
+        findings: Of all sections.
+        figure_class: Of what the part is about.
+    """
+    devices, drivers, versions, dates = [], [], [], []
+    for each in measurements:
+        hardware = each["hardware"]
+        memory = hardware.get("device_memory_bytes")
+        device = hardware["device_name"] or hardware.get("cpu_name") or "unknown"
+        devices += [device, wording.num_bytes(memory) if memory else ""]
+        drivers.append(hardware.get("driver") or "unknown")
+        versions.append(
+            ", ".join(
+                f"{key} {each['versions'][key]}"
+                for key in _LISTED_VERSIONS
+                if key in each["versions"]
+            )
+        )
+        dates.append(date_said(each["date"]))
     lines = [
-        ("Device", [hardware["device_name"], wording.num_bytes(memory) if memory else ""]),
-        ("Driver", [hardware.get("driver") or "unknown"]),
-        (
-            "Versions",
-            [", ".join(f"{key} {versions[key]}" for key in _LISTED_VERSIONS if key in versions)],
-        ),
-        ("Date", [str(data["date"]).replace("T", " ").replace("+00:00", " UTC")]),
-        ("Routing source", list(routing)),
+        ("Device", _once(devices)),
+        ("Driver", _once(drivers)),
+        ("Versions", _once(versions)),
+        ("Date", _once(dates)),
+        ("Routing source", _once(routing)),
         *((label, [text]) for label, text in facts.items()),
-        ("Class", ["measured"]),
-        ("Command", [data["command"]]),
+        ("Class", [figure_class]),
+        ("Command", [command]),
     ]
     return with_findings(
         TraceData(
             id=name,
-            name=FILES[name],
+            name=FILES.get(name) or ADDITIONAL_FILES[name],
             title=title,
             verdict=verdict,
             banners=list(banners),
@@ -78,10 +154,19 @@ def part(
                 FactData(label=label, lines=[str(line) for line in each if line])
                 for label, each in lines
             ],
-            sections=[section],
+            sections=list(sections),
         ),
-        result.findings,
+        findings,
     )
+
+
+def date_said(date: object) -> str:
+    """Returns a date as people read it."""
+    return str(date).replace("T", " ").replace("+00:00", " UTC")
+
+
+def _once(lines: Sequence[str]) -> list[str]:
+    return list(dict.fromkeys(lines))
 
 
 def result_section(
@@ -156,7 +241,7 @@ def rows_table(title: str, rows: pd.DataFrame, *, figure_class: str = "measured"
 
 
 def _unit(key: str, rows: pd.DataFrame) -> str:
-    if key in {"prefill", "decode"}:
+    if key in {"prefill", "decode", "encode"}:
         return "row"
     if key in _COUNTS:
         return "count"

@@ -13,14 +13,17 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
+from typing import Any
 
 import pandas as pd
 
 from analysis import command
 from analysis.live_drawings import draw_all, draw_headline
 from analysis.live_evidence import (
+    ADDITIONAL_FILES,
     RESULTS,
     Evidence,
     breakdown_rows,
@@ -32,10 +35,11 @@ from analysis.live_evidence import (
     read_evidence,
 )
 from analysis.live_gating_parts import headline_part, kernels_part
-from analysis.live_goals import (
-    goals,
-    readme_table,
-)
+from analysis.live_goals import README_HEADINGS, Goal, goals, readme_rows
+from analysis.live_parallel_parts import PARALLEL
+from analysis.live_parts import Addition
+from analysis.live_prediction_drawings import draw_memory_latency
+from analysis.live_prediction_parts import LATENCY, PREDICTIONS
 from analysis.live_routing_parts import buffering_part, routing_rows, twin_part
 from moeprof.errors import MoeprofError
 from moeprof.reporting.document import assembled
@@ -46,6 +50,11 @@ from moeprof.reporting.layout import (
 from moeprof.reporting.writing import Report, refuse_foreign, write_files
 
 NAME = "live-results"
+SECTION = "## Measured on a GPU"
+ADDITIONS: Mapping[str, Addition] = MappingProxyType(
+    {"predictions": PREDICTIONS, "latency": LATENCY, "parallel": PARALLEL}
+)
+"""What the page makes of results that may be absent, by name."""
 
 
 def results_page(evidence: Evidence) -> Report:
@@ -60,19 +69,22 @@ def results_page(evidence: Evidence) -> Report:
         buffering_part(evidence.buffering, evidence.checks),
         twin_part(evidence.twin),
         twin_part(evidence.twin_mt, "twin_mt"),
+        *(each.part(data) for each, data in present(evidence)),
     ]
     reading = ReadingData(
         eyebrow="Measured on a GPU",
         part="Result",
         range="Range",
-        ranges="Ranges of times and rates are the quartiles of the repetitions.",
+        ranges="Ranges of times and rates are the quartiles of the repetitions; those of "
+        "predictions are stated 90% intervals.",
         method=[
             [
                 "Ranges",
                 "A time is the median of its repetitions and its range their quartiles; a rate or "
                 "a share of the floor has the range of its time. Ranges of figures that describe "
-                "the twin's routing are 90% intervals over requests. Every repetition is in the "
-                "JSON files in analysis/results that this page is made from.",
+                "the twin's routing are 90% intervals over requests; that of a prediction is the "
+                "90% interval stated before the run. Every repetition is in the JSON files in "
+                "analysis/results that this page is made from.",
             ],
             [
                 "Shares of the floor",
@@ -91,6 +103,57 @@ def results_page(evidence: Evidence) -> Report:
             reading=reading,
         )
     )
+
+
+def present(evidence: Evidence) -> list[tuple[Addition, Mapping[str, Any]]]:
+    """Returns the results that may be absent and are there."""
+    return [
+        (each, evidence.additions[name])
+        for name, each in ADDITIONS.items()
+        if name in evidence.additions
+    ]
+
+
+def every_goal(evidence: Evidence) -> list[Goal]:
+    """Returns every goal, also of what was not measured."""
+    return [
+        *goals(evidence),
+        *(
+            goal
+            for name, each in ADDITIONS.items()
+            for goal in each.goals(evidence.additions.get(name))
+        ),
+    ]
+
+
+def every_readme_row(evidence: Evidence) -> list[tuple[str, str, str, str]]:
+    """Returns the rows of the README's table."""
+    return [
+        *readme_rows(evidence),
+        *(row for each, data in present(evidence) for row in each.readme_rows(data)),
+    ]
+
+
+def readme_table(evidence: Evidence) -> str:
+    """Returns the README's table as Markdown."""
+    lines = [README_HEADINGS, ("---",) * len(README_HEADINGS), *every_readme_row(evidence)]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines) + "\n"
+
+
+def with_table(text: str, table: str) -> str:
+    """Returns a README with the table under `SECTION` replaced.
+
+    Raises:
+        MoeprofError: There is no such section, or no table in it.
+    """
+    before, heading, after = text.partition(f"{SECTION}\n")
+    lines = after.split("\n")
+    rows = [index for index, line in enumerate(lines) if line.startswith("|")]
+    if not heading or not rows:
+        raise MoeprofError(f"there is no table under {SECTION!r}")
+    end = next(index for index in range(rows[0], len(lines)) if not lines[index].startswith("|"))
+    made = [*lines[: rows[0]], *table.rstrip("\n").split("\n"), *lines[end:]]
+    return before + heading + "\n".join(made)
 
 
 def save_page(evidence: Evidence, folder: Path) -> tuple[Path, ...]:
@@ -123,7 +186,12 @@ def save_page(evidence: Evidence, folder: Path) -> tuple[Path, ...]:
             f"cannot make {folder}: {error.strerror or error}", hint="choose another place with -o"
         ) from error
     refuse_foreign(data)
-    return (*write_files(texts), *draw_all(evidence, folder))
+    drawn = list(draw_all(evidence, folder))
+    for each, result in present(evidence):
+        for name, draw in each.drawings.items():
+            draw(result, folder / name)
+            drawn.append(folder / name)
+    return (*write_files(texts), *drawn)
 
 
 def frames(evidence: Evidence) -> dict[str, pd.DataFrame]:
@@ -139,7 +207,12 @@ def frames(evidence: Evidence) -> dict[str, pd.DataFrame]:
         "twin-routing": routing_rows(evidence.twin),
         "twin-mt": held_out_rows(evidence.twin_mt),
         "twin-mt-routing": routing_rows(evidence.twin_mt),
-        "goals": pd.DataFrame({**vars(goal), "verdict": goal.verdict} for goal in goals(evidence)),
+        "goals": pd.DataFrame(
+            {**vars(goal), "verdict": goal.verdict} for goal in every_goal(evidence)
+        ),
+        **{
+            name: rows for each, data in present(evidence) for name, rows in each.rows(data).items()
+        },
     }
 
 
@@ -160,7 +233,7 @@ def _goals_table(evidence: Evidence) -> TableData:
                 "found": goal.found,
                 "verdict": goal.verdict,
             }
-            for goal in goals(evidence)
+            for goal in every_goal(evidence)
         ],
     )
 
@@ -174,15 +247,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("-o", "--output", type=Path, default=Path("demo", "live"), metavar="OUT")
     parser.add_argument("--results", type=Path, default=RESULTS, metavar="DIR")
     parser.add_argument("--figure", type=Path, metavar="FILE", help="also draw the README's figure")
+    parser.add_argument("--latency-figure", type=Path, metavar="FILE", help="also the second one")
+    parser.add_argument("--readme", type=Path, metavar="FILE", help="also replace its table")
     options = parser.parse_args(arguments)
 
     def write() -> tuple[Path, ...]:
         evidence = read_evidence(options.results)
-        written = save_page(evidence, options.output)
+        written = list(save_page(evidence, options.output))
         if options.figure is not None:
             draw_headline(evidence, options.figure)
-            written = (*written, options.figure)
-        return written
+            written.append(options.figure)
+        if options.latency_figure is not None:
+            if "latency" not in evidence.additions:
+                raise MoeprofError(
+                    f"there is no {options.results / ADDITIONAL_FILES['latency']}",
+                    hint="python -m analysis.memory_latency writes it",
+                )
+            draw_memory_latency(evidence.additions["latency"], options.latency_figure)
+            written.append(options.latency_figure)
+        if options.readme is not None:
+            text = options.readme.read_text(encoding="utf-8")
+            written += write_files({options.readme: with_table(text, readme_table(evidence))})
+        return tuple(written)
 
     return command.run(write)
 

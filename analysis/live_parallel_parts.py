@@ -1,0 +1,328 @@
+"""Expert parallelism on several GPUs, as a part of the page."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+import matplotlib.pyplot as plt
+import pandas as pd
+
+from analysis.live_goals import Goal, not_measured, percent
+from analysis.live_parts import Addition, figure_data, part, result_section, rows_table
+from analysis.live_styles import COLOURS, INK, STYLE, save
+from moeprof.replay.result import SEVERITY_COST, SEVERITY_FACT, Finding, Metric, Result
+from moeprof.reporting.document import Described
+
+TOLERANCE = 1e-2
+"""Largest relative error of the timed kernel against one device: roundings to bfloat16."""
+_COMMAND = "`-m analysis.gpu.expert_parallel`"
+
+
+def setting_of(row: Mapping[str, Any]) -> str:
+    """Returns the planner, and how many slots it adds."""
+    extra = row["num_redundant"]
+    return str(row["planner"]) + (f" +{extra}" if extra else "")
+
+
+def step_rows(data: Mapping[str, Any]) -> pd.DataFrame:
+    """Returns one row per trace, number of tokens and setting: measured beside predicted."""
+    return pd.DataFrame(
+        {
+            "trace": each["trace"],
+            "num_devices": row["num_devices"],
+            "setting": setting_of(row),
+            "num_tokens": row["num_tokens"],
+            "max_over_mean": row["max_over_mean"],
+            "step_ms": row["step_ms"],
+            "predicted_ms": row["predicted_ms"],
+            "error_share": row["predicted_ms"] / row["step_ms"] - 1,
+            "num_repetitions": len(row["times_ms"]),
+        }
+        for each in data["traces"]
+        for row in each["steps"]
+    )
+
+
+def scaling_rows(data: Mapping[str, Any]) -> pd.DataFrame:
+    """Returns one row per trace, devices, tokens and setting: estimates with their bars."""
+    return pd.DataFrame(
+        {
+            "trace": each["trace"],
+            "num_devices": row["num_devices"],
+            "setting": setting_of(row),
+            "num_tokens": row["num_tokens"],
+            "max_over_mean": row["max_over_mean"],
+            "estimate_ms": row["step_ms"],
+            "estimate_ms_low": row["low_ms"],
+            "estimate_ms_high": row["high_ms"],
+        }
+        for each in data["traces"]
+        for row in each["scaling"]
+    )
+
+
+def loads_equal(data: Mapping[str, Any]) -> tuple[int, int]:
+    """Returns dispatches whose rows reached every device as replayed, and those checked."""
+    rows = [row for each in data["traces"] for row in each["loads"]]
+    equal = sum(0 if row["num_rows_lost"] else row["num_equal"] for row in rows)
+    return equal, sum(row["num_dispatches"] for row in rows)
+
+
+def outputs_equal(data: Mapping[str, Any]) -> tuple[int, int]:
+    """Returns settings whose outputs are those of one device, and those checked.
+
+    To the bit on narrow experts in float32; the timed kernel at full size within `TOLERANCE`.
+    """
+    exact = [row for each in data["traces"] for row in each["outputs"].values()]
+    timed = [row for each in data["traces"] for row in each["timed_outputs"].values()]
+    held = [min(row["num_equal"], row["num_same_twice"]) == row["num_dispatches"] for row in exact]
+    held += [bool(row["same_twice"]) and row["relative_error"] <= TOLERANCE for row in timed]
+    return sum(held), len(held)
+
+
+def _regrets(data: Mapping[str, Any]) -> list[float]:
+    return [row["regret"] for each in data["traces"] for row in each["regret"]]
+
+
+def parallel_goals(data: Mapping[str, Any] | None) -> list[Goal]:
+    """Returns what expert parallelism is held to."""
+    loads = "Expert parallelism: rows that reach every device, dispatch by dispatch"
+    outputs = "Expert parallelism: outputs against one device, by setting"
+    steps = "Expert parallelism: step time predicted by planner"
+    if data is None or not data["traces"]:
+        return not_measured(
+            "parallel",
+            (loads, "the replay's, exactly"),
+            (outputs, "the same"),
+            (steps, "beside the measured"),
+        )
+    num_equal, num_loads = loads_equal(data)
+    num_held, num_outputs = outputs_equal(data)
+    rows = step_rows(data)
+    found = (
+        (loads, "the replay's, exactly", num_equal, num_loads),
+        (outputs, "the same", num_held, num_outputs),
+    )
+    made = [
+        Goal(
+            quantity=quantity,
+            goal=goal,
+            found=f"{held:,} of {checked:,}",
+            met=held == checked,
+            section="parallel",
+        )
+        for quantity, goal, held, checked in found
+    ]
+    if len(rows):
+        made.append(
+            Goal(
+                quantity=steps, goal="beside the measured",
+                found=f"off by {percent(rows['error_share'].abs().median())} (median of "
+                f"{len(rows)}), regret at most {percent(max(_regrets(data)))}",
+                met=None, section="parallel",
+            )
+        )  # fmt: skip
+    return made
+
+
+def parallel_readme_rows(data: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
+    """Returns the row of the README's table."""
+    rows = step_rows(data) if data["traces"] else pd.DataFrame()
+    if not len(rows):
+        return []
+    num_equal, num_loads = loads_equal(data)
+    num_held, num_outputs = outputs_equal(data)
+    return [
+        (
+            f"Expert parallelism over {data['num_ranks']} GPUs: loads as replayed; outputs as on "
+            "one device; step times predicted",
+            f"{num_equal:,} of {num_loads:,} dispatches; {num_held} of {num_outputs} settings; "
+            f"off by {percent(rows['error_share'].abs().median())} (median)",
+            "all; all",
+            _COMMAND,
+        )
+    ]
+
+
+def parallel_part(data: Mapping[str, Any]) -> Described:
+    """Returns expert parallelism."""
+    rows, scaling = step_rows(data), scaling_rows(data)
+    num_equal, num_loads = loads_equal(data)
+    num_held, num_outputs = outputs_equal(data)
+    line = data["all_to_all"]["line"]
+    metrics = [
+        Metric(name="parallel/loads", value=num_equal / max(num_loads, 1), unit="share",
+               figure_class="measured", better="higher"),
+        Metric(name="parallel/outputs", value=num_held / max(num_outputs, 1), unit="share",
+               figure_class="measured", better="higher"),
+    ]  # fmt: skip
+    labels = {
+        "parallel/loads": "Dispatches whose rows reach every device as replayed",
+        "parallel/outputs": "Settings with the outputs of one device",
+    }
+    findings = [
+        Finding(
+            text=f"Rows reach every device as the replay says in {num_equal:,} of {num_loads:,} "
+            f"dispatches; outputs are those of one device in {num_held} of {num_outputs} "
+            "settings.",
+            severity=SEVERITY_FACT + 2
+            if (num_equal, num_held) == (num_loads, num_outputs)
+            else SEVERITY_COST + 10,
+            section="parallel",
+            metric="parallel/loads",
+        )
+    ]
+    if len(rows):
+        error = float(rows["error_share"].abs().median())
+        labels["parallel/error"] = "Error of the predicted step time, median"
+        metrics.append(
+            Metric(name="parallel/error", value=error, unit="share", figure_class="measured",
+                   better="lower")
+        )  # fmt: skip
+        findings.append(_gain(data, rows, error))
+    missing = [name for name in data.get("traces_asked_for", [])
+               if name not in {each["trace"] for each in data["traces"]}]  # fmt: skip
+    result = Result(
+        name="parallel",
+        title="Expert parallelism",
+        table=rows,
+        metrics=tuple(metrics),
+        findings=tuple(findings),
+        notes=(
+            *data.get("notes", ()),
+            f"All-to-all: {1e3 * line['latency_ms']:.0f} us plus bytes over "
+            f"{line['bytes_per_s'] / 1e9:.1f} GB/s, off by at most "
+            f"{percent(line['largest_error'])}.",
+            *([f"No time was left for {', '.join(missing)}."] if missing else []),
+        ),
+    )
+    tables = [rows_table("Steps measured", rows)] if len(rows) else []
+    if len(scaling):
+        tables.append(rows_table("More devices", scaling, figure_class="estimate"))
+    section = result_section(
+        result,
+        question="Is what a placement promises what several GPUs do?",
+        labels=labels,
+        figures=[_steps_figure(each) for each in data["traces"] if each["steps"]],
+        tables=tables,
+        headline=[metric.name for metric in metrics],
+    )
+    return part(
+        "parallel",
+        data,
+        title="Expert parallelism",
+        verdict=f"Over {data['num_ranks']} devices rows arrive as replayed in "
+        f"{num_equal:,} of {num_loads:,} dispatches.",
+        routing=[str(each["routing"]["description"]) for each in data["traces"]] or ["none"],
+        facts={
+            "Devices": f"{data['num_ranks']}, {data.get('backend', 'unknown backend')}",
+            "Kernel": data["kernel"],
+        },
+        banners=["Times for more devices than were there are estimates: the slowest share in turn "
+                 "on one GPU, exchanges from the line through those measured."],
+        section=section,
+        result=result,
+    )  # fmt: skip
+
+
+def _gain(data: Mapping[str, Any], rows: pd.DataFrame, error: float) -> Finding:
+    """Returns what the best placement gains, and how far off predictions are."""
+    said = []
+    for (trace, tokens), own in rows.groupby(["trace", "num_tokens"], sort=False):
+        plain = own[own["setting"] == "contiguous"]
+        best = own.loc[own["step_ms"].idxmin()]
+        if len(plain):
+            gain = float(plain["step_ms"].iloc[0] / best["step_ms"])
+            said.append(f"{gain:.2f}x with {best['setting']} ({trace}, {tokens:,} tokens)")
+    gained = f"The best placement gains {', '.join(said)} over contiguous experts. " if said else ""
+    return Finding(
+        text=f"{gained}Predicted step times are off by {percent(error)} (median of {len(rows)}); "
+        f"choosing by them costs at most {percent(max(_regrets(data)))} over the best measured.",
+        severity=SEVERITY_FACT + 1,
+        section="parallel",
+        metric="parallel/error",
+    )
+
+
+def _steps_figure(each: Mapping[str, Any]) -> Any:
+    most = max(row["num_tokens"] for row in each["steps"])
+    rows = [row for row in each["steps"] if row["num_tokens"] == most]
+    return figure_data(
+        f"steps-{each['trace'].removesuffix('.moeprof')}",
+        "layers",
+        f"A step by placement, {each['trace']}, {most:,} tokens",
+        alt="; ".join(
+            f"{setting_of(row)} {row['step_ms']:.2f} ms, predicted {row['predicted_ms']:.2f}"
+            for row in rows
+        ),
+        how="Lower is better; +N: so many slots beyond one per expert.",
+        panels=[
+            {
+                "title": "step",
+                "x_label": "placement",
+                "y_label": "ms",
+                "y_unit": "ms",
+                "category": "placement",
+                "categories": [setting_of(row) for row in rows],
+                "series": [
+                    {"key": "recorded", "label": "measured", "low": None, "high": None,
+                     "values": [row["step_ms"] for row in rows]},
+                    {"key": "uniform", "label": "predicted", "low": None, "high": None,
+                     "values": [row["predicted_ms"] for row in rows]},
+                ],
+            }
+        ],
+    )  # fmt: skip
+
+
+def draw_parallel(data: Mapping[str, Any], path: Path) -> None:
+    """Draws measured and predicted steps by placement, a panel per trace."""
+    traces = [each for each in data["traces"] if each["steps"]]
+    with mpl.rc_context(dict(STYLE)):
+        width = max(1, len(traces))
+        figure, grid = plt.subplots(
+            1, width, figsize=(2.2 + 4.4 * width, 5.4), squeeze=False, layout="constrained"
+        )
+        for axes, each in zip(grid[0], traces, strict=False):
+            sizes = sorted({row["num_tokens"] for row in each["steps"]})
+            names = list(dict.fromkeys(setting_of(row) for row in each["steps"]))
+            for index, size in enumerate(sizes):
+                own = {setting_of(row): row for row in each["steps"] if row["num_tokens"] == size}
+                apart = (index - (len(sizes) - 1) / 2) * 0.5 / len(sizes)
+                places = [place + apart for place, name in enumerate(names) if name in own]
+                colour = COLOURS[index % len(COLOURS)]
+                times = [own[name]["step_ms"] for name in names if name in own]
+                said = [own[name]["predicted_ms"] for name in names if name in own]
+                axes.hlines(places, times, said, color=colour, linewidth=0.9, alpha=0.5, zorder=2)
+                axes.plot(times, places, "o", color=colour, markersize=5.5, zorder=4,
+                          label=f"{size:,} tokens, measured")  # fmt: skip
+                axes.plot(said, places, "D", color="none", markeredgecolor=colour, markersize=5.5,
+                          zorder=3, label="predicted")  # fmt: skip
+            axes.set_yticks(range(len(names)), names)
+            axes.invert_yaxis()
+            axes.set_xlim(0, None)
+            axes.tick_params(axis="y", length=0, labelcolor=INK)
+            axes.set_title(f"{each['trace'].removesuffix('.moeprof')} ({each['experts']})")
+            axes.set_xlabel("a step, ms")
+            axes.legend(
+                frameon=False, fontsize=8.5, ncols=2, loc="upper center",
+                bbox_to_anchor=(0.4, -0.09),
+            )  # fmt: skip
+        device = data["hardware"]["device_name"] or data["hardware"]["cpu_name"]
+        figure.suptitle(
+            f"Expert parallelism over {data['num_ranks']} x {device}: steps by placement",
+            x=0.01, ha="left", fontsize=12.5, fontweight="bold",
+        )  # fmt: skip
+        save(figure, path)
+
+
+PARALLEL = Addition(
+    part=parallel_part,
+    goals=parallel_goals,
+    readme_rows=parallel_readme_rows,
+    rows=lambda data: {"parallel-steps": step_rows(data), "parallel-scaling": scaling_rows(data)},
+    drawings={"parallel.png": draw_parallel},
+)

@@ -1,0 +1,581 @@
+"""Predictions held to measurements, and memory against latency, as parts of the page."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import pandas as pd
+
+from analysis.live_goals import GIB, Goal, not_measured, percent
+from analysis.live_parts import (
+    Addition,
+    date_said,
+    figure_data,
+    pooled_part,
+    result_section,
+    rows_table,
+)
+from analysis.live_prediction_drawings import draw_memory_latency, draw_predictions
+from moeprof.replay.result import SEVERITY_COST, SEVERITY_FACT, Finding, Metric, Result
+from moeprof.reporting.document import Described
+from moeprof.reporting.layout import FigureData
+
+_COMMAND = "`moeprof verify`, `-m analysis.prediction_quality`"
+_LATENCY_COMMAND = "`-m analysis.memory_latency`"
+_WANTED = (
+    ("Settings predicted, then measured on two kinds of GPU",
+     "at least 48 over 3 models, 4 policies, 4 capacities"),
+    ("Measurements inside their stated 90% interval", "85% to 95% of at least 200"),
+    ("Median error of a predicted percentile", "at most 5%, and a third of the naive models'"),
+    ("Regret of the setting recommended at equal memory", "median at most 2%, worst 10%"),
+)  # fmt: skip
+_LISTED = (
+    "machine", "trace", "setting", "percentile", "predicted_ms", "low_ms", "high_ms",
+    "measured_ms", "measured_spread", "error", "inside", "naive_bandwidth_error",
+    "naive_mean_error",
+)  # fmt: skip
+
+
+def prediction_goals(data: Mapping[str, Any] | None) -> list[Goal]:
+    """Returns what predictions are held to."""
+    if data is None:
+        return not_measured("predictions", *_WANTED)
+    return [
+        Goal(
+            quantity=goal["quantity"],
+            goal=goal["goal"],
+            found="not measured" if goal["found"] is None else goal["found"],
+            met=goal["met"],
+            section="predictions",
+        )
+        for goal in data["goals"]
+    ]
+
+
+def prediction_rows(data: Mapping[str, Any]) -> pd.DataFrame:
+    """Returns every prediction and its measurement."""
+    return pd.DataFrame(data["rows"])
+
+
+def coverage_words(each: Mapping[str, Any]) -> str:
+    """Returns the share inside its interval with the exact interval of that share."""
+    if each["coverage"] is None:
+        return "no interval stated"
+    return (
+        f"{percent(each['coverage'])} of {each['stated']} ({percent(each['coverage_low'])} to "
+        f"{percent(each['coverage_high'])})"
+    )
+
+
+def _median_error(each: Mapping[str, Any], name: str) -> float:
+    value: float = each["absolute_errors"][name]["0.5"]
+    return value
+
+
+def predictions_part(data: Mapping[str, Any]) -> Described:
+    """Returns how good predictions were, over all machines and traces."""
+    whole, counts, regret = data["all"], data["counts"], data["regret"]
+    rows = prediction_rows(data)
+    naive = [name for name in whole["absolute_errors"] if name != "model"]
+    metrics = [
+        _metric("predictions/coverage", whole["coverage"], whole["coverage_low"],
+                whole["coverage_high"], note="exact binomial interval of 90%"),
+        *(
+            _metric(f"predictions/median error/{name}", _median_error(whole, name))
+            for name in ("model", *naive)
+        ),
+        _metric("predictions/regret/median", regret["median"]),
+        _metric("predictions/regret/worst", regret["worst"]),
+    ]  # fmt: skip
+    labels = {
+        "predictions/coverage": "Measurements inside their stated 90% interval",
+        "predictions/median error/model": "Median error of the cost model",
+        **{f"predictions/median error/{name}": f"Median error of {name}" for name in naive},
+        "predictions/regret/median": "Regret of what is recommended at equal memory, median",
+        "predictions/regret/worst": "The same, worst",
+    }
+    missed = [goal for goal in data["goals"] if goal["met"] is False]
+    findings = [
+        Finding(
+            text=f"{_said(goal['quantity'])}: {goal['found']}; the goal was {goal['goal']}.",
+            severity=SEVERITY_COST,
+            section="predictions",
+        )
+        for goal in missed
+    ]
+    if whole["predictions"]:
+        others = " and ".join(f"{percent(_median_error(whole, n))} ({n})" for n in naive)
+        findings.append(
+            Finding(
+                text=f"Over {whole['predictions']} predictions of {counts['settings']} settings "
+                f"the cost model is off by {100 * _median_error(whole, 'model'):.1f}% (median), "
+                f"naive models by {others}; {coverage_words(whole)} lie inside their stated 90% "
+                "interval.",
+                severity=SEVERITY_COST + 1,
+                section="predictions",
+                metric="predictions/coverage",
+            )
+        )
+    if regret["choices"]:
+        findings.append(
+            Finding(
+                text="Taking the setting that the model recommends costs "
+                f"{100 * regret['median']:.1f}% (median of {regret['choices']} choices at equal "
+                f"memory) and at worst {100 * regret['worst']:.1f}% over the best measured.",
+                severity=SEVERITY_FACT + 4,
+                section="predictions",
+                metric="predictions/regret/median",
+            )
+        )
+    missing = data["not_measured"]
+    result = Result(
+        name="predictions",
+        title="Predicted against measured",
+        table=rows,
+        metrics=tuple(metric for metric in metrics if metric.value is not None),
+        findings=tuple(findings),
+        notes=(
+            "An error is predicted over measured, less 1; median errors are of absolute values. A "
+            "prediction is a percentile (p50 or p99) of the step times of one setting on one "
+            "machine.",
+            "Naive models: bytes over bandwidth (bytes copied over the link's, bytes of active "
+            "experts over the device's), and the mean step of everything done one after another.",
+            "Settings compete at equal memory on one machine, for one trace and percentile; regret "
+            "is the time of the recommended over that of the best measured, less 1.",
+            f"{counts['not_to_tolerance']} of {whole['predictions']} percentiles are not known to "
+            f"{percent(counts['tolerance'])} (half of the 90% interval over repetitions).",
+            f"{len(missing)} predicted settings were not measured: "
+            + "; ".join(
+                f"{each['setting']} ({each['trace']}, {each['machine']}: {each['why']})"
+                for each in missing
+            )
+            + "."
+            if missing
+            else "Every setting that was predicted was measured.",
+        ),
+    )
+    section = result_section(
+        result,
+        question="Does the setting do on the machine what was said before?",
+        labels=labels,
+        figures=[_coverage_figure(data), _error_figure(data)],
+        tables=[
+            rows_table("By machine, model, percentile and kind", _group_rows(data)),
+            rows_table("Every choice at equal memory", pd.DataFrame(regret["rows"])),
+            rows_table("Every prediction", rows[list(_LISTED)]),
+        ],
+        headline=[
+            metric.name
+            for metric in result.metrics
+            if metric.name in {"predictions/coverage", "predictions/median error/model",
+                               "predictions/regret/median", "predictions/regret/worst"}
+        ],
+    )  # fmt: skip
+    sources = data["sources"]
+    met = sum(goal["met"] is True for goal in data["goals"])
+    return pooled_part(
+        "predictions",
+        [{**each, "date": each["measured_on"]} for each in sources],
+        command=data["command"],
+        title="Predictions",
+        verdict=f"Predictions written before the run reached {met} of {len(data['goals'])} goals"
+        + (
+            f": {coverage_words(whole)} inside their interval."
+            if whole["coverage"] is not None
+            else "."
+        ),
+        routing=[f"{each['trace']}: {each['notes'][1]}" if len(each["notes"]) > 1 else each["trace"]
+                 for each in sources],
+        facts={
+            "Calibrated": "; ".join(
+                dict.fromkeys(
+                    f"{each['calibrated_on']}, {date_said(each['calibrated'])}" for each in sources
+                )
+            ),
+            "Predicted": "; ".join(
+                dict.fromkeys(
+                    f"{each['predicted']}, {date_said(each['predicted_on'])}" for each in sources
+                )
+            ),
+        },
+        banners=[],
+        sections=[section],
+        findings=result.findings,
+    )  # fmt: skip
+
+
+def _metric(
+    name: str,
+    value: float | None,
+    low: float | None = None,
+    high: float | None = None,
+    note: str = "",
+) -> Metric:
+    return Metric(
+        name=name, value=value, unit="share", figure_class="measured", low=low, high=high,
+        better=None if low is not None else "lower", note=note,
+    )  # fmt: skip
+
+
+def _said(quantity: str) -> str:
+    return quantity[:1].upper() + quantity[1:]
+
+
+def _group_rows(data: Mapping[str, Any]) -> pd.DataFrame:
+    return pd.DataFrame(
+        {
+            "by": each["by"],
+            "of": each["of"],
+            "predictions": each["predictions"],
+            "inside": each["inside"],
+            "coverage_share": each["coverage"],
+            "coverage_share_low": each["coverage_low"],
+            "coverage_share_high": each["coverage_high"],
+            "median_signed_share": each["median_signed_error"],
+            **{
+                f"{name.replace(' ', '_')}_error_share": _median_error(each, name)
+                for name in each["absolute_errors"]
+            },
+        }
+        for each in [{"by": "all", "of": "all", **data["all"]}, *data["groups"]]
+    )
+
+
+def _coverage_figure(data: Mapping[str, Any]) -> FigureData:
+    groups = [{"by": "all", "of": "all"} | data["all"], *data["groups"]]
+    stated = [each for each in groups if each["coverage"] is not None]
+    return figure_data(
+        "coverage",
+        "meters",
+        "Measurements inside their stated 90% interval",
+        alt="; ".join(f"{each['of']} {coverage_words(each)}" for each in stated)
+        or "No interval was stated.",
+        how="The whiskers are the exact 90% interval of a share of so many predictions; the goal "
+        "is 85% to 95% of all.",
+        panels=[
+            {
+                "rows": [
+                    {
+                        "label": f"{_group_name(each)}: {each['inside']} of {each['stated']}",
+                        "key": "recorded",
+                        "value": each["coverage"],
+                        "unit": "share",
+                        "low": each["coverage_low"],
+                        "high": each["coverage_high"],
+                    }
+                    for each in stated
+                ]
+            }
+        ],
+    )
+
+
+def _error_figure(data: Mapping[str, Any]) -> FigureData:
+    groups = [{"by": "all", "of": "all"} | data["all"]]
+    groups += [each for each in data["groups"] if each["by"] in {"machine", "kind"}]
+    known = [each for each in groups if each["predictions"]]
+    keys = ("recorded", "shuffled", "uniform")
+    return figure_data(
+        "errors",
+        "layers",
+        "Median error, the cost model beside naive ones",
+        alt="; ".join(
+            f"{each['of']} {100 * _median_error(each, 'model'):.1f}%" for each in known
+        ),
+        how="Lower is better: the median over predictions of |predicted over measured, less 1|.",
+        panels=[
+            {
+                "title": "median errors",
+                "x_label": "predictions",
+                "y_label": "median error",
+                "y_unit": "share",
+                "category": "predictions",
+                "categories": [str(each["of"]) for each in known],
+                "series": [
+                    {"key": key, "label": name, "low": None, "high": None,
+                     "values": [_median_error(each, name) for each in known]}
+                    for key, name in zip(keys, data["all"]["absolute_errors"], strict=True)
+                ],
+            }
+        ],
+    )  # fmt: skip
+
+
+def _group_name(each: Mapping[str, Any]) -> str:
+    return f"p{each['of']}" if each["by"] == "percentile" else str(each["of"])
+
+
+def prediction_readme_rows(data: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
+    """Returns rows of the README's table."""
+    whole, counts, regret = data["all"], data["counts"], data["regret"]
+    if not whole["predictions"]:
+        return []
+    goals = {goal["quantity"]: goal for goal in data["goals"]}
+    naive = [name for name in whole["absolute_errors"] if name != "model"]
+    others = ", ".join(f"{name} {percent(_median_error(whole, name))}" for name in naive)
+    rows = [
+        (
+            f"Step times predicted before they were measured: {counts['settings']} settings, "
+            f"{counts['models']} models, {counts['machines']} GPUs; inside their 90% interval",
+            coverage_words(whole),
+            "85% to 95%" + _missed(goals, "Measurements inside"),
+            _COMMAND,
+        ),
+        (
+            "median error of these (naive models: " + ", ".join(naive) + ")",
+            f"{100 * _median_error(whole, 'model'):.1f}% ({others})",
+            "5%" + _missed(goals, "Median error"),
+            _COMMAND,
+        ),
+    ]
+    if regret["choices"]:
+        rows.append(
+            (
+                f"regret of what is recommended at equal memory, {regret['choices']} choices",
+                f"median {100 * regret['median']:.1f}%, worst {100 * regret['worst']:.1f}%",
+                "2%, 10%" + _missed(goals, "Regret"),
+                _COMMAND,
+            )
+        )
+    return rows
+
+
+def _missed(goals: Mapping[str, Mapping[str, Any]], begins: str) -> str:
+    own = [goal["met"] for name, goal in goals.items() if name.startswith(begins)]
+    count = sum(met is False for met in own)
+    if not count:
+        return ""
+    return ", missed" if len(own) == 1 else f", {count} missed"
+
+
+def latency_rows(data: Mapping[str, Any]) -> pd.DataFrame:
+    """Returns one row per setting: predicted p95 beside every other account of it."""
+    rows = []
+    flat = {each["setting"]: each for each in data["token_major"]}
+    alone = {each["setting"]: each for each in data["hit_rate_alone"]}
+    machines = list(dict.fromkeys(each["machine"] for each in data["measured"]))
+    measured = {(each["machine"], each["setting"]): each for each in data["measured"]}
+    for each in data["predicted"]:
+        name = each["setting"]
+        row = {
+            "setting": name,
+            "device_bytes": each["device_bytes"],
+            "hit_rate": each["hit_rate"],
+            "predicted_p95_ms": each["p95_ms"],
+            "predicted_p95_ms_low": each["low_ms"],
+            "predicted_p95_ms_high": each["high_ms"],
+        }
+        for machine in machines:
+            row[f"measured, {machine}_ms"] = measured.get((machine, name), {}).get("p95_ms")
+        row["token-flattened_ms"] = flat.get(name, {}).get("p95_ms")
+        row["hit rate alone_ms"] = alone.get(name, {}).get("p95_ms")
+        rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def latency_part(data: Mapping[str, Any]) -> Described:
+    """Returns memory against p95 latency."""
+    rows = latency_rows(data)
+    taken = data["recommended"]
+    budget = data["budget_bytes"]
+    found = {each["setting"]: each for each in data["predicted"]}
+    metrics, labels = [], {}
+    for each in data["predicted"]:
+        key = f"latency/p95/{each['setting']}"
+        labels[key] = f"Predicted p95, {each['setting']}"
+        metrics.append(
+            Metric(
+                name=key, value=each["p95_ms"], unit="ms", figure_class="estimate",
+                low=each["low_ms"], high=each["high_ms"], better="lower",
+            )
+        )  # fmt: skip
+    findings = [] if taken is None else [_recommended(data, found[taken])]
+    differ = _furthest(data)
+    if differ is not None:
+        findings.append(differ)
+    tokens = data["tokens_per_judged_step"]
+    result = Result(
+        name="latency",
+        title="Memory against p95 latency",
+        table=rows,
+        metrics=tuple(metrics),
+        findings=tuple(findings),
+        notes=(
+            "Token-flattened: misses of a replay that takes one token after another, in the same "
+            f"cost model; with {tokens:g} tokens in a step, what runs together is "
+            + ("the same, and only the prompt's step differs." if tokens == 1 else "another."),
+            "Hit rate alone: the time without a buffer, plus misses of a mean step by the time of "
+            "a copy; nothing overlaps and every step misses alike.",
+            "The frontier has as few copies as any policy can do with so many slots (MIN, free to "
+            "pass an expert through), decides for nothing, and no copy waits for a slot. Settings "
+            "that compute on the host, or hold all experts, do not copy what it copies and may be "
+            "below it.",
+        ),
+    )
+    section = result_section(
+        result,
+        question="What does memory buy, and would a simpler account have said so?",
+        labels=labels,
+        figures=[_latency_figure(data)],
+        tables=[rows_table("Every setting", rows)],
+        headline=[f"latency/p95/{name}" for name in dict.fromkeys([taken, "unbuffered"])
+                  if name in found],
+    )  # fmt: skip
+    sources = data["sources"]
+    return pooled_part(
+        "latency",
+        sources
+        or [
+            {"hardware": {"device_name": data["calibrated_on"]}, "versions": {},
+             "date": data["predicted_on"]}
+        ],
+        command=data["command"],
+        title="Memory against latency",
+        verdict="No setting fits into the budget."
+        if taken is None
+        else f"Within {budget / GIB:.1f} GiB the model recommends {taken}.",
+        routing=[f"{data['routing']['trace']} ({data['routing']['model']})"],
+        facts={
+            "Calibrated": f"{data['calibrated_on']}, {date_said(data['calibrated'])}",
+            "Predicted": date_said(data["predicted_on"]),
+            "Steps": f"{data['judged_steps']} judged, {data['layers']} layers",
+        },
+        banners=[] if sources else ["Predicted only: nothing of it was measured yet."],
+        sections=[section],
+        findings=findings,
+        figure_class="measured" if sources else "estimate",
+    )  # fmt: skip
+
+
+def _recommended(data: Mapping[str, Any], taken: Mapping[str, Any]) -> Finding:
+    """Returns what is recommended within the budget and what it costs over the best measured."""
+    words = [
+        f"Within {data['budget_bytes'] / GIB:.1f} GiB of experts on the device the model "
+        f"recommends {taken['setting']}: p95 {taken['p95_ms']:.0f} ms predicted"
+    ]
+    sizes = {each["setting"]: each["device_bytes"] for each in data["predicted"]}
+    for machine in dict.fromkeys(each["machine"] for each in data["measured"]):
+        own = {
+            each["setting"]: each["p95_ms"]
+            for each in data["measured"]
+            if each["machine"] == machine and sizes[each["setting"]] <= data["budget_bytes"]
+        }
+        if taken["setting"] in own:
+            best = min(own, key=own.__getitem__)
+            words.append(
+                f"{own[taken['setting']]:.0f} ms on {machine}, the best there "
+                f"{own[best]:.0f} ms ({best})"
+            )
+    return Finding(
+        text="; ".join(words) + ".",
+        severity=SEVERITY_FACT + 2,
+        section="latency",
+        metric=f"latency/p95/{taken['setting']}",
+    )
+
+
+def _furthest(data: Mapping[str, Any]) -> Finding | None:
+    """Returns how far off the other accounts are, in the median over settings measured."""
+    accounts = {
+        "the cost model": data["predicted"],
+        "a token-flattened replay": data["token_major"],
+        "a hit rate alone": data["hit_rate_alone"],
+    }
+    common = {each["setting"] for each in data["hit_rate_alone"]}
+    errors = {}
+    for name, rows in accounts.items():
+        said = {each["setting"]: each["p95_ms"] for each in rows}
+        own = [
+            abs(said[each["setting"]] / each["p95_ms"] - 1)
+            for each in data["measured"]
+            if each["setting"] in common
+        ]
+        if own:
+            errors[name] = float(pd.Series(own).median())
+    if not errors:
+        return None
+    return Finding(
+        text="Median error of the p95 of buffers that copy what they miss: "
+        + ", ".join(f"{100 * value:.1f}% by {name}" for name, value in errors.items())
+        + ".",
+        severity=SEVERITY_FACT + 1,
+        section="latency",
+    )
+
+
+def _latency_figure(data: Mapping[str, Any]) -> FigureData:
+    def points(rows: list[dict[str, Any]], policy: str | None = None) -> list[list[float | None]]:
+        chosen = [each for each in rows if policy is None or each["policy"] == policy]
+        return [
+            [each["device_bytes"] / GIB, each["p95_ms"], each.get("low_ms"), each.get("high_ms")]
+            for each in sorted(chosen, key=lambda each: each["device_bytes"])
+        ]
+
+    copying = [each for each in data["predicted"] if each["kind"] == "load"]
+    keys = ("recorded", "shuffled", "uniform", "dynamic_loop")
+    policies = list(dict.fromkeys(each["policy"] for each in copying))
+    series = [
+        {"key": key, "label": f"{policy}, predicted", "points": points(copying, policy)}
+        for key, policy in zip(keys, policies, strict=False)
+    ]
+    series.append({"key": "dense", "label": "frontier", "points": points(data["frontier"])})
+    machines = list(dict.fromkeys(each["machine"] for each in data["measured"]))
+    names = {each["setting"] for each in copying}
+    for key, machine in zip(("goal", "grouped_mm"), machines, strict=False):
+        own = [
+            each
+            for each in data["measured"]
+            if each["machine"] == machine and each["setting"] in names
+        ]
+        label = f"measured, {machine}"
+        series.append({"key": key, "label": label, "points": points(own), "marks": True})
+    return figure_data(
+        "latency",
+        "lines",
+        "Memory of the experts on the device against p95 latency",
+        alt="; ".join(
+            f"{each['setting']} {each['device_bytes'] / GIB:.1f} GiB {each['p95_ms']:.0f} ms"
+            for each in copying
+        )
+        or "No buffer that copies was predicted.",
+        how="Left and low is better. Ranges are stated 90% intervals. The frontier has as few "
+        "copies as can be. Only buffers that copy what they miss are drawn; memory-latency.png, "
+        "drawn beside the page, has every setting.",
+        panels=[
+            {
+                "title": "p95 of a step",
+                "x_label": "GiB of experts on the device",
+                "x_scale": "linear",
+                "y_label": "ms",
+                "y_unit": "ms",
+                "series": series,
+            }
+        ],
+    )
+
+
+def latency_goals(data: Mapping[str, Any] | None) -> list[Goal]:
+    """Returns none: what is predicted is held to goals with the other predictions."""
+    return []
+
+
+def latency_readme_rows(data: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
+    """Returns none: the README shows the figure."""
+    return []
+
+
+PREDICTIONS = Addition(
+    part=predictions_part,
+    goals=prediction_goals,
+    readme_rows=prediction_readme_rows,
+    rows=lambda data: {"predictions": prediction_rows(data)},
+    drawings={"predictions.png": draw_predictions},
+)
+LATENCY = Addition(
+    part=latency_part,
+    goals=latency_goals,
+    readme_rows=latency_readme_rows,
+    rows=lambda data: {"memory-latency": latency_rows(data)},
+    drawings={"memory-latency.png": draw_memory_latency},
+)

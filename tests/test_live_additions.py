@@ -1,0 +1,256 @@
+"""Results that the page on GPU measurements takes where they are there: made-up ones."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+import shutil
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import verified_files as made
+
+pytest.importorskip("torch")
+
+from analysis import live_results as analysis
+from analysis import prediction_quality as quality
+from analysis.live_evidence import ADDITIONAL_FILES, FILES, RESULTS, read_evidence
+from analysis.live_parallel_parts import step_rows
+from analysis.live_prediction_drawings import draw_memory_latency, draw_predictions
+from analysis.live_prediction_parts import latency_rows
+from moeprof.errors import MoeprofError
+
+HEAD = {
+    "command": "python -m x", "date": "2026-01-05T00:00:00+00:00",
+    "hardware": {"device_name": "H200", "device_memory_bytes": 1 << 37, "driver": "1"},
+    "versions": {"torch": "2"},
+}  # fmt: skip
+HOSTILE = '<script>alert("x")</script> $\\frac{ | _a_'
+
+
+def latency_result(judged=True):
+    """Returns memory against latency: lru is recommended, min the best on the H200."""
+    sizes = made.settings_of()
+    times = {name: 20.0 + 5 * index for index, name in enumerate(sizes)}
+    copying = [name for name in sizes if name.startswith(("lru", "min"))]
+
+    def row(name, value, **more):
+        return {"setting": name, "device_bytes": sizes[name] * made.GIB, "p95_ms": value, **more}
+
+    return {
+        "command": "python -m analysis.memory_latency",
+        "percentile": 95,
+        "routing": {"trace": "q.moeprof", "model": "Q.gguf"},
+        "layers": 2, "judged_steps": 40, "tokens_per_judged_step": 1.0,
+        "all_expert_bytes": 8 * made.GIB, "budget_bytes": 4 * made.GIB,
+        "calibrated_on": "H100", "calibrated": made.CALIBRATED, "predicted_on": made.PREDICTED,
+        "recommended": "lru:25%",
+        "predicted": [
+            row(
+                name, value, low_ms=0.9 * value, high_ms=1.1 * value, hit_rate=0.5,
+                policy=name.partition(":")[0] if name in copying else None,
+                kind="load" if name in copying else name.partition(":")[0],
+            )
+            for name, value in times.items()
+        ],
+        "token_major": [row(name, 1.1 * times[name], hit_rate=0.4) for name in copying],
+        "hit_rate_alone": [row(name, 1.5 * times[name], hit_rate=0.5) for name in copying],
+        "frontier": [{"share": n / 8, "device_bytes": n * made.GIB, "p95_ms": 24 - n}
+                     for n in (1, 2, 4, 8)],
+        "measured": [
+            {**row(name, value * (0.5 if name == "min:25%" else 1.0)), "machine": "H200",
+             "low_ms": value, "high_ms": value, "repetitions": 3}
+            for name, value in times.items()
+        ] if judged else [],
+        "sources": [{"file": "verified-q-h200.json", "machine": "H200", "notes": [], **HEAD}]
+        if judged else [],
+    }  # fmt: skip
+
+
+def parallel_result():
+    """Returns two placements on two devices; the prediction picks the worse one."""
+
+    def step(planner, measured, predicted, **more):
+        return {"planner": planner, "num_redundant": 0, "num_tokens": 32, "max_over_mean": 1.5,
+                "num_devices": 2, "step_ms": measured, "predicted_ms": predicted,
+                "times_ms": [measured] * 3, **more}  # fmt: skip
+
+    scaled = step("eplb", 1.0, 1.0, low_ms=0.8, high_ms=1.5)
+    return {
+        **HEAD, "num_ranks": 2, "backend": "nccl", "kernel": "dynamic", "notes": ["a note"],
+        "all_to_all": {"line": {"latency_ms": 0.02, "bytes_per_s": 1e11, "largest_error": 0.1}},
+        "traces_asked_for": ["t.moeprof", "late.moeprof"],
+        "traces": [
+            {
+                "trace": "t.moeprof", "experts": "paper LM", "routing": {"description": "of t"},
+                "outputs": {"eplb": {"num_dispatches": 4, "num_equal": 4, "num_same_twice": 4}},
+                "timed_outputs": {"eplb": {"relative_error": 1e-3, "same_twice": True}},
+                "loads": [{"num_dispatches": 5, "num_equal": 5, "num_rows_lost": 0}],
+                "steps": [step("contiguous", 2.0, 1.0), step("eplb", 1.0, 1.2)],
+                "regret": [{"num_tokens": 32, "chosen": "contiguous+0", "best": "eplb+0",
+                            "regret": 1.0}],
+                "scaling": [{**scaled, "num_devices": 8}],
+            }
+        ],
+    }  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def additions(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("additions")
+    judgements = quality.read_judgements(*made.made_up(folder))
+    predictions = {"command": "python -m x", **quality.pooled(judgements)}
+    return {
+        "predictions": json.loads(json.dumps(predictions)),
+        "latency": latency_result(),
+        "parallel": parallel_result(),
+    }
+
+
+@pytest.fixture(scope="module")
+def bare():
+    return dataclasses.replace(read_evidence(), additions={})
+
+
+@pytest.fixture(scope="module")
+def evidence(bare, additions):
+    return dataclasses.replace(bare, additions=additions)
+
+
+def verdicts(evidence):
+    return {goal.quantity: goal.verdict for goal in analysis.every_goal(evidence)}
+
+
+def test_what_is_absent_is_said_to_be_not_measured(bare):
+    page = analysis.results_page(bare)
+    found = verdicts(bare)
+    for begins in ("Settings predicted", "Regret", "Median error", "Expert parallelism", "The pap"):
+        own = [verdict for quantity, verdict in found.items() if quantity.startswith(begins)]
+        assert own and set(own) == {"not measured"}
+    assert {part["id"] for part in page.json_data["traces"]}.isdisjoint(analysis.ADDITIONS)
+
+
+def test_goals_are_those_of_the_results(evidence, additions):
+    found = verdicts(evidence)
+    for goal in additions["predictions"]["goals"]:
+        assert found[goal["quantity"]] == ("reached" if goal["met"] else "missed")
+    assert found["Expert parallelism: rows that reach every device, dispatch by dispatch"] == (
+        "reached"
+    )
+    broken = json.loads(json.dumps(additions["parallel"]))
+    broken["traces"][0]["loads"][0]["num_rows_lost"] = 1
+    broken["traces"][0]["timed_outputs"]["eplb"]["relative_error"] = 0.1
+    worse = verdicts(dataclasses.replace(evidence, additions={**additions, "parallel": broken}))
+    own = {quantity: verdict for quantity, verdict in worse.items() if "parallelism" in quantity}
+    assert list(own.values()) == ["missed", "missed", "no goal set"]
+
+
+def test_the_page_says_what_was_found(evidence):
+    page = analysis.results_page(evidence)
+    parts = {part["id"]: part for part in page.json_data["traces"]}
+    assert set(analysis.ADDITIONS) < set(parts)
+    said = " ".join(
+        finding["text"]
+        for part in parts.values()
+        for section in part["sections"]
+        for finding in section["findings"]
+    )
+    assert "Over 72 predictions of 18 settings" in said
+    assert "recommends lru:25%: p95 25 ms predicted; 25 ms on H200, the best there 15 ms" in said
+    assert "0.0% by the cost model, 10.0% by a token-flattened replay, 50.0% by a hit rate" in said
+    assert "2.00x with eplb (t.moeprof, 32 tokens)" in said
+    assert "at most 100% over the best measured" in said
+    for part in parts.values():
+        labels = {fact["label"] for fact in part["facts"]}
+        assert labels >= {"Device", "Driver", "Versions", "Date", "Command", "Routing source"}
+    assert "No time was left for late.moeprof" in page.html
+    for picture in re.findall(r"<svg[^>]*>", page.html):
+        assert len(re.search(r'aria-label="([^"]*)"', picture).group(1)) > 20
+    classes = {metric["figure_class"] for metric in parts["latency"]["sections"][0]["metrics"]}
+    assert classes == {"estimate"}
+
+
+def test_rows_of_the_readme(evidence, bare, additions):
+    added = analysis.every_readme_row(evidence)[len(analysis.every_readme_row(bare)) :]
+    whole = additions["predictions"]["all"]
+    assert [row[0].partition(" ")[0] for row in added] == ["Step", "median", "regret", "Expert"]
+    assert added[0][1].startswith(f"100% of {whole['predictions']} (")
+    assert added[0][2] == "85% to 95%, missed" and added[1][2] == "5%"
+    assert added[3][1].startswith("5 of 5 dispatches; 2 of 2 settings; off by 35%")
+    text = f"# a\n\n{analysis.SECTION}\n\n| old |\n| --- |\n| row |\n\nafter\n\n## b\n\n| kept |\n"
+    changed = analysis.with_table(text, "| new |\n")
+    assert changed == f"# a\n\n{analysis.SECTION}\n\n| new |\n\nafter\n\n## b\n\n| kept |\n"
+    for other in ("# a\n", f"{analysis.SECTION}\n\nno table\n"):
+        with pytest.raises(MoeprofError, match="there is no table"):
+            analysis.with_table(other, "| new |\n")
+
+
+def test_a_prediction_that_was_not_measured_is_still_shown(evidence, additions, tmp_path):
+    unjudged = latency_result(judged=False)
+    page = analysis.results_page(dataclasses.replace(evidence, additions={"latency": unjudged}))
+    assert "nothing of it was measured yet" in page.html
+    draw_memory_latency(unjudged, tmp_path / "a.png")
+    draw_memory_latency({**latency_result(), "recommended": None}, tmp_path / "b.png")
+    assert (tmp_path / "a.png").read_bytes() != (tmp_path / "b.png").read_bytes()
+    rows = additions["predictions"]["rows"]
+    nothing = {**additions["predictions"],
+               "rows": [{**row, "measured_ms": None} for row in rows]}  # fmt: skip
+    draw_predictions(nothing, tmp_path / "c.png")
+    table = latency_rows(latency_result())
+    assert table["measured, H200_ms"].notna().all()
+    assert table["hit rate alone_ms"].notna().sum() == 4
+
+
+def test_the_command_writes_what_is_there(additions, tmp_path, capsys):
+    results, out = tmp_path / "results", tmp_path / "out"
+    results.mkdir()
+    for file in FILES.values():
+        shutil.copy(RESULTS / file, results)
+    figure, readme = tmp_path / "latency.png", tmp_path / "README.md"
+    command = ["--results", str(results), "-o", str(out)]
+    assert analysis.main([*command, "--latency-figure", str(figure)]) == 1
+    assert "memory_latency.json" in capsys.readouterr().err and not figure.exists()
+    for name, data in additions.items():
+        (results / ADDITIONAL_FILES[name]).write_text(json.dumps(data))
+    readme.write_text(f"{analysis.SECTION}\n\n| old |\n\nafter\n")
+    options = ["--latency-figure", str(figure), "--readme", str(readme)]
+    assert analysis.main([*command, *options]) == 0
+    for name in ("predictions.png", "memory-latency.png", "parallel.png"):
+        assert (out / name).read_bytes().startswith(b"\x89PNG")
+    assert figure.read_bytes() == (out / "memory-latency.png").read_bytes()
+    assert (out / "readme-table.md").read_text() in readme.read_text()
+    assert len(pd.read_csv(out / "predictions.csv")) == len(additions["predictions"]["rows"])
+    assert len(pd.read_csv(out / "parallel-steps.csv")) == len(step_rows(additions["parallel"]))
+    for name in additions:
+        path = results / ADDITIONAL_FILES[name]
+        kept = path.read_text()
+        for text, said in (("[", "cannot read"), ('{"command": 1}', "lacks")):
+            path.write_text(text)
+            assert analysis.main(command) == 1
+            error = capsys.readouterr().err
+            assert said in error and path.name in error and "Traceback" not in error
+        path.write_text(kept)
+
+
+def test_hostile_text_is_escaped(evidence, additions):
+    hostile = json.loads(json.dumps(additions).replace("H200", "HOSTILE").replace("H100", "HOSTILE")
+                         .replace("t.moeprof", "HOSTILE").replace("of t", "HOSTILE")
+                         .replace('"model a"', '"HOSTILE"'))  # fmt: skip
+    text = json.dumps(hostile).replace("HOSTILE", json.dumps(HOSTILE)[1:-1])
+    page = analysis.results_page(dataclasses.replace(evidence, additions=json.loads(text)))
+    assert "<script>alert" not in page.html and "<script>alert" not in page.markdown
+    assert "alert" in page.html
+
+
+KEPT = [Path(RESULTS / file) for file in ADDITIONAL_FILES.values()]
+
+
+@pytest.mark.skipif(not any(path.exists() for path in KEPT), reason="nothing of it is kept yet")
+def test_what_is_kept_can_be_shown():
+    evidence = read_evidence()
+    assert set(evidence.additions) == {
+        name for name, file in ADDITIONAL_FILES.items() if (RESULTS / file).exists()
+    }
+    assert analysis.results_page(evidence).html

@@ -46,6 +46,7 @@ class Stream:
     def __init__(self, device: Any) -> None:
         self.work: list[Any] = []
         self.done = 0
+        self.cuda_stream = self
 
     def run(self, until: int) -> None:
         while self.done < until:
@@ -66,31 +67,36 @@ class Stream:
 
 
 class LazySlot:
-    """A slot whose copies join the stream of the moment."""
+    """A slot that copies reach when their stream runs."""
 
-    def __init__(self, device: Device) -> None:
+    def __init__(self) -> None:
         self.held = ""
-        self.owner = device
         self.device = "cuda:0"
 
-    def __getitem__(self, part: slice) -> LazySlot:
+    def data_ptr(self) -> LazySlot:
         return self
 
-    def copy_(self, block: Any, *, non_blocking: bool) -> None:
-        assert non_blocking
-
-        def run() -> None:
-            self.held = block.name
-
-        self.owner.now.work.append(run)
+    def numel(self) -> int:
+        return 1
 
 
 class Block:
     def __init__(self, name: str) -> None:
         self.name = name
 
+    def data_ptr(self) -> str:
+        return self.name
+
     def numel(self) -> int:
         return 1
+
+
+def copy_to_device(slot: LazySlot, name: str, num_bytes: int, stream: Stream) -> None:
+    def run() -> None:
+        slot.held = name
+
+    assert num_bytes == 1
+    stream.work.append(run)
 
 
 @pytest.fixture
@@ -101,11 +107,12 @@ def device(monkeypatch: pytest.MonkeyPatch) -> Device:
     monkeypatch.setattr(torch.cuda, "stream", made.entered)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: made.now)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    monkeypatch.setattr(transfers, "copy_to_device", copy_to_device)
     return made
 
 
 def test_computations_find_what_they_wait_for(device: Device) -> None:
-    slots: Any = [LazySlot(device), LazySlot(device)]
+    slots: Any = [LazySlot(), LazySlot()]
     moved = transfers.CudaTransfers(slots)
     seen: list[tuple[str, str]] = []
 
@@ -125,8 +132,23 @@ def test_computations_find_what_they_wait_for(device: Device) -> None:
     assert seen == [(name, name) for name in "abcdee"]
 
 
+def test_a_copy_that_is_read_much_later_is_still_waited_for(device: Device) -> None:
+    """An expert that the host computed may be copied now and read hundreds of dispatches later."""
+    slots: Any = [LazySlot()]
+    moved = transfers.CudaTransfers(slots)
+    moved.begin()
+    moved.load_all([(0, Block("a"))])  # type: ignore[list-item]
+    for _ in range(600):
+        moved.mark()
+    seen: list[str] = []
+    moved.await_all([0])
+    device.now.work.append(lambda: seen.append(slots[0].held))
+    device.now.synchronize()
+    assert seen == ["a"]
+
+
 def test_another_stream_waits_for_the_one_before(device: Device) -> None:
-    slots: Any = [LazySlot(device)]
+    slots: Any = [LazySlot()]
     moved = transfers.CudaTransfers(slots)
     moved.begin()
     moved.load(0, Block("a"))  # type: ignore[arg-type]

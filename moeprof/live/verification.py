@@ -1,5 +1,11 @@
 """Holds predictions to measurements: every setting of a trace predicted, run, and compared.
 
+A setting's step takes the median over its repetitions: what the machine does besides is no property
+of the setting, and hits other steps in every repetition. Percentiles are taken over these medians,
+of predictions (`moeprof.replay.cost_model`) and measurements alike; those of all repetitions of all
+steps together stand beside them (``raw_ms``). Every setting is repeated until bootstrap draws of
+its repetitions say that both percentiles are known to `TOLERANCE`.
+
 Predictions can be written to a file before anything is measured, and read back to be judged.
 """
 
@@ -295,8 +301,9 @@ def verify(
     """Predicts settings, runs them on this machine, and says how far off the predictions were.
 
     The table has one row per setting and percentile: ``predicted_ms`` with its stated interval,
-    ``measured_ms`` with the half width of its own 90 % interval over repetitions
-    (``measured_spread``), ``error`` (predicted over measured, less 1), ``inside``, and the errors
+    ``measured_ms`` (of the steps' medians over repetitions) with the half width of its own 90 %
+    interval over repetitions (``measured_spread``), ``raw_ms`` (of all repetitions together),
+    ``error`` (predicted over measured, less 1), ``inside``, and the errors
     of the naive models. The routing is the trace's own; ``notes`` say whose weights ran.
 
     Args:
@@ -373,7 +380,8 @@ def verify(
             f"for {predictions.facts['calibrated_on']} as calibrated "
             f"{predictions.facts['calibrated']}",
             f"routing of {trace.path} ({trace.model.name}), {stack.weights_source}",
-            f"{len(question.judged)} of {len(question.routed.steps)} steps judged",
+            f"{len(question.judged)} of {len(question.routed.steps)} steps judged, each by its "
+            "median over repetitions",
             f"{len(measured)} of {len(predictions.settings)} predicted settings run"
             + (f", no time for {', '.join(late)}" if late else ""),
             "versions: " + ", ".join(f"{name} {one}" for name, one in versions().items()),
@@ -408,15 +416,25 @@ def spread_of(times: Floats, percentile: int) -> float:
 
     Args:
         times: [repetitions, steps]; repetitions are drawn with replacement.
-        percentile: Which.
+        percentile: Which, of the steps' medians over repetitions.
     """
     if len(times) < _LEAST_REPETITIONS:
         return math.inf
     generator = np.random.default_rng(0)
     drawn = times[generator.integers(len(times), size=(_NUM_DRAWS, len(times)))]
-    found = np.percentile(drawn.reshape(_NUM_DRAWS, -1), percentile, axis=1)
+    found = np.percentile(np.median(drawn, axis=1), percentile, axis=1)
     low, high = np.quantile(found, (_TAIL, 1 - _TAIL)).tolist()
-    return float((high - low) / 2 / np.percentile(times, percentile))
+    return float((high - low) / 2 / measured_ms(times, percentile))
+
+
+def measured_ms(times: Floats, percentile: int) -> float:
+    """Returns a percentile of the steps' medians.
+
+    Args:
+        times: [repetitions, steps].
+        percentile: Which.
+    """
+    return float(np.percentile(np.median(times, axis=0), percentile))
 
 
 def _table(
@@ -428,6 +446,7 @@ def _table(
         own: dict[str, Any] = {
             **row,
             "measured_ms": None,
+            "raw_ms": None,
             "measured_spread": None,
             "repetitions": 0,
             "error": None,
@@ -436,10 +455,11 @@ def _table(
             "naive_mean_error": None,
         }
         if times is not None:
-            value = float(np.percentile(times, row["percentile"]))
+            value = measured_ms(times, row["percentile"])
             low, high = row["low_ms"], row["high_ms"]
             own |= {
                 "measured_ms": value,
+                "raw_ms": float(np.percentile(times, row["percentile"])),
                 "measured_spread": spread_of(times, row["percentile"]),
                 "repetitions": len(times),
                 "error": row["predicted_ms"] / value - 1,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 import math
@@ -16,6 +17,7 @@ torch = pytest.importorskip("torch")
 from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 from torch.utils._pytree import tree_leaves  # noqa: E402
 
+from analysis import live_mt_parts  # noqa: E402
 from analysis.gpu import headline_runs, mt_headline, mt_routing, rank_share  # noqa: E402
 from analysis.gpu.headline_runs import ForcedGate, RunLimits, StepCursor  # noqa: E402
 from analysis.gpu.mt_stacks import MT_CONFIG, MtDecoder, MtEncoder, dense_config, widen  # noqa: E402
@@ -23,6 +25,9 @@ from moeprof.live.application import apply_gating  # noqa: E402
 from moeprof.live.kernels import KERNELS, kernel_named  # noqa: E402
 from moeprof.live.paper_lm import PaperExperts, PaperFfn, PaperLmConfig  # noqa: E402
 from moeprof.replay.capacity import PAPER_LM, PAPER_MT  # noqa: E402
+from moeprof.reporting.document import assembled  # noqa: E402
+from moeprof.reporting.layout import ReadingData  # noqa: E402
+from moeprof.reporting.writing import Report  # noqa: E402
 from moeprof.trace.synthetic import synthetic_trace  # noqa: E402
 
 TINY = dataclasses.replace(
@@ -367,3 +372,86 @@ def test_weights_of_a_share_are_those_that_the_replay_computes(whole, config):
     predicted = mt_headline.predicted_weight_bytes(whole, config, len(share.blocks))
     assert share.weight_bytes == predicted
     assert len(share.blocks) == 12
+
+
+@pytest.fixture(scope="module")
+def counted(result):
+    """The result as a device that counts memory would have written it."""
+    data = copy.deepcopy(result)
+    for each in data["parts"]["rank-share"]["settings"]:
+        for row in each["rows"]:
+            row["peak_bytes"] = row["predicted_bytes"]
+            row["activation_bytes"] = row["predicted_bytes"] - row["weight_bytes"]
+        each["ratios"] = mt_headline.ratios(each["rows"], "peak_bytes")
+    for name in live_mt_parts.STACKS:
+        own = data["parts"][name]
+        own["skipped"] = [{"gating": "dynamic", "batch": n, "reason": "too slow"} for n in (8, 4)]
+        own["breakdown"] = [
+            {"gating": "dynamic", "batch": 2, "parts_ms": {"all": 3.0, "gate": 1.0, "head": 0.5}}
+        ]
+        for row in own["rows"]:
+            row["extra_bytes"] = row["num_tokens"] << 20
+        out = {"gating": "static_mask", "batch": 4, "out_of_memory": "no more"}
+        own["rows"].append(out)
+    return data
+
+
+def test_goals_are_held_to_the_rows(counted):
+    goals = {goal.quantity: goal for goal in live_mt_parts.mt_goals(counted)}
+    assert len(goals) == 4
+    for name, label in live_mt_parts.STACKS.items():
+        (goal,) = [goal for goal in goals.values() if goal.quantity.startswith(label)]
+        rates = {}
+        for row in counted["parts"][name]["rows"]:
+            if "times_ms" in row:
+                rate = row["num_tokens"] / np.median(row["times_ms"]) * 1e3
+                rates[row["gating"]] = max(rate, rates.get(row["gating"], 0))
+        gain = float(goal.found.partition("x")[0])
+        assert gain == pytest.approx(rates["dynamic"] / rates["static_mask"], abs=0.011)
+        assert goal.met is None and "uniform" in goal.found
+    settings = counted["parts"]["rank-share"]["settings"]
+    for model, least in (("lm", 1.36), ("mt", 1.1)):
+        (setting,) = [each for each in settings if each["model"] == model and each["judged"]]
+        peaks = {row["gating"]: row["peak_bytes"] for row in setting["rows"]}
+        ratio = peaks["static_mask"] / peaks["dynamic"]
+        label = live_mt_parts.MODELS[model]
+        (goal,) = [goal for goal in goals.values() if goal.quantity.startswith(label)]
+        assert goal.found.startswith(f"{ratio:.2f}x") and goal.met == (ratio >= least)
+        assert goal.goal == f"at least {least:g}x"
+        assert setting["tokens_per_rank"] == max(
+            each["tokens_per_rank"] for each in settings if each["model"] == model
+        )
+
+
+def test_the_part_shows_every_section(counted, tmp_path):
+    described = live_mt_parts.mt_part(counted)
+    reading = ReadingData(eyebrow="e", part="p", range="r", ranges="s", method=[])
+    text = Report(assembled([described], title="t", reading=reading)).markdown
+    for label in (*live_mt_parts.STACKS.values(), "One rank's share"):
+        assert label in text
+    assert "batches from 4 up: too slow" in text
+    assert "Not among these results" not in text
+    rows = live_mt_parts.mt_rows(counted)
+    assert set(rows) == {"mt-encoder", "mt-decoder", "rank-share"}
+    assert len(rows["rank-share"]) == 4 * len(rank_share.GATINGS)
+    assert len(live_mt_parts.mt_readme_rows(counted)) == 3
+    live_mt_parts.draw_mt(counted, tmp_path / "mt.png")
+    assert (tmp_path / "mt.png").stat().st_size > 5000
+
+
+def test_what_was_not_run_is_not_measured(counted, result):
+    assert all(goal.verdict == "not measured" for goal in live_mt_parts.mt_goals(None))
+    assert len(live_mt_parts.mt_goals(None)) == 4
+    # On the CPU memory is not counted.
+    assert live_mt_parts.ran(result, "rank-share") is None
+    part = copy.deepcopy(counted)
+    part["parts"]["mt-decoder"] = {"not_run": "time"}
+    del part["parts"]["rank-share"]
+    verdicts = [goal.verdict for goal in live_mt_parts.mt_goals(part)]
+    assert verdicts == ["no goal set", *["not measured"] * 3]
+    assert live_mt_parts.mt_part(part).data["banners"] == [
+        "Not among these results: mt-decoder, rank-share."
+    ]
+    nothing = {**part, "parts": {}}
+    assert not live_mt_parts.mt_rows(nothing) and not live_mt_parts.mt_readme_rows(nothing)
+    assert live_mt_parts.mt_part(nothing).data["sections"] == []

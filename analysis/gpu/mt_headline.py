@@ -57,6 +57,7 @@ from analysis.gpu.mt_stacks import MT_CONFIG, MtDecoder, MtEncoder, MtStack, den
 from analysis.gpu.paper_headline import LENGTH as LM_LENGTH
 from analysis.gpu.paper_headline import TOKEN_FRACTION as LM_FRACTION
 from analysis.gpu.paper_headline import recorded_choices
+from analysis.published import MEMORY_RATIOS, MT_GAINS
 from moeprof.live.application import apply_gating
 from moeprof.live.paper_lm import PaperLmConfig
 from moeprof.replay.capacity import PAPER_LM, PAPER_MT, ModelShape
@@ -85,10 +86,6 @@ BATCHES: Mapping[str, tuple[int, ...]] = {
     ),
 }  # fmt: skip
 TINY_BATCHES = (1, 2)
-# The paper's gains over static gating: on one node, and the most on several (Fig. 9, abstract).
-PUBLISHED = {"mt-encoder": (5.75, 10.98), "mt-decoder": (2.58, 5.71)}
-# Total memory of static over dynamic gating (section V).
-PUBLISHED_MEMORY = {"lm": 1.36, "mt": 1.1}
 # Sequences a rank has; the last is the paper's batch, which is what the goal is held to.
 RANK_BATCHES = {"lm": (1, 4, 8), "mt": (6, 24, 48)}
 PARTS = ("mt-encoder", "mt-decoder", "rank-share")
@@ -216,7 +213,7 @@ def run_stack(part: str, setup: Setup, deadline_s: float) -> dict[str, Any]:
         "past_tokens": PAST_TOKENS if part == "mt-decoder" else None,
         "token_fraction": MT_FRACTION,
         "num_distinct": recorded.num_distinct,
-        "published": dict(zip(("single_node", "multi_node"), PUBLISHED[part], strict=True)),
+        "published": dict(zip(("single_node", "multi_node"), MT_GAINS[part], strict=True)),
         "active_experts": [
             {"batch": batch, "mean": recorded.active_experts(batch)} for batch in sizes
         ],
@@ -277,7 +274,7 @@ def run_stack(part: str, setup: Setup, deadline_s: float) -> dict[str, Any]:
         },
     }
     print_headline(compared)
-    single, several = PUBLISHED[part]
+    single, several = MT_GAINS[part]
     print(f"the paper, over one mask: {single}x on one node, {several}x on several", flush=True)
     return made
 
@@ -302,7 +299,7 @@ def run_rank_share(setup: Setup, deadline_s: float) -> dict[str, Any]:
             release(setup.device)
     return {
         "ranks": rank_share.RANKS,
-        "published": PUBLISHED_MEMORY,
+        "published": dict(MEMORY_RATIOS),
         "settings": settings,
         "skipped": skipped,
     }
@@ -364,7 +361,7 @@ def share_setting(model: str, batch: int, setup: Setup, *, judged: bool) -> dict
         "rows": rows,
         "ratios": ratios(rows, "peak_bytes"),
         "predicted_ratios": ratios(rows, "predicted_bytes"),
-        "goal": PUBLISHED_MEMORY[model],
+        "goal": MEMORY_RATIOS[model],
     }
 
 

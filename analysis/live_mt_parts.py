@@ -1,0 +1,470 @@
+"""The paper's translation model and one rank's share of its 8 GPUs, as a part of the page."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+import matplotlib.pyplot as plt
+import pandas as pd
+
+from analysis.live_evidence import (
+    GATINGS,
+    Gain,
+    best_of,
+    breakdown_rows,
+    gains,
+    headline_rows,
+)
+from analysis.live_goals import Goal, not_measured, percent
+from analysis.live_parts import (
+    Addition,
+    figure_data,
+    panel,
+    pooled_part,
+    repetitions_said,
+    result_section,
+    rows_table,
+)
+from analysis.live_styles import COLOURS, INK, STYLE, save
+from analysis.published import MEMORY_RATIOS, MT_GAINS
+from moeprof.replay import wording
+from moeprof.replay.result import SEVERITY_COST, SEVERITY_FACT, Finding, Metric, Result
+from moeprof.reporting.document import Described
+
+STACKS: Mapping[str, str] = {"mt-encoder": "MT encoder", "mt-decoder": "MT decoder"}
+MODELS: Mapping[str, str] = {"lm": "LM of 52B", "mt": "MT of 54.5B"}
+SHARE = "rank-share"
+SHARE_GATINGS: Mapping[str, str] = {
+    "static_mask": "static, one mask",
+    "static_mask_fairseq": "static, masks by products as fairseq",
+    "dynamic_loop": "dynamic, one GEMM per expert (the paper's)",
+    "dynamic": "dynamic, moeprof's kernel",
+}
+JUDGED_RATIO = "static_mask over dynamic"
+"""The lean mask against moeprof's kernel: the smaller of the two static baselines."""
+_COLOURS: Mapping[str, str] = {
+    "dense": COLOURS[5],
+    "dynamic": COLOURS[0],
+    "dynamic_grouped": COLOURS[2],
+    "dynamic_loop": COLOURS[3],
+    "static_index": COLOURS[1],
+    "static_grouped": COLOURS[4],
+    "static_mask": INK,
+}
+_COMMAND = "`-m analysis.gpu.mt_headline`"
+
+
+def ran(data: Mapping[str, Any] | None, name: str) -> Mapping[str, Any] | None:
+    """Returns a part of the result; None where it was not run or has no comparison to show."""
+    found: Mapping[str, Any] | None = (data or {}).get("parts", {}).get(name)
+    if found is None or "not_run" in found:
+        return None
+    if name == SHARE:
+        return found if judged_settings(found) else None
+    measured = {row["gating"] for row in found["rows"] if "times_ms" in row}
+    return found if {"dynamic", "static_mask"} <= measured else None
+
+
+def judged_settings(share: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+    """Returns per model the setting that the goal is about: the paper's batch on each rank."""
+    return {
+        each["model"]: each
+        for each in share["settings"]
+        if each["judged"] and each["ratios"][JUDGED_RATIO] is not None
+    }
+
+
+def share_rows(data: Mapping[str, Any]) -> pd.DataFrame:
+    """Returns one row per model, batch and gating: bytes of one rank's share."""
+    share = ran(data, SHARE)
+    return pd.DataFrame(
+        {
+            "model": MODELS[each["model"]],
+            "batch": each["batch_per_rank"],
+            "num_tokens": each["tokens_per_rank"],
+            "gating": SHARE_GATINGS[row["gating"]],
+            "weights_bytes": row["weight_bytes"],
+            "activation_bytes": row["activation_bytes"],
+            "peak_bytes": row["peak_bytes"],
+            "predicted_peak_bytes": row["predicted_bytes"],
+        }
+        for each in (share["settings"] if share else ())
+        for row in each["rows"]
+    )
+
+
+def mt_rows(data: Mapping[str, Any]) -> dict[str, pd.DataFrame]:
+    """Returns what is written as CSV."""
+    made = {name: headline_rows(found) for name in STACKS if (found := ran(data, name))}
+    shares = share_rows(data)
+    return made | ({"rank-share": shares} if len(shares) else {})
+
+
+def mt_goals(data: Mapping[str, Any] | None) -> list[Goal]:
+    """Returns what the translation model and the share are held to."""
+    made = []
+    for name, label in STACKS.items():
+        quantity = f"{label} over static gating with one mask, each at its own best batch"
+        found = ran(data, name)
+        if found is None:
+            made += not_measured("mt", (quantity, f"the paper: {_published(name)}"))
+            continue
+        gain, control = _mask_gain(found), _control_gain(found)
+        made.append(
+            Goal(
+                quantity=quantity,
+                goal=f"the paper: {_published(name)}",
+                found=f"{gain.own_best:.2f}x; {_times(gain.equal_terms)} at equal memory and p95"
+                + ("" if control is None else f"; {control:.2f}x on uniform routing"),
+                met=None,
+                section="mt",
+            )
+        )
+    share = ran(data, SHARE)
+    judged = {} if share is None else judged_settings(share)
+    for model, label in MODELS.items():
+        quantity = f"{label}, one rank's share of 8 GPUs: total memory, static over dynamic"
+        setting = judged.get(model)
+        if setting is None:
+            made += not_measured("mt", (quantity, f"at least {MEMORY_RATIOS[model]:g}x"))
+            continue
+        ratio = setting["ratios"][JUDGED_RATIO]
+        made.append(
+            Goal(
+                quantity=quantity,
+                goal=f"at least {MEMORY_RATIOS[model]:g}x",
+                found=f"{ratio:.2f}x at {setting['tokens_per_rank']:,} tokens a rank",
+                met=ratio >= MEMORY_RATIOS[model],
+                section="mt",
+            )
+        )
+    return made
+
+
+def mt_readme_rows(data: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
+    """Returns the rows of the README's table."""
+    made = []
+    for name, label in STACKS.items():
+        found = ran(data, name)
+        if found is not None:
+            gain = _mask_gain(found)
+            made.append(
+                (
+                    f"{label}, tokens/s: dynamic over one static mask, own best batches",
+                    f"{gain.own_best:.1f}x; {_times(gain.equal_terms)} at equal memory and p95",
+                    f"paper {_published(name)}",
+                    _COMMAND,
+                )
+            )
+    share = ran(data, SHARE)
+    judged = {} if share is None else judged_settings(share)
+    if judged:
+        made.append(
+            (
+                "One rank's share of 8 GPUs, total memory, static over dynamic: "
+                + ", ".join(MODELS[model] for model in judged),
+                ", ".join(f"{each['ratios'][JUDGED_RATIO]:.2f}x" for each in judged.values()),
+                ", ".join(f"{MEMORY_RATIOS[model]:g}x" for model in judged),
+                _COMMAND,
+            )
+        )
+    return made
+
+
+def mt_part(data: Mapping[str, Any]) -> Described:
+    """Returns the translation model by stack, and one rank's share."""
+    sections, findings, routing, verdicts, counts = [], [], [], [], []
+    for name, label in STACKS.items():
+        found = ran(data, name)
+        if found is None:
+            continue
+        result, section = _stack_section(name, label, found)
+        sections.append(section)
+        findings += result.findings
+        routing += [found["routing"], found["control"]["routing"]]
+        verdicts.append(f"{_mask_gain(found).own_best:.1f} times in the {label}")
+        rows = headline_rows(found)
+        counts.append(rows.loc[~rows["out_of_memory"], "num_repetitions"])
+    share = ran(data, SHARE)
+    if share is not None:
+        result, section = _share_section(data, share)
+        sections.append(section)
+        findings += result.findings
+        routing += [each["routing"] for each in judged_settings(share).values()]
+    device = data["hardware"]["device_name"]
+    missing = [name for name in (*STACKS, SHARE) if ran(data, name) is None]
+    verdict = "One rank's share of the paper's 8 GPUs, by gating."
+    if verdicts:
+        verdict = (
+            f"On one {device} moeprof's dynamic gating makes of static gating with a dispatch mask "
+            f"{' and '.join(verdicts)}, each at its own best batch."
+        )
+    elif share is None:
+        verdict = "Nothing that could be compared was measured."
+    return pooled_part(
+        "mt",
+        [data],
+        command=data["command"],
+        title="The paper's translation model",
+        verdict=verdict,
+        routing=routing or ["none"],
+        facts={"Repetitions": repetitions_said(pd.concat(counts))} if counts else {},
+        banners=[f"Not among these results: {', '.join(missing)}."] if missing else [],
+        sections=sections,
+        findings=findings,
+    )
+
+
+def _stack_section(name: str, label: str, found: Mapping[str, Any]) -> tuple[Result, Any]:
+    rows, gained = headline_rows(found), gains(found)
+    measured = [
+        each for each in GATINGS if (~rows["out_of_memory"] & (rows["gating"] == each)).any()
+    ]
+    best = {each: best_of(rows, each) for each in measured}
+    metrics, labels = [], {}
+    for each, row in best.items():
+        key = f"{name}/tokens_per_s/{each}"
+        labels[key] = f"Best tokens/s: {GATINGS[each]} (batch {row['batch']})"
+        metrics.append(
+            Metric(
+                name=key, value=row["tokens_per_s"], unit="tokens/s", figure_class="measured",
+                low=row["tokens_per_s_low"], high=row["tokens_per_s_high"], better="higher",
+                note=f"{row['num_repetitions']} repetitions",
+            )
+        )  # fmt: skip
+    for each, gain in gained.items():
+        key = f"{name}/gain/{each}"
+        labels[key] = f"moeprof's tokens/s over: {GATINGS[each]}, own best batches"
+        metrics.append(
+            Metric(
+                name=key, value=gain.own_best, unit="ratio", figure_class="measured",
+                better="higher",
+            )
+        )  # fmt: skip
+    mask, control, dense = gained["static_mask"], _control_gain(found), gained.get("dense")
+    text = (
+        f"{label}: dynamic gating with moeprof's kernel reaches "
+        f"{best['dynamic']['tokens_per_s']:,.0f} tokens/s, {mask.own_best:.1f} times static "
+        f"gating with one mask, each at its own best batch "
+        f"({_times(mask.equal_terms)} at equal memory and p95). The paper prints "
+        f"{_published(name)}, on other devices."
+    )
+    if control is not None:
+        text += f" On uniform routing, which keeps all experts busy, it is {control:.1f} times."
+    if dense is not None:
+        text += f" The dense twin of equal FLOPs is reached to {percent(dense.own_best)}."
+    finding = Finding(
+        text=text, severity=SEVERITY_COST + 1, section=name, metric=f"{name}/gain/static_mask"
+    )
+    result = Result(
+        name=name,
+        title=label,
+        table=rows,
+        metrics=tuple(metrics),
+        findings=(finding,),
+        notes=_stack_notes(name, found, best),
+    )
+    ran_rows = rows[~rows["out_of_memory"]]
+    parts = breakdown_rows(found) if found["breakdown"] else pd.DataFrame()
+    tables = [rows_table("Every batch", rows)]
+    if len(parts):
+        tables.append(
+            rows_table(
+                f"Where the time of a pass goes, batch {int(parts['batch'].iloc[0])}, ms",
+                parts.rename(columns={each: f"{each}_ms" for each in parts.columns[2:]}),
+            )
+        )
+    figure = figure_data(
+        f"{name}-rates",
+        "lines",
+        f"{label}: tokens per second and memory, by batch",
+        alt="; ".join(
+            f"{GATINGS[each]} {row['tokens_per_s']:,.0f} tokens/s at batch {row['batch']}"
+            for each, row in best.items()
+        ),
+        how="Higher is faster on the left, lower is leaner on the right; bands are the quartiles "
+        "of the repetitions. A line ends at the last batch that was tried or fitted.",
+        panels=[
+            panel("throughput", "batch", "thousand tokens/s", "number",
+                  [_line(ran_rows, each, rate=True) for each in measured]),
+            panel("memory beyond the weights", "batch", "bytes", "bytes",
+                  [_line(ran_rows, each, rate=False) for each in measured]),
+        ],
+    )  # fmt: skip
+    section = result_section(
+        result,
+        question=f"What does each way of gating make of the paper's {label}?",
+        labels=labels,
+        figures=[figure],
+        tables=tables,
+        headline=[
+            f"{name}/tokens_per_s/{each}"
+            for each in ("dynamic", "dense", "static_grouped", "static_mask")
+            if each in best
+        ],
+    )
+    return result, section
+
+
+def _line(rows: pd.DataFrame, gating: str, *, rate: bool) -> dict[str, Any]:
+    """Returns the points of a gating, ascending by batch."""
+    own = rows[rows["gating"] == gating].sort_values("batch")
+    points = [
+        [row["batch"], row["tokens_per_s"] / 1e3, row["tokens_per_s_low"] / 1e3,
+         row["tokens_per_s_high"] / 1e3]
+        if rate
+        else [row["batch"], row["extra_bytes"], None, None]
+        for _, row in own.iterrows()
+    ]  # fmt: skip
+    return {"key": gating, "label": GATINGS[gating], "points": points}
+
+
+def _stack_notes(
+    name: str, found: Mapping[str, Any], best: Mapping[str, pd.Series[Any]]
+) -> tuple[str, ...]:
+    batch = int(best["dynamic"]["batch"])
+    active = {row["batch"]: row["mean"] for row in found["active_experts"]}
+    notes = [
+        "Tokens are those without padding. Equal terms: moeprof's gating at its fastest batch that "
+        "needs no more memory beyond the weights and no longer at the 95th percentile than the "
+        f"other at its own best. Weights: {wording.num_bytes(found['weight_bytes'])}; dense twin "
+        f"{wording.num_bytes(found['dense_weight_bytes'])}.",
+        f"Recorded routing keeps {active[batch]:.0f} of {found['config']['num_experts']} experts "
+        f"of a layer busy at batch {batch} on average. Static gating has a slot for every token at "
+        "every expert, as the paper's, and drops nothing.",
+    ]
+    if name == "mt-decoder":
+        notes.append(
+            f"A step attends to {found['past_tokens']} tokens decoded before and to "
+            f"{found['length']} of the encoder; their keys and values count as memory "
+            "beyond the weights."
+        )
+    reasons: dict[tuple[str, str], list[int]] = {}
+    for row in found["skipped"]:
+        reasons.setdefault((row["gating"], row["reason"]), []).append(row["batch"])
+    notes += [
+        f"Not tried: {GATINGS[gating]}, batches from {min(batches)} up: {reason}."
+        for (gating, reason), batches in reasons.items()
+    ]
+    return tuple(notes)
+
+
+def _share_section(data: Mapping[str, Any], share: Mapping[str, Any]) -> tuple[Result, Any]:
+    rows, judged = share_rows(data), judged_settings(share)
+    metrics, labels, findings = [], {}, []
+    for model, each in judged.items():
+        key = f"{SHARE}/{model}"
+        labels[key] = f"{MODELS[model]}: total memory, static over dynamic"
+        ratio, goal = each["ratios"][JUDGED_RATIO], MEMORY_RATIOS[model]
+        metrics.append(
+            Metric(name=key, value=ratio, unit="ratio", figure_class="measured", better="higher")
+        )
+        fairseq = each["ratios"]["static_mask_fairseq over dynamic"]
+        findings.append(
+            Finding(
+                text=f"{MODELS[model]}, {each['tokens_per_rank']:,} tokens a rank: static gating "
+                f"needs {ratio:.2f} times the memory of dynamic gating, weights included "
+                f"({fairseq:.2f} times with masks as fairseq makes them); the goal of "
+                f"{goal:g} is {'reached' if ratio >= goal else 'missed'}.",
+                severity=SEVERITY_FACT + 1 if ratio >= goal else SEVERITY_COST,
+                section=SHARE,
+                metric=key,
+            )
+        )
+    others = [
+        f"{MODELS[each['model']]} {each['tokens_per_rank']:,} tokens a rank: "
+        f"{each['ratios'][JUDGED_RATIO]:.2f}"
+        for each in share["settings"]
+        if not each["judged"] and each["ratios"][JUDGED_RATIO] is not None
+    ]
+    result = Result(
+        name=SHARE,
+        title="One rank's share",
+        table=rows,
+        metrics=tuple(metrics),
+        findings=tuple(findings),
+        notes=(
+            f"A rank has an {share['ranks']}th of every layer's experts and all else. There is no "
+            "other rank: buffers of both all-to-alls have their true sizes, for dynamic gating on "
+            "the rank that recorded routing sends the most rows in any layer.",
+            "Peaks as torch counts what it has allocated; beside them, weights plus the tensors of "
+            "the largest Mixture-of-Experts layer by arithmetic on shapes.",
+            *([f"The paper does not say how many tokens a rank had. {'; '.join(others)}."]
+              if others else []),
+        ),
+    )  # fmt: skip
+    section = result_section(
+        result,
+        question="How much memory does one of 8 GPUs need?",
+        labels=labels,
+        figures=[],
+        tables=[rows_table("Every model, batch and gating", rows)],
+        headline=[metric.name for metric in metrics],
+    )
+    return result, section
+
+
+def draw_mt(data: Mapping[str, Any], path: Path) -> None:
+    """Draws tokens per second by memory beyond the weights, a panel per stack that was run."""
+    stacks = [(label, found) for name, label in STACKS.items() if (found := ran(data, name))]
+    with mpl.rc_context(dict(STYLE)):
+        width = max(1, len(stacks))
+        figure, grid = plt.subplots(
+            1, width, figsize=(1.2 + 4.6 * width, 5.2), squeeze=False, layout="constrained"
+        )
+        for axes, (label, found) in zip(grid[0], stacks, strict=False):
+            rows = headline_rows(found)
+            rows = rows[~rows["out_of_memory"]]
+            for gating, said in GATINGS.items():
+                own = rows[rows["gating"] == gating].sort_values("batch")
+                if own.empty:
+                    continue
+                axes.plot(own["extra_bytes"] / 2**30, own["tokens_per_s"], marker="o",
+                          markersize=3.5,
+                          linestyle="--" if gating == "dense" else "-", linewidth=1.1, label=said,
+                          color=_COLOURS[gating])  # fmt: skip
+            axes.set_xscale("log")
+            axes.set_yscale("log")
+            axes.set_title(label)
+            axes.set_xlabel("memory beyond the weights, GiB")
+            axes.set_ylabel("tokens/s")
+        if stacks:
+            grid[0][0].legend(frameon=False, fontsize=8, loc="upper center",
+                              bbox_to_anchor=(0.5, -0.13))  # fmt: skip
+        figure.suptitle(
+            f"The paper's translation model on one {data['hardware']['device_name']}",
+            x=0.01, ha="left", fontsize=12.5, fontweight="bold",
+        )  # fmt: skip
+        save(figure, path)
+
+
+def _mask_gain(found: Mapping[str, Any]) -> Gain:
+    return gains(found)["static_mask"]
+
+
+def _control_gain(found: Mapping[str, Any]) -> float | None:
+    """Returns the gain over one mask on uniform routing."""
+    rows: Sequence[Mapping[str, Any]] = found["control"]["headline"]
+    own = [row["gain_at_own_best"] for row in rows if row["baseline"] == "static_mask"]
+    return own[0] if own else None
+
+
+def _published(name: str) -> str:
+    single, several = MT_GAINS[name]
+    return f"{single:g}x on one node, {several:g}x on several"
+
+
+def _times(value: float | None) -> str:
+    return "not to be had" if value is None else f"{value:.2f}x"
+
+
+MT = Addition(
+    part=mt_part,
+    goals=mt_goals,
+    readme_rows=mt_readme_rows,
+    rows=mt_rows,
+    drawings={"mt.png": draw_mt},
+)

@@ -16,8 +16,11 @@ import moeprof  # noqa: E402
 from moeprof import live  # noqa: E402
 from moeprof.errors import UsageError  # noqa: E402
 from moeprof.live import calibration as measuring  # noqa: E402
+from moeprof.live import part_times  # noqa: E402
+from moeprof.live.kernels.fused import _has_triton  # noqa: E402
 from moeprof.live.part_times import PartTimes  # noqa: E402
 from moeprof.live.setting_runs import SettingRun, open_stack, timed_steps  # noqa: E402
+from moeprof.live.transfers import make_slots, open_transfers  # noqa: E402
 from moeprof.replay.expert_shapes import ExpertShape  # noqa: E402
 from moeprof.replay.serving_settings import parse_setting  # noqa: E402
 from moeprof.trace.synthetic import synthetic_trace  # noqa: E402
@@ -179,3 +182,62 @@ def test_runs_copy_what_the_plan_says(text: str, tmp_path: Path) -> None:
         assert run.copied_bytes == int(plan.loads.sum()) * shape.block_bytes
     run.close()
     assert stack.weights_source.startswith("random weights (the shape was given")
+
+
+@pytest.mark.skipif(not _has_triton(), reason="Triton is not installed")
+@pytest.mark.filterwarnings("ignore:divide by zero encountered:RuntimeWarning")
+def test_pieces_are_measured_at_the_sizes_asked_for(tmp_path: Path) -> None:
+    # In Triton's interpreter: what runs, not how fast that is.
+    sizes = dataclasses.replace(TINY, dtype="float16", repeats=1, slots=(2, 6))
+    bench = measuring._Bench(torch.device("cpu"), sizes)
+    shape = sizes.shape(6 << 10)
+    trace = synthetic_trace(tmp_path / "t.moeprof", num_requests=1, num_sites=1, num_experts=3)
+    store = bench._store(shape, 3, trace)
+    slots, _pools = make_slots([3], [shape.block_bytes], "cpu")
+    found = bench._of_pieces(store, slots, open_transfers(slots))
+    assert found.device.sizes == found.host.sizes == (1.0, 4.0)
+    assert found.combine_device.sizes == (2.0, 6.0)
+    assert min(one.median for one in found.device.times_s) > 0
+    parts = measuring._ExpertParts(
+        expert_bytes=shape.expert_bytes, block_bytes=shape.block_bytes, copy=found.known,
+        on_device=found.device, on_host=found.host, launch=found.known, slot=found.slot,
+        load=found.load, handover=found.slot, pieces=found,
+    )  # fmt: skip
+    times = measuring._streamed_times([dataclasses.replace(parts, pieces=None), parts])
+    assert times is not None and times.most_tokens == 64
+    assert times.piece_device.expert_bytes == (shape.expert_bytes,)
+    assert measuring._streamed_times([dataclasses.replace(parts, pieces=None)]) is None
+
+
+def test_a_device_that_streams_decides_about_pieces_too(tmp_path: Path) -> None:
+    regime = measuring.Regime(batch=1, num_layers=2, num_steps=6)
+    made = measuring._made_up(tmp_path, TINY, regime)
+    for streamed in (False, True):
+        times = measuring._decision_times([made], "lru", streamed=streamed)
+        assert times.dispatch_s + times.hit_s + times.miss_s + times.slot_s > 0
+        assert np.isfinite(times.error)
+
+
+def test_what_each_run_needs_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    times = PartTimes(torch.device("cpu"), repeats=3, warmup=1)
+    seen: list[str] = []
+    clock = iter(range(100))
+    monkeypatch.setattr(part_times.time, "perf_counter", lambda: float(next(clock)))
+    found = times.device_part(lambda: seen.append("run"), before=lambda: next(clock))
+    assert seen == ["run"] * 4
+    # One tick from before it to after it; what was done before would be another.
+    assert found.low == found.high == 1
+    times.wall(lambda: seen.append("run"), before=lambda: seen.append("before"))
+    assert seen[4:] == ["before", "run"] * 4
+    assert times.late(lambda: seen.append("late")).median == 0 and "late" not in seen
+
+
+def test_corrections_come_from_the_trials(calibrated: Any) -> None:
+    machine, _ = calibrated
+    found = machine.corrections
+    buffered = [trial for trial in machine.trials if trial.kind == "buffering"]
+    assert len(found.buffering.residuals) == len(buffered)
+    assert set(found.kernels) == {"dynamic_loop", "static_mask"}
+    # On the host nothing is handed over, and nothing is launched.
+    for part in ("handover", "launch", "load"):
+        assert found.log_factors[found.parts.index(part)] == pytest.approx(0, abs=1e-9)

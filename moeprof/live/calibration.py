@@ -9,6 +9,7 @@ the constants and how sure predictions are (`moeprof.replay.corrections`). Leave
 from __future__ import annotations
 
 import dataclasses
+import gc
 import itertools
 import tempfile
 import time
@@ -798,23 +799,36 @@ class _Bench:
         whole = open_stack(
             most.trace, stack="decoder", device=self.device, shape=shape, share_host=True
         )
+        found: list[_Tried] = []
+        # What is there stays: each trial looks for garbage before it begins.
+        gc.collect()
+        gc.freeze()
+        try:
+            for made in regimes:
+                found += self._regime_trials(whole, made, machine)
+        finally:
+            gc.unfreeze()
+            whole.close()
+        return found
+
+    def _regime_trials(
+        self, whole: RoutedStack, made: _MadeUp, machine: Calibration
+    ) -> list[_Tried]:
+        stack = self._stack_of(whole, made)
+        question = cost_model.question_of(
+            made.trace,
+            shape=whole.shape,
+            phase="all",
+            max_steps=made.regime.num_steps,
+            repetitions=self.sizes.trial_repetitions,
+        )
         found = []
-        for made in regimes:
-            stack = self._stack_of(whole, made)
-            question = cost_model.question_of(
-                made.trace,
-                shape=shape,
-                phase="all",
-                max_steps=made.regime.num_steps,
-                repetitions=self.sizes.trial_repetitions,
-            )
-            for setting in trial_settings(machine):
-                try:
-                    found.append(self._trial(stack, question, setting, machine))
-                except torch.cuda.OutOfMemoryError:
-                    # A trial fewer: what is kept on the device depends on the setting.
-                    torch.cuda.empty_cache()
-        whole.close()
+        for setting in trial_settings(machine):
+            try:
+                found.append(self._trial(stack, question, setting, machine))
+            except torch.cuda.OutOfMemoryError:
+                # A trial fewer: what is kept on the device depends on the setting.
+                torch.cuda.empty_cache()
         return found
 
     def _stack_of(self, whole: RoutedStack, made: _MadeUp) -> RoutedStack:

@@ -10,7 +10,6 @@ from collections.abc import Callable
 
 import torch
 
-from moeprof.live.repetitions import repeat
 from moeprof.replay.calibration_file import Measured
 
 _AHEAD_CYCLES = 8_000_000
@@ -86,14 +85,10 @@ class PartTimes:
 
         Args:
             function: What to time.
-            before: What each run of it needs; not timed, on a device without a queue of its own not
-                run.
+            before: What each run of it needs; not timed.
         """
         if self.is_serial:
-            times = repeat(
-                function, device=self.device, repeats=self._repeats, warmup=self._warmup
-            ).times_ms
-            return Measured.of([each / 1e3 for each in times])
+            return self.wall(function, before=before)
         self._warm_up(function, before)
         found = []
         for _ in range(self._repeats):

@@ -1,0 +1,185 @@
+"""Corrections from trials on machines whose factors are known."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from calibrations import exactly, flat, hand_calibration, streamed_times, surface
+
+from moeprof.replay import cost_model
+from moeprof.replay.calibration_file import Trial
+from moeprof.replay.corrections import PRIOR, TriedBuffer, fit_corrections
+from moeprof.replay.expert_shapes import ExpertShape
+from moeprof.replay.pipeline import PARTS, Work, step_times
+from moeprof.replay.serving_settings import parse_setting
+from moeprof.trace.synthetic import synthetic_trace
+
+SHAPE = ExpertShape(d_model=8, d_ff=8, dtype="bfloat16")
+SETTINGS = ("unbuffered", "lru:2", "lru:8", "paper:2", "min:4", "lru:4:host", "lru:4:split")
+
+
+@pytest.fixture(scope="module")
+def works(tmp_path_factory: pytest.TempPathFactory) -> list[Work]:
+    """What settings do at batch 1 and 4, on a machine where copies count most."""
+    machine = hand_calibration(
+        to_device=flat(2e-4),
+        host_expert=surface(3e-4),
+        decisions={name: cost_model_free() for name in ("lru", "paper", "min")},
+        fetch_s=exactly(2e-5),
+        return_host_s=exactly(2e-5),
+        sync_s=exactly(1e-5),
+        handover_s=exactly(1e-5),
+        streamed=streamed_times(
+            known_s=exactly(4e-5),
+            late_s=exactly(2e-5),
+            piece_host=flat(3e-5),
+            load_host_s=exactly(5e-6),
+            piece_device=surface(4e-5),
+            combine_host_s=exactly(2e-5),
+            combine_device=flat(1e-5),
+        ),
+    )
+    found = []
+    for batch in (1, 4):
+        trace = synthetic_trace(
+            tmp_path_factory.mktemp("corrections") / "t.moeprof",
+            num_requests=2 * batch,
+            num_sites=3,
+            num_experts=16,
+            top_k=3,
+            batch=batch,
+            prompt_tokens=4,
+            output_tokens=8,
+        )
+        question = cost_model.question_of(trace, shape=SHAPE, phase="all")
+        found += [cost_model.work_of(question, parse_setting(text), machine) for text in SETTINGS]
+    return found
+
+
+def cost_model_free() -> Any:
+    from calibrations import FREE
+
+    return FREE
+
+
+def trial_of(ms: Any, modelled_ms: Any, kind: str = "buffering") -> Trial:
+    return Trial(
+        kind=kind,
+        setting="made up",
+        routing="made up",
+        modelled_ms=tuple(modelled_ms),
+        measured_ms=tuple(map(tuple, ms)),
+    )
+
+
+def logs_of(factors: Mapping[str, float]) -> Any:
+    return np.log([factors.get(part, 1.0) for part in PARTS])
+
+
+def tried(
+    works: list[Work], factors: Mapping[str, float], *, between: float = 0.0, noise: float = 0.0,
+    seed: int = 0,
+) -> list[TriedBuffer]:  # fmt: skip
+    """Trials on a machine that is off by ``factors``, settings by ``between``, steps by noise."""
+    generator = np.random.default_rng(seed)
+    found = []
+    for work in works:
+        exact = step_times(work, np.exp(logs_of(factors))[None])[0] * 1e3
+        exact = exact * np.exp(between * generator.standard_normal())
+        run = exact * np.exp(noise * generator.standard_normal((4, len(exact))))
+        found.append(TriedBuffer(trial=trial_of(run, step_times(work)[0] * 1e3), work=work))
+    return found
+
+
+def factor(found: Any, part: str) -> float:
+    return float(np.exp(found.log_factors[PARTS.index(part)]))
+
+
+def error(found: Any, part: str) -> float:
+    place = PARTS.index(part)
+    return float(np.sqrt(found.covariance[place][place]))
+
+
+def test_known_factors_are_recovered(works: list[Work]) -> None:
+    found = fit_corrections(tried(works, {"copy": 1.25, "host_expert": 0.8}), {})
+    assert found is not None and found.buffering is not None
+    assert factor(found, "copy") == pytest.approx(1.25, rel=0.02)
+    assert factor(found, "host_expert") == pytest.approx(0.8, rel=0.03)
+    assert error(found, "copy") < 0.05
+    # What it predicts is what was measured, of trials left out too.
+    for each in tried(works, {"copy": 1.25, "host_expert": 0.8}):
+        fitted = step_times(each.work, np.exp(found.log_factors)[None])[0] * 1e3
+        assert np.median(fitted / each.trial.step_ms()) == pytest.approx(1, abs=0.02)
+    assert found.buffering.spread < 0.03
+
+
+def test_parts_that_no_trial_sees_stay(works: list[Work]) -> None:
+    # Nothing is decided, and nothing runs expert by expert; half of the trials is not enough for
+    # the host's way, which is not tried there.
+    found = fit_corrections(tried(works[:4], {"copy": 1.2}), {})
+    assert found is not None
+    for part in ("decide", "host_expert", "lane"):
+        assert factor(found, part) == pytest.approx(1, abs=1e-6)
+        assert error(found, part) == pytest.approx(PRIOR)
+
+
+def test_what_settings_are_off_by_is_left_over(works: list[Work]) -> None:
+    every = [
+        fit_corrections(tried(works, {"copy": 1.1}, between=0.05, noise=0.02, seed=seed), {})
+        for seed in range(6)
+    ]
+    spreads = [found.buffering.spread for found in every if found and found.buffering]
+    assert 0.03 < np.median(spreads) < 0.08
+    assert all(abs(factor(found, "copy") / 1.1 - 1) < 4 * error(found, "copy") for found in every)
+    first = every[0]
+    assert first is not None and first.buffering is not None
+    assert len(first.buffering.residuals) == len(works)
+    assert 1 <= first.buffering.freedom < len(works)
+    assert np.median(first.buffering.jitter) == pytest.approx(1, abs=0.005)
+    # A median of four: sigma 1.25 / sqrt(4) of a single step's.
+    assert np.std(np.log(first.buffering.jitter)) == pytest.approx(0.02 * 0.6, rel=0.4)
+
+
+def test_left_out_is_left_out(works: list[Work]) -> None:
+    # One trial of a kind of its own: what it says of itself must not be believed.
+    given = tried(works, {})
+    odd = works[5]
+    measured = step_times(odd, np.exp(logs_of({"host_expert": 1.5}))[None])[0] * 1e3
+    alone = [each for each, work in zip(given, works, strict=True) if not work.on_host.any()]
+    alone.append(TriedBuffer(trial=trial_of([measured], step_times(odd)[0] * 1e3), work=odd))
+    found = fit_corrections(alone, {})
+    assert found is not None and found.buffering is not None
+    whole = float(np.median(np.log(measured / (step_times(odd)[0] * 1e3))))
+    assert whole > 0.1
+    assert found.buffering.residuals[-1] == pytest.approx(whole, rel=0.1)
+    fitted = step_times(odd, np.exp(found.log_factors)[None])[0] * 1e3
+    assert np.median(np.log(measured / fitted)) < 0.5 * whole
+
+
+def test_kernels_have_a_factor_each() -> None:
+    plain = [10.0] * 5
+    trials = {
+        "dynamic": [
+            trial_of([np.array(plain) * ratio], plain, "gating") for ratio in (1.8, 2, 2.2)
+        ],
+        "static_mask": [trial_of([np.array(plain) * 0.5], plain, "gating")],
+        "static_index": [],
+    }
+    found = fit_corrections([], trials)
+    assert found is not None and found.buffering is None and found.gating is not None
+    assert set(found.kernels) == {"dynamic", "static_mask"}
+    assert found.kernels["dynamic"].log_factor == pytest.approx(np.log(2))
+    assert 0 < found.kernels["dynamic"].error < 0.15
+    assert found.kernels["static_mask"].error > found.kernels["dynamic"].error
+    assert len(found.gating.residuals) == 4
+    assert found.gating.residuals[0] == pytest.approx(np.log(1.8 / 2.1), abs=0.02)
+    assert found.log_factors == (0.0,) * len(PARTS)
+
+
+def test_no_trials_change_nothing(tmp_path: Path) -> None:
+    assert fit_corrections([], {}) is None
+    assert fit_corrections([], {"dynamic": []}) is None

@@ -9,6 +9,7 @@ from typing import Any
 import matplotlib as mpl
 import matplotlib.pyplot as plt
 import pandas as pd
+from matplotlib.ticker import FuncFormatter, NullFormatter
 
 from analysis.live_evidence import (
     GATINGS,
@@ -194,7 +195,7 @@ def mt_part(data: Mapping[str, Any]) -> Described:
         sections.append(section)
         findings += result.findings
         routing += [each["routing"] for each in judged_settings(share).values()]
-    device = data["hardware"]["device_name"]
+    device = data["hardware"]["device_name"] or data["hardware"]["cpu_name"]
     missing = [name for name in (*STACKS, SHARE) if ran(data, name) is None]
     verdict = "One rank's share of the paper's 8 GPUs, by gating."
     if verdicts:
@@ -428,14 +429,19 @@ def draw_mt(data: Mapping[str, Any], path: Path) -> None:
                           color=_COLOURS[gating])  # fmt: skip
             axes.set_xscale("log")
             axes.set_yscale("log")
+            for axis in (axes.xaxis, axes.yaxis):
+                # Not as powers: figures do not read text as mathematics.
+                axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
+                axis.set_minor_formatter(NullFormatter())
             axes.set_title(label)
             axes.set_xlabel("memory beyond the weights, GiB")
             axes.set_ylabel("tokens/s")
         if stacks:
             grid[0][0].legend(frameon=False, fontsize=8, loc="upper center",
                               bbox_to_anchor=(0.5, -0.13))  # fmt: skip
+        device = data["hardware"]["device_name"] or data["hardware"]["cpu_name"]
         figure.suptitle(
-            f"The paper's translation model on one {data['hardware']['device_name']}",
+            f"The paper's translation model on one {device}",
             x=0.01, ha="left", fontsize=12.5, fontweight="bold",
         )  # fmt: skip
         save(figure, path)

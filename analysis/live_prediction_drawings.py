@@ -175,7 +175,7 @@ def _draw_buffers(
     )  # fmt: skip
     points = [each["p95_ms"] for each in (*buffers, *own, *data["hit_rate_alone"])]
     sizes = sorted({each["device_bytes"] for each in buffers})
-    _set_times(axes, points, [*buffers, *own])
+    _set_times(axes, points, buffers)
     axes.set_xscale("log", base=2)
     axes.xaxis.set_major_locator(FixedLocator([size / GIB for size in sizes]))
     axes.xaxis.set_minor_locator(NullLocator())
@@ -201,7 +201,7 @@ def _draw_kernels(
         _draw_setting(axes, each, places[each["setting"]])
     own = [each for each in data["measured"] if each["setting"] in places]
     _draw_measured(axes, own, places, machines, dict.fromkeys(places, _KIND_STYLES["gating"]))
-    _set_times(axes, [each["p95_ms"] for each in (*ordered, *own)], [*ordered, *own])
+    _set_times(axes, [each["p95_ms"] for each in (*ordered, *own)], ordered)
     names = [each["setting"].removeprefix("gating:") for each in ordered]
     axes.set_xticks(list(places.values()), names, rotation=50, ha="right", rotation_mode="anchor")
     axes.set_xlim(-0.7, max(len(names), 1) - 0.3)

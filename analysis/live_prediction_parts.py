@@ -32,7 +32,7 @@ _WANTED = (
 )  # fmt: skip
 _LISTED = (
     "machine", "trace", "setting", "percentile", "predicted_ms", "low_ms", "high_ms",
-    "measured_ms", "measured_spread", "error", "inside", "naive_bandwidth_error",
+    "measured_ms", "raw_ms", "measured_spread", "error", "inside", "naive_bandwidth_error",
     "naive_mean_error",
 )  # fmt: skip
 
@@ -138,7 +138,13 @@ def predictions_part(data: Mapping[str, Any]) -> Described:
         notes=(
             "An error is predicted over measured, less 1; median errors are of absolute values. A "
             "prediction is a percentile (p50 or p99) of the step times of one setting on one "
-            "machine.",
+            "machine, each step by its median over repetitions. Against percentiles of all "
+            f"repetitions of all steps {whole['raw_inside']} of {whole['stated']} would lie inside"
+            + (
+                f" and the median error be {100 * whole['raw_median_error']:.1f}%."
+                if whole["predictions"]
+                else "."
+            ),
             "Naive models: bytes over bandwidth (bytes copied over the link's, bytes of active "
             "experts over the device's), and the mean step of everything done one after another.",
             "Settings compete at equal memory on one machine, for one trace and percentile; regret "

@@ -30,7 +30,7 @@ from analysis import command
 from analysis.prediction_quality import Judgement, read_judgements
 from analysis.token_major import token_major
 from moeprof.errors import MoeprofError
-from moeprof.live.verification import Predictions, read_predictions
+from moeprof.live.verification import Predictions, measured_ms, read_predictions, spread_of
 from moeprof.replay.buffer_plans import plan_buffer
 from moeprof.replay.calibration_file import Calibration, DecisionTimes, read_calibration
 from moeprof.replay.cost_model import PERCENTILES, Prediction, Question, predict, prediction_rows
@@ -227,18 +227,18 @@ def _frontier(question: Question, machine: Calibration) -> list[dict[str, Any]]:
 
 
 def _measured_rows(one: Judgement) -> Iterator[dict[str, Any]]:
-    """Yields each setting with its range over repetitions."""
+    """Yields each setting: the percentile of the steps' medians, and of all repetitions."""
     sizes = {row["setting"]: row["device_bytes"] for row in one.content["rows"]}
     for name, times in one.content["step_times"].items():
         steps = np.array(times["measured_ms"], float)
-        own = np.percentile(steps, PERCENTILE, axis=1)
+        spread = spread_of(steps, PERCENTILE)
         yield {
             "machine": one.machine,
             "setting": name,
             "device_bytes": sizes[name],
-            "p95_ms": float(np.percentile(steps, PERCENTILE)),
-            "low_ms": float(own.min()),
-            "high_ms": float(own.max()),
+            "p95_ms": measured_ms(steps, PERCENTILE),
+            "spread": spread if math.isfinite(spread) else None,
+            "raw_p95_ms": float(np.percentile(steps, PERCENTILE)),
             "repetitions": len(steps),
         }
 

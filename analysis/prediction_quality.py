@@ -4,9 +4,11 @@
 
 Pools verified-*.json (analysis/results) and holds each to the predictions that were written before
 it (predicted-*.json): every row judged must be a row predicted, and predicted earlier than it was
-measured. Measured percentiles, errors and coverage are computed again from the times of the steps;
-regret is that of `moeprof.live.regrets`, per trace, machine, percentile and memory. Goals are met
-or missed as they fall; what was predicted and not measured is listed.
+measured. Measured percentiles, errors and coverage are computed again from the times of the steps,
+as the predictions mean them (of the steps' medians over repetitions); beside them stands what they
+are for all repetitions of all steps together (raw). Regret is that of `moeprof.live.regrets`, per
+trace, machine, percentile and memory. Goals are met or missed as they fall; what was predicted and
+not measured is listed.
 """
 
 from __future__ import annotations
@@ -32,6 +34,7 @@ from moeprof.live.verification import (
     TOLERANCE,
     Predictions,
     binomial_interval,
+    measured_ms,
     read_predictions,
     regrets,
     spread_of,
@@ -156,7 +159,7 @@ def _check_row(row: Mapping[str, Any], times: Mapping[str, Any] | None) -> None:
     steps = np.array(times["measured_ms"], float)
     if steps.shape != (row["repetitions"], len(times["steps"])) or not np.isfinite(steps).all():
         raise ValueError(f"{what} has {steps.shape} times, not one per repetition and step")
-    if not math.isclose(np.percentile(steps, row["percentile"]), row["measured_ms"], rel_tol=1e-6):
+    if not math.isclose(measured_ms(steps, row["percentile"]), row["measured_ms"], rel_tol=1e-6):
         raise ValueError(f"{what} says {row['measured_ms']} ms, its steps say otherwise")
 
 
@@ -223,6 +226,7 @@ def pooled_rows(judgements: Sequence[Judgement]) -> pd.DataFrame:
                 "percentile": row["percentile"],
                 **{key: row[key] for key in _PREDICTED},
                 "measured_ms": math.nan,
+                "raw_ms": math.nan,
                 "measured_spread": math.nan,
                 "repetitions": row["repetitions"],
                 "inside": None,
@@ -230,10 +234,11 @@ def pooled_rows(judgements: Sequence[Judgement]) -> pd.DataFrame:
             }
             if row["setting"] in times_of:
                 times = np.array(times_of[row["setting"]]["measured_ms"], float)
-                value = float(np.percentile(times, row["percentile"]))
+                value = measured_ms(times, row["percentile"])
                 low, high = row["low_ms"], row["high_ms"]
                 own |= {
                     "measured_ms": value,
+                    "raw_ms": float(np.percentile(times, row["percentile"])),
                     "measured_spread": spread_of(times, row["percentile"]),
                     "inside": None if low is None else bool(low <= value <= high),
                     "error": row["predicted_ms"] / value - 1,
@@ -283,6 +288,12 @@ def quality_of(rows: pd.DataFrame) -> dict[str, Any]:
         "coverage_high": high,
         "below": int((stated["measured_ms"] < stated["low_ms"]).sum()),
         "above": int((stated["measured_ms"] > stated["high_ms"]).sum()),
+        "raw_inside": int(
+            ((stated["low_ms"] <= stated["raw_ms"]) & (stated["raw_ms"] <= stated["high_ms"])).sum()
+        ),
+        "raw_median_error": float((known["predicted_ms"] / known["raw_ms"] - 1).abs().median())
+        if len(known)
+        else None,
         "median_signed_error": float(known["error"].median()) if len(known) else None,
         "absolute_errors": errors,
     }

@@ -95,6 +95,20 @@ def test_coverage_and_regret_by_hand(tmp_path):
     )
 
 
+def test_raw_percentiles_stand_beside(tmp_path):
+    # One repetition in four is slow: the steps' medians do not see it, raw p99 does.
+    predictions = made.predicted_file(
+        tmp_path, "a", {("unbuffered", each): 10.0 for each in (50, 99)}
+    )
+    times = [[10.0] * made.NUM_STEPS] * 3 + [[30.0] * made.NUM_STEPS]
+    path = made.verified_file(predictions, "H100", {"unbuffered": times})
+    found = pooled([path], [predictions])
+    assert [row["measured_ms"] for row in found["rows"]] == [10.0, 10.0]
+    assert [row["raw_ms"] for row in found["rows"]] == [10.0, 30.0]
+    assert (found["all"]["inside"], found["all"]["raw_inside"]) == (2, 1)
+    assert found["all"]["raw_median_error"] == pytest.approx((0 + 2 / 3) / 2)
+
+
 def test_parts_are_joined_and_what_is_missing_is_said(tmp_path):
     (whole,), (predictions,) = made.made_up(tmp_path, traces=["a"], machines=["H100"])
     times = {

@@ -109,7 +109,9 @@ def verified_file(
         if row["setting"] not in times_ms:
             continue
         times = times_ms[row["setting"]]
-        value = None if times is None else float(np.percentile(times, row["percentile"]))
+        value = None
+        if times is not None:
+            value = float(np.percentile(np.median(times, axis=0), row["percentile"]))
         rows.append(
             {
                 **row, "measured_ms": value, "measured_spread": None if times is None else 0.01,

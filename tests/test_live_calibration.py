@@ -232,6 +232,15 @@ def test_what_each_run_needs_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> No
     assert times.late(lambda: seen.append("late")).median == 0 and "late" not in seen
 
 
+def test_long_trials_are_repeated_less(monkeypatch: pytest.MonkeyPatch) -> None:
+    bench = measuring._Bench(torch.device("cpu"), dataclasses.replace(TINY, trial_repetitions=5))
+    monkeypatch.setattr(measuring, "timed_steps", lambda _run, **_: ((1.0, 2.0),))
+    run: Any = None
+    assert bench._repeated(run) == ((1.0, 2.0),) * 5
+    monkeypatch.setattr(measuring, "_TRIAL_S", -1.0)
+    assert bench._repeated(run) == ((1.0, 2.0),) * 2
+
+
 def test_corrections_come_from_the_trials(calibrated: Any) -> None:
     machine, _ = calibrated
     found = machine.corrections

@@ -88,6 +88,8 @@ _TRIAL_POLICIES = ("lru", "lfu", "paper", "min")
 _TRIAL_SHARES = (0.125, 0.5)
 _TRIAL_MISSES = ("host", "split")
 _TRIAL_MISS_SHARE = 0.25
+_TRIAL_S = 3.0
+_LEAST_REPETITIONS = 2
 _CHAIN = 16
 _COPIES = 8
 _ACTIVE_SHARES = (0.25, 1.0)
@@ -129,7 +131,7 @@ class CalibrationSizes:
         cold_bytes: Experts that take turns take so much at least, so that no cache of the device
             holds them.
         repeats: Repetitions of each part.
-        trial_repetitions: Repetitions of each trial.
+        trial_repetitions: Repetitions of each trial; two where that would take seconds.
     """
 
     expert_bytes: tuple[int, ...]
@@ -856,7 +858,7 @@ class _Bench:
         machine: Calibration,
     ) -> _Tried:
         run = SettingRun(stack, setting)
-        measured = timed_steps(run, repetitions=self.sizes.trial_repetitions)
+        measured = self._repeated(run)
         run.close()
         work = cost_model.work_of(question, setting, machine)
         kernel = setting.kernel if isinstance(setting, GatingSetting) else None
@@ -868,6 +870,16 @@ class _Bench:
             measured_ms=measured,
         )
         return _Tried(trial=trial, work=work, kernel=kernel)
+
+    def _repeated(self, run: SettingRun) -> tuple[tuple[float, ...], ...]:
+        """Returns [repetitions][steps] in milliseconds; fewer repetitions where they take long."""
+        begun_s = time.perf_counter()
+        found = timed_steps(run, repetitions=1)
+        while len(found) < self.sizes.trial_repetitions:
+            if len(found) >= _LEAST_REPETITIONS and time.perf_counter() - begun_s > _TRIAL_S:
+                break
+            found += timed_steps(run, repetitions=1, warmup=0)
+        return found
 
 
 def trial_settings(machine: Calibration) -> list[Setting]:

@@ -161,15 +161,6 @@ def goals(evidence: Evidence) -> list[Goal]:
         bool(worst <= GOAL_LINK_ERROR),
         "buffering",
     )
-    if "mt" not in evidence.additions:
-        made += not_measured(
-            "mt",
-            ("The paper's MT encoder and decoder, whole", "throughput beside 5.75x and 2.58x"),
-            (
-                "Total memory on one rank's share of the paper's 8 GPUs",
-                "at least 1.36x and 1.1x",
-            ),
-        )
     return made
 
 

@@ -36,6 +36,7 @@ from analysis.live_evidence import (
 )
 from analysis.live_gating_parts import headline_part, kernels_part
 from analysis.live_goals import README_HEADINGS, Goal, goals, readme_rows
+from analysis.live_mt_parts import MT
 from analysis.live_parallel_parts import PARALLEL
 from analysis.live_parts import Addition
 from analysis.live_prediction_drawings import draw_memory_latency
@@ -52,7 +53,7 @@ from moeprof.reporting.writing import Report, refuse_foreign, write_files
 NAME = "live-results"
 SECTION = "## Measured on a GPU"
 ADDITIONS: Mapping[str, Addition] = MappingProxyType(
-    {"predictions": PREDICTIONS, "latency": LATENCY, "parallel": PARALLEL}
+    {"mt": MT, "predictions": PREDICTIONS, "latency": LATENCY, "parallel": PARALLEL}
 )
 """What the page makes of results that may be absent, by name."""
 

@@ -209,6 +209,15 @@ def test_pieces_are_measured_at_the_sizes_asked_for(tmp_path: Path) -> None:
     assert measuring._streamed_times([dataclasses.replace(parts, pieces=None)]) is None
 
 
+@pytest.mark.parametrize("regime", live.GPU_SIZES.regimes, ids=lambda regime: regime.batch)
+def test_trials_are_what_runs_in_pieces(regime: measuring.Regime, tmp_path: Path) -> None:
+    made = measuring._made_up(tmp_path, live.GPU_SIZES, regime)
+    routed = measuring.read_routed_rows(made.trace, "decoder", max_steps=regime.num_steps)
+    assert len(routed.steps) == regime.num_steps
+    assert set(routed.num_tokens.tolist()) <= set(range(1, measuring.FEW_TOKENS + 1))
+    assert (routed.num_tokens == regime.batch).mean() > 0.5
+
+
 def test_a_device_that_streams_decides_about_pieces_too(tmp_path: Path) -> None:
     regime = measuring.Regime(batch=1, num_layers=2, num_steps=6)
     made = measuring._made_up(tmp_path, TINY, regime)

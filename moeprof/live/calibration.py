@@ -83,12 +83,14 @@ ROUTING = "made-up routing (Zipf, half of the experts kept from token to token)"
 DEFAULT_POLICIES = tuple(policies.POLICIES)
 
 _SMALL_ROWS = 8
+# Few, so that prompts are dispatches of a few tokens too, which is what is predicted.
+_PROMPT_TOKENS = 4
 _PLAN_REPEATS = 3
 _TRIAL_POLICIES = ("lru", "lfu", "paper", "min")
 _TRIAL_SHARES = (0.125, 0.5)
 _TRIAL_MISSES = ("host", "split")
 _TRIAL_MISS_SHARE = 0.25
-_TRIAL_S = 3.0
+_TRIAL_S = 1.5
 _LEAST_REPETITIONS = 2
 _CHAIN = 16
 _COPIES = 8
@@ -171,8 +173,8 @@ GPU_SIZES = CalibrationSizes(
     top_k=6,
     # With more requests at a time more is copied in a step: fewer layers, for about the same time.
     regimes=(
-        Regime(batch=1, num_layers=4, num_steps=16),
-        Regime(batch=8, num_layers=2, num_steps=12),
+        Regime(batch=1, num_layers=4, num_steps=12),
+        Regime(batch=8, num_layers=2, num_steps=8),
     ),
     rows=(1, 2, 4, 8, 16, 64, 256, 1024),
     host_rows=(1, 2, 4, 16),
@@ -190,8 +192,8 @@ CPU_SIZES = CalibrationSizes(
     num_experts=16,
     top_k=2,
     regimes=(
-        Regime(batch=1, num_layers=4, num_steps=16),
-        Regime(batch=8, num_layers=2, num_steps=12),
+        Regime(batch=1, num_layers=4, num_steps=12),
+        Regime(batch=8, num_layers=2, num_steps=8),
     ),
     rows=(1, 4, 16, 64),
     host_rows=(1, 4, 16),
@@ -297,8 +299,9 @@ def _made_up(folder: Path, sizes: CalibrationSizes, regime: Regime) -> _MadeUp:
         num_experts=sizes.num_experts,
         top_k=sizes.top_k,
         batch=regime.batch,
-        prompt_tokens=8,
-        output_tokens=regime.num_steps,
+        prompt_tokens=_PROMPT_TOKENS,
+        # Lengths differ: long enough that the batch stays full while trials run.
+        output_tokens=2 * regime.num_steps,
     )
     return _MadeUp(regime=regime, trace=trace)
 

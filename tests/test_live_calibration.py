@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from calibrations import hand_calibration, streamed_times
 
 torch = pytest.importorskip("torch")
 
@@ -21,6 +22,7 @@ from moeprof.live.kernels.fused import _has_triton  # noqa: E402
 from moeprof.live.part_times import PartTimes  # noqa: E402
 from moeprof.live.setting_runs import SettingRun, open_stack, timed_steps  # noqa: E402
 from moeprof.live.transfers import make_slots, open_transfers  # noqa: E402
+from moeprof.replay.execution_orders import is_streamed  # noqa: E402
 from moeprof.replay.expert_shapes import ExpertShape  # noqa: E402
 from moeprof.replay.serving_settings import parse_setting  # noqa: E402
 from moeprof.trace.synthetic import synthetic_trace  # noqa: E402
@@ -214,6 +216,11 @@ def test_trials_are_what_runs_in_pieces(regime: measuring.Regime, tmp_path: Path
     made = measuring._made_up(tmp_path, live.GPU_SIZES, regime)
     routed = measuring.read_routed_rows(made.trace, "decoder", max_steps=regime.num_steps)
     assert len(routed.steps) == regime.num_steps
+    able = hand_calibration(streamed=streamed_times(most_tokens=measuring.FEW_TOKENS))
+    for size in live.GPU_SIZES.expert_bytes:
+        shape = live.GPU_SIZES.shape(size)
+        assert shape.expert_bytes == pytest.approx(size, rel=0.01)
+        assert is_streamed(routed.num_tokens, shape, able).all()
     assert set(routed.num_tokens.tolist()) <= set(range(1, measuring.FEW_TOKENS + 1))
     assert (routed.num_tokens == regime.batch).mean() > 0.5
 

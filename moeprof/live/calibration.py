@@ -90,6 +90,7 @@ _TRIAL_POLICIES = ("lru", "lfu", "paper", "min")
 _TRIAL_SHARES = (0.125, 0.5)
 _TRIAL_MISSES = ("host", "split")
 _TRIAL_MISS_SHARE = 0.25
+_WIDTH_MULTIPLE = 8
 _TRIAL_S = 1.5
 _LEAST_REPETITIONS = 2
 _CHAIN = 16
@@ -160,9 +161,11 @@ class CalibrationSizes:
                 raise UsageError(f"{name} has to ascend from 1 or more, not {values}")
 
     def shape(self, expert_bytes: int) -> ExpertShape:
-        """Returns the shape of experts of about that size."""
+        """Returns the shape of experts of about that size, of widths as models have them."""
         base = ExpertShape(d_model=self.d_model, d_ff=1, gated=self.gated, dtype=self.dtype)
-        return base.with_bytes(expert_bytes)
+        near = base.with_bytes(expert_bytes)
+        d_ff = max(1, round(near.d_ff / _WIDTH_MULTIPLE)) * _WIDTH_MULTIPLE
+        return dataclasses.replace(near, d_ff=d_ff)
 
 
 GPU_SIZES = CalibrationSizes(

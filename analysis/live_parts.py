@@ -123,7 +123,7 @@ def pooled_part(
         hardware = each["hardware"]
         memory = hardware.get("device_memory_bytes")
         device = hardware["device_name"] or hardware.get("cpu_name") or "unknown"
-        devices += [device, wording.num_bytes(memory) if memory else ""]
+        devices.append(f"{device}, {wording.num_bytes(memory)}" if memory else device)
         drivers.append(hardware.get("driver") or "unknown")
         versions.append(
             ", ".join(

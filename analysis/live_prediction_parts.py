@@ -279,7 +279,7 @@ def _coverage_figure(data: Mapping[str, Any]) -> FigureData:
 
 def _error_figure(data: Mapping[str, Any]) -> FigureData:
     groups = [{"by": "all", "of": "all"} | data["all"]]
-    groups += [each for each in data["groups"] if each["by"] in {"machine", "kind"}]
+    groups += [each for each in data["groups"] if each["by"] == "machine"]
     known = [each for each in groups if each["predictions"]]
     keys = ("recorded", "shuffled", "uniform")
     return figure_data(
@@ -297,7 +297,7 @@ def _error_figure(data: Mapping[str, Any]) -> FigureData:
                 "y_label": "median error",
                 "y_unit": "share",
                 "category": "predictions",
-                "categories": [str(each["of"]) for each in known],
+                "categories": [str(each["of"]).removeprefix("NVIDIA ") for each in known],
                 "series": [
                     {"key": key, "label": name, "low": None, "high": None,
                      "values": [_median_error(each, name) for each in known]}
@@ -409,8 +409,12 @@ def latency_part(data: Mapping[str, Any]) -> Described:
         findings=tuple(findings),
         notes=(
             "Token-flattened: misses of a replay that takes one token after another, in the same "
-            f"cost model; with {tokens:g} tokens in a step, what runs together is "
-            + ("the same, and only the prompt's step differs." if tokens == 1 else "another."),
+            "cost model; "
+            + (
+                "judged steps hold one token, so that only the steps of prompts differ."
+                if tokens == 1
+                else f"judged steps hold {tokens:.1f} tokens that run together."
+            ),
             "Hit rate alone: the time without a buffer, plus misses of a mean step by the time of "
             "a copy; nothing overlaps and every step misses alike.",
             "The frontier has as few copies as any policy can do with so many slots (MIN, free to "
@@ -536,7 +540,7 @@ def _latency_figure(data: Mapping[str, Any]) -> FigureData:
         ]
         label = f"measured, {machine}"
         series.append({"key": key, "label": label, "points": points(own), "marks": True})
-    return figure_data(
+    drawn = figure_data(
         "latency",
         "lines",
         "Memory of the experts on the device against p95 latency",
@@ -559,6 +563,7 @@ def _latency_figure(data: Mapping[str, Any]) -> FigureData:
             }
         ],
     )
+    return FigureData(**{**drawn, "figure_class": "estimate"})
 
 
 def latency_goals(data: Mapping[str, Any] | None) -> list[Goal]:

@@ -70,6 +70,7 @@ def streamed_times(**changes: Any) -> StreamedTimes:
     free = exactly(0.0)
     given: dict[str, Any] = {
         "most_tokens": 64,
+        "rows_at_once": 16,
         "known_s": free,
         "late_s": free,
         "piece_host": flat(0.0),

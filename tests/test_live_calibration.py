@@ -206,7 +206,7 @@ def test_pieces_are_measured_at_the_sizes_asked_for(tmp_path: Path) -> None:
         load=found.load, handover=found.slot, pieces=found,
     )  # fmt: skip
     times = measuring._streamed_times([dataclasses.replace(parts, pieces=None), parts])
-    assert times is not None and times.most_tokens == 64
+    assert times is not None and times.most_tokens == measuring.STREAMED_TOKENS
     assert times.piece_device.expert_bytes == (shape.expert_bytes,)
     assert measuring._streamed_times([dataclasses.replace(parts, pieces=None)]) is None
 
@@ -216,12 +216,12 @@ def test_trials_are_what_runs_in_pieces(regime: measuring.Regime, tmp_path: Path
     made = measuring._made_up(tmp_path, live.GPU_SIZES, regime)
     routed = measuring.read_routed_rows(made.trace, "decoder", max_steps=regime.num_steps)
     assert len(routed.steps) == regime.num_steps
-    able = hand_calibration(streamed=streamed_times(most_tokens=measuring.FEW_TOKENS))
+    able = hand_calibration(streamed=streamed_times(most_tokens=measuring.STREAMED_TOKENS))
     for size in live.GPU_SIZES.expert_bytes:
         shape = live.GPU_SIZES.shape(size)
         assert shape.expert_bytes == pytest.approx(size, rel=0.01)
         assert is_streamed(routed.num_tokens, shape, able).all()
-    assert set(routed.num_tokens.tolist()) <= set(range(1, measuring.FEW_TOKENS + 1))
+    assert set(routed.num_tokens.tolist()) <= set(range(1, measuring.STREAMED_TOKENS + 1))
     assert (routed.num_tokens == regime.batch).mean() > 0.5
 
 

@@ -12,6 +12,7 @@ from moeprof.live.expert_buffer import BufferedSite, BufferSettings, ExpertBuffe
 from moeprof.live.expert_store import store_of_weights
 from moeprof.live.experts import random_experts
 from moeprof.live.kernels import dynamic_loop
+from moeprof.live.kernels.streamed import ROWS_AT_ONCE, STREAMED_TOKENS
 from moeprof.replay.cache.pieces import copies_of, pieces_of
 from moeprof.replay.cache.residency import AT_ONCE, NO_SLOT, Planned
 
@@ -176,7 +177,7 @@ def test_nothing_executed_is_zero_and_large_dispatches_go_the_other_way(streamin
     ((hidden, ids, weights),) = dispatches(1, 3, 4, 2)
     assert not buffer.run(0, hidden, torch.full_like(ids, -1), weights).any()
     assert not streaming
-    ((hidden, ids, weights),) = dispatches(1, 65, 4, 2)
+    ((hidden, ids, weights),) = dispatches(1, STREAMED_TOKENS + 1, 4, 2)
     assert buffer.run(0, hidden, ids, weights).any()
     assert not streaming
     buffer.close()
@@ -196,3 +197,10 @@ def test_a_wrong_slot_map_shows(streaming):
     assert not all(torch.equal(buffer.run(0, *given), whole.run(0, *given)) for given in every)
     whole.close()
     buffer.close()
+
+
+@needs_triton
+def test_rows_read_at_once_are_those_of_the_kernel():
+    from moeprof.live.kernels.few import FEW_ROWS
+
+    assert ROWS_AT_ONCE == FEW_ROWS

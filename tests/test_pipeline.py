@@ -198,8 +198,8 @@ def test_the_rule_is_the_live_buffer_s(
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _device: (9, 0))
     shape = ExpertShape(d_model=16, d_ff=d_ff, dtype=dtype)
     can = streamed.can_stream(geometry_of(shape).block_shape, "cuda")
-    able = hand_calibration(streamed=streamed_times(most_tokens=streamed.FEW_TOKENS))
-    tokens = np.array([streamed.FEW_TOKENS, streamed.FEW_TOKENS + 1], np.int32)
+    able = hand_calibration(streamed=streamed_times(most_tokens=streamed.STREAMED_TOKENS))
+    tokens = np.array([streamed.STREAMED_TOKENS, streamed.STREAMED_TOKENS + 1], np.int32)
     assert is_streamed(tokens, shape, able).tolist() == [can, False]
 
 

@@ -31,8 +31,13 @@ from moeprof.live.expert_store import ExpertStore
 from moeprof.live.experts import ExpertWeights, random_experts
 from moeprof.live.grouping import can_group
 from moeprof.live.kernels import KERNELS
-from moeprof.live.kernels.fused import FEW_TOKENS, can_fuse
-from moeprof.live.kernels.streamed import StreamedDispatch, can_stream
+from moeprof.live.kernels.fused import can_fuse
+from moeprof.live.kernels.streamed import (
+    ROWS_AT_ONCE,
+    STREAMED_TOKENS,
+    StreamedDispatch,
+    can_stream,
+)
 from moeprof.live.part_times import PartTimes
 from moeprof.live.routed_runs import random_sites, routed_steps, starting_rows
 from moeprof.live.row_blocks import Workspace
@@ -420,7 +425,8 @@ def _streamed_times(by_size: Sequence[_ExpertParts]) -> StreamedTimes | None:
         return None
     own = found[0][1]
     return StreamedTimes(
-        most_tokens=FEW_TOKENS,
+        most_tokens=STREAMED_TOKENS,
+        rows_at_once=ROWS_AT_ONCE,
         known_s=own.known,
         late_s=own.late,
         piece_host=own.host,
@@ -585,12 +591,12 @@ class _Bench:
         for index, block in enumerate(blocks):
             block.copy_(slots[index % len(slots)][:size])
         dispatch = StreamedDispatch(shape, num_experts=most, device=self.device)
-        dispatch.reserve(FEW_TOKENS * sizes.top_k)
+        dispatch.reserve(STREAMED_TOKENS * sizes.top_k)
         first = itertools.count()
 
         def begun(num_slots: int, num_experts: int) -> Callable[[], object]:
             """Returns what takes a dispatch whose experts are 0, 1, ..."""
-            tokens = min(FEW_TOKENS, max(1, -(-num_slots // sizes.top_k)))
+            tokens = min(STREAMED_TOKENS, max(1, -(-num_slots // sizes.top_k)))
             hidden = self._rows(tokens)
             ids = torch.arange(tokens * sizes.top_k, device=self.device) % num_experts
             ids = ids.view(tokens, sizes.top_k)
@@ -635,11 +641,11 @@ class _Bench:
         combine = []
         combine_host = None
         for num_slots in sizes.slots:
-            if num_slots > FEW_TOKENS * sizes.top_k:
+            if num_slots > STREAMED_TOKENS * sizes.top_k:
                 continue
             begin = begun(num_slots, min(num_slots, most))
             begin()
-            tokens = min(FEW_TOKENS, max(1, -(-num_slots // sizes.top_k)))
+            tokens = min(STREAMED_TOKENS, max(1, -(-num_slots // sizes.top_k)))
             added = after(self._rows(tokens))
             combine.append((tokens * sizes.top_k, times.device_part(added)))
             combine_host = combine_host or times.host(added)

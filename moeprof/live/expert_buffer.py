@@ -21,8 +21,7 @@ from moeprof.errors import UsageError
 from moeprof.live.cache_plans import plan_caches
 from moeprof.live.expert_store import BlockShape, Bytes, ExpertStore
 from moeprof.live.experts import ExpertWeights
-from moeprof.live.kernels.fused import FEW_TOKENS
-from moeprof.live.kernels.streamed import StreamedDispatch, can_stream
+from moeprof.live.kernels.streamed import STREAMED_TOKENS, StreamedDispatch, can_stream
 from moeprof.live.row_blocks import Workspace
 from moeprof.live.transfers import Transfers, make_slots, new_event, open_transfers
 from moeprof.replay.cache.pieces import copies_of, pieces_of
@@ -242,7 +241,7 @@ class ExpertBuffer:
         for workspace in self._workspaces.values():
             workspace.reserve(num_rows)
         for streamed in self._distinct_streamed():
-            streamed.reserve(min(num_rows, FEW_TOKENS * _MOST_TOP_K))
+            streamed.reserve(min(num_rows, STREAMED_TOKENS * _MOST_TOP_K))
 
     def _distinct_streamed(self) -> list[StreamedDispatch]:
         return list({id(one): one for one in self._streamed.values()}.values())
@@ -289,7 +288,7 @@ class ExpertBuffer:
         streamed = self._streamed.get(site)
         if (
             streamed is not None
-            and 0 < hidden.shape[0] <= FEW_TOKENS
+            and 0 < hidden.shape[0] <= STREAMED_TOKENS
             and hidden.dtype == place.store.shape.dtype
         ):
             return self._run_streamed(place, streamed, hidden, ids, weights)

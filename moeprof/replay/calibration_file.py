@@ -194,19 +194,21 @@ class StreamedTimes:
 
     Attributes:
         most_tokens: Larger dispatches run expert by expert.
+        rows_at_once: Rows of an expert that its weights are read once for.
         known_s: From the start of a dispatch on an idle device until the host knows the active
             experts.
         late_s: From the device having come so far until then, on a busy device.
         piece_host: Host time to launch a piece, by its experts.
         slot_host_s: Host time besides where they lie in slots.
         load_host_s: Host time to ask for one copy, of several asked for together.
-        piece_device: Device time of a piece, by the bytes of an expert and the number of its
-            experts (in place of rows).
+        piece_device: Device time of a piece, by the bytes of an expert and the times that weights
+            of one are read (in place of rows).
         combine_host_s: Host time of what follows the experts.
         combine_device: Device time of it, by (token, slot) rows.
     """
 
     most_tokens: int
+    rows_at_once: int
     known_s: Measured
     late_s: Measured
     piece_host: Curve
@@ -496,6 +498,7 @@ def _check_ascending(sizes: Sequence[float], count: int) -> None:
 def _streamed(content: Mapping[str, Any]) -> StreamedTimes:
     return StreamedTimes(
         most_tokens=int(content["most_tokens"]),
+        rows_at_once=int(content["rows_at_once"]),
         known_s=_measured(content["known_s"]),
         late_s=_measured(content["late_s"]),
         piece_host=_curve(content["piece_host"]),

@@ -17,8 +17,14 @@ import torch
 
 from moeprof.live.device_copies import copy_to_host
 from moeprof.live.expert_store import ALIGNMENT_BYTES, BlockShape, Bytes
-from moeprof.live.kernels.fused import FEW_TOKENS, suits_device
+from moeprof.live.kernels.fused import suits_device
 from moeprof.live.transfers import new_event
+
+STREAMED_TOKENS = 128
+"""Most tokens of a dispatch that is run in pieces."""
+
+ROWS_AT_ONCE = 16
+"""Rows of an expert that its weights are streamed once for."""
 
 _WIDTH_ALIGNMENT = 8
 _POINTER_ALIGNMENT = 16
@@ -48,7 +54,7 @@ def can_stream(shape: BlockShape, device: torch.device | str) -> bool:
 
 
 class StreamedDispatch:
-    """Dispatches of up to `FEW_TOKENS` tokens over experts of one shape.
+    """Dispatches of up to `STREAMED_TOKENS` tokens over experts of one shape.
 
     In turn: `begin`, `active`, any number of `run` and `put`, `combined`. Device memory is taken
     when a dispatch is larger than all before.
@@ -79,9 +85,8 @@ class StreamedDispatch:
 
         self._kernels = piecewise
         self._tiles = (few.IN_TILES, few.OUT_TILES)
-        self._rows_at_once = few.FEW_ROWS
         self._activation = parts.ACTIVATION_CODES[shape.activation]
-        self._grow(FEW_TOKENS)
+        self._grow(STREAMED_TOKENS)
 
     def _grow(self, num_slots: int) -> None:
         count = max(self._num_experts, num_slots)
@@ -123,7 +128,7 @@ class StreamedDispatch:
             ids: [T, k]; -1 in slots that are not executed.
             weights: [T, k].
         """
-        assert 0 < hidden.shape[0] <= FEW_TOKENS
+        assert 0 < hidden.shape[0] <= STREAMED_TOKENS
         self._hidden = hidden.contiguous()
         self._ids = ids.long().contiguous()
         self._weights = weights.contiguous()
@@ -194,7 +199,7 @@ class StreamedDispatch:
             (
                 self._hidden, self._ids, self._table, pool, self._inner, first, num_tokens, d_ff,
                 table, unit, offset["w_in"], offset.get("b_in", 0), width, top_k, tokens,
-                tiles_in.columns, tiles_in.depth, self._rows_at_once, shape.gated, has_bias,
+                tiles_in.columns, tiles_in.depth, ROWS_AT_ONCE, shape.gated, has_bias,
                 self._activation, self._is_cuda,
             ),
             {"num_stages": tiles_in.num_stages, "num_warps": tiles_in.num_warps},
@@ -206,7 +211,7 @@ class StreamedDispatch:
             (
                 self._inner, self._ids, self._table, pool, self._rows, first, num_tokens, width,
                 table, unit, offset["w_out"], offset.get("b_out", 0), d_ff, top_k, tokens,
-                tiles_out.columns, tiles_out.depth, self._rows_at_once, has_bias, self._is_cuda,
+                tiles_out.columns, tiles_out.depth, ROWS_AT_ONCE, has_bias, self._is_cuda,
             ),
             {
                 "num_stages": tiles_out.num_stages,

@@ -65,13 +65,14 @@ from moeprof.replay.calibration_file import (
     StreamedTimes,
     Trial,
 )
-from moeprof.replay.corrections import TriedBuffer, fit_corrections
+from moeprof.replay.corrections import TriedBuffer, fit_by_size, fit_corrections
 from moeprof.replay.expert_shapes import ExpertShape
 from moeprof.replay.gating_work import Dispatches, device_columns, kernel_work
 from moeprof.replay.least_squares import fit_parts
 from moeprof.replay.pipeline import Work, step_times
 from moeprof.replay.serving_settings import (
     STATIC_KERNELS,
+    UNBUFFERED,
     BufferingSetting,
     GatingSetting,
     Setting,
@@ -369,23 +370,63 @@ def _measured(
     for size in sizes.expert_bytes:
         show(f"trials at {size / (1 << 20):.2f} MiB an expert", next(count), parts)
         tried += bench.trials(regimes, size, machine)
-    corrections = fit_corrections(
-        [TriedBuffer(trial=one.trial, work=one.work) for one in tried if one.kernel is None],
-        {name: [one.trial for one in tried if one.kernel == name] for name in kernels},
-    )
     show("done", parts, parts)
+    return _corrected(machine, tried)
+
+
+def _corrected(machine: Calibration, tried: Sequence[_Tried]) -> Calibration:
+    """Returns a calibration with its trials, and what they say."""
+    buffers = [
+        TriedBuffer(trial=one.trial, work=one.work, expert_bytes=one.expert_bytes)
+        for one in tried
+        if one.whole is None
+    ]
+    kernels = {
+        name: [one.trial for one in tried if one.whole == name]
+        for name in (UNBUFFERED, *machine.gating)
+    }
     return dataclasses.replace(
-        machine, trials=tuple(one.trial for one in tried), corrections=corrections
+        machine,
+        trials=tuple(one.trial for one in tried),
+        corrections=fit_corrections(buffers, kernels),
+        by_size=fit_by_size(buffers),
     )
+
+
+def refitted(machine: Calibration, sizes: CalibrationSizes | None = None) -> Calibration:
+    """Returns a calibration with its trials modelled and fitted again; nothing is measured.
+
+    Args:
+        machine: A calibration.
+        sizes: Those that it was measured with; of its device when None.
+
+    Raises:
+        UsageError: These are not its trials.
+    """
+    given = sizes or (CPU_SIZES if machine.is_serial else GPU_SIZES)
+    shapes = [given.shape(int(size)) for size in machine.to_device.sizes]
+    trials = iter(machine.trials)
+    tried: list[_Tried] = []
+    with tempfile.TemporaryDirectory() as folder:
+        regimes = [_made_up(Path(folder), given, regime) for regime in given.regimes]
+        for shape, made in itertools.product(shapes, regimes):
+            question = _question(made, shape, given)
+            for setting in trial_settings(machine):
+                trial = next(trials, None)
+                if trial is None or trial.setting != setting.name:
+                    raise UsageError("the calibration has other trials than these sizes ask for")
+                tried.append(_tried(trial.measured_ms, question, setting, machine))
+    return _corrected(machine, tried)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class _Tried:
-    """A trial, and what is modelled of it; of a kernel, if it is named."""
+    """A trial, and what is modelled of it; ``whole`` names what has one factor for all its work."""
 
     trial: Trial
     work: Work
-    kernel: str | None
+    whole: str | None
+    expert_bytes: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -829,13 +870,7 @@ class _Bench:
         self, whole: RoutedStack, made: _MadeUp, machine: Calibration
     ) -> list[_Tried]:
         stack = self._stack_of(whole, made)
-        question = cost_model.question_of(
-            made.trace,
-            shape=whole.shape,
-            phase="all",
-            max_steps=made.regime.num_steps,
-            repetitions=self.sizes.trial_repetitions,
-        )
+        question = _question(made, whole.shape, self.sizes)
         found = []
         for setting in trial_settings(machine):
             try:
@@ -872,16 +907,7 @@ class _Bench:
         run = SettingRun(stack, setting)
         measured = self._repeated(run)
         run.close()
-        work = cost_model.work_of(question, setting, machine)
-        kernel = setting.kernel if isinstance(setting, GatingSetting) else None
-        trial = Trial(
-            kind="buffering" if kernel is None else "gating",
-            setting=setting.name,
-            routing=ROUTING,
-            modelled_ms=tuple((step_times(work)[0] * 1e3).tolist()),
-            measured_ms=measured,
-        )
-        return _Tried(trial=trial, work=work, kernel=kernel)
+        return _tried(measured, question, setting, machine)
 
     def _repeated(self, run: SettingRun) -> tuple[tuple[float, ...], ...]:
         """Returns [repetitions][steps] in milliseconds; fewer repetitions where they take long."""
@@ -892,6 +918,41 @@ class _Bench:
                 break
             found += timed_steps(run, repetitions=1, warmup=0)
         return found
+
+
+def _question(made: _MadeUp, shape: ExpertShape, sizes: CalibrationSizes) -> cost_model.Question:
+    """Returns what is asked of trials of a regime."""
+    return cost_model.question_of(
+        made.trace,
+        shape=shape,
+        phase="all",
+        max_steps=made.regime.num_steps,
+        repetitions=sizes.trial_repetitions,
+    )
+
+
+def _tried(
+    measured_ms: tuple[tuple[float, ...], ...],
+    question: cost_model.Question,
+    setting: Setting,
+    machine: Calibration,
+) -> _Tried:
+    """Returns a trial beside what is modelled of it."""
+    work = cost_model.work_of(question, setting, machine)
+    is_gating = isinstance(setting, GatingSetting)
+    trial = Trial(
+        kind="gating" if is_gating else "buffering",
+        setting=setting.name,
+        routing=ROUTING,
+        modelled_ms=tuple((step_times(work)[0] * 1e3).tolist()),
+        measured_ms=measured_ms,
+    )
+    return _Tried(
+        trial=trial,
+        work=work,
+        whole=cost_model.whole_of(setting),
+        expert_bytes=question.shape.expert_bytes,
+    )
 
 
 def trial_settings(machine: Calibration) -> list[Setting]:

@@ -47,7 +47,9 @@ class StepCopies:
 def copies_by_step(profile: Mapping[str, Any], *, least_bytes: int) -> list[StepCopies]:
     """Returns the copies of each step of a profile in Chrome's format.
 
-    A copy belongs to the step in which the host asked for it, whenever it ran.
+    A copy belongs to the step in which the host asked for it; where the profiler did not see that
+    (it does not follow every call of the driver), to the step in which it began: a step ends with
+    the device at rest.
 
     Args:
         profile: As `torch.profiler` exports it; steps are ranges named by `step_range`.
@@ -70,9 +72,7 @@ def copies_by_step(profile: Mapping[str, Any], *, least_bytes: int) -> list[Step
         if not _is_copy(event, least_bytes):
             continue
         size = int(event["args"]["bytes"])
-        moment = asked.get(int(event["args"]["correlation"]))
-        if moment is None:
-            continue
+        moment = asked.get(int(event["args"]["correlation"]), float(event["ts"]))
         for step, (begun, ended) in steps.items():
             if begun <= moment <= ended:
                 found[step][0] += 1

@@ -261,7 +261,8 @@ class Corrections:
         parts: Kinds of work, as `moeprof.replay.pipeline.PARTS`.
         log_factors: [parts] logs of the factors by which their times are multiplied.
         covariance: [parts][parts] of their errors.
-        buffering: What is left over; None without trials of buffers.
+        buffering: What is left over of buffers whose host computes no experts; None without.
+        host: Of those whose host does.
         kernels: By gating kernel.
         gating: What is left over; None without trials of kernels.
     """
@@ -270,6 +271,7 @@ class Corrections:
     log_factors: tuple[float, ...]
     covariance: tuple[tuple[float, ...], ...]
     buffering: Leftovers | None
+    host: Leftovers | None = None
     kernels: Mapping[str, KernelCorrection] = field(default_factory=dict)
     gating: Leftovers | None = None
 
@@ -341,7 +343,8 @@ class Calibration:
             None where none was measured.
         exchange_ranks: Ranks that exchanged; None where none did.
         trials: Runs that say what the model leaves over.
-        corrections: What they say; None without.
+        corrections: What they say together; None without.
+        by_size: What those of buffers say at each size, by the bytes of an expert.
     """
 
     device: Mapping[str, Any]
@@ -375,6 +378,7 @@ class Calibration:
     exchange_ranks: int | None = None
     trials: tuple[Trial, ...] = ()
     corrections: Corrections | None = None
+    by_size: Mapping[int, Corrections] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
@@ -464,6 +468,7 @@ def _calibration(content: Mapping[str, Any]) -> Calibration:
         exchange_ranks=content.get("exchange_ranks"),
         trials=tuple(_trial(one) for one in content["trials"]),
         corrections=None if fitted is None else _corrections(fitted),
+        by_size={int(size): _corrections(one) for size, one in content["by_size"].items()},
     )
 
 
@@ -519,7 +524,7 @@ def _corrections(content: Mapping[str, Any]) -> Corrections:
         raise ValueError("the corrections do not match their parts")
     left = {
         kind: None if content[kind] is None else _leftovers(content[kind])
-        for kind in ("buffering", "gating")
+        for kind in ("buffering", "host", "gating")
     }
     return Corrections(
         parts=parts,

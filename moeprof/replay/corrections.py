@@ -9,9 +9,9 @@ Damped Gauss-Newton steps minimise
     + sum over parts of (log factor / `PRIOR`)^2
 
 where measured is a step's median over the repetitions and sigma what is left over in the trials,
-found along with the factors. The second sum keeps parts where they are that no trial sees, or that
-several explain alike: a constant is thought to be right within `PRIOR`. Trials of a gating kernel
-give one factor for that kernel.
+found along with the factors, apart for trials in which the host computes. The second sum keeps
+parts where they are that no trial sees, or that several explain alike: a constant is thought to be
+right within `PRIOR`. Trials of a gating kernel give one factor for that kernel.
 
 What remains is judged by leaving out one trial at a time: how far off is a setting that was not
 fitted to.
@@ -53,10 +53,17 @@ class TriedBuffer:
     Attributes:
         trial: What was measured.
         work: What is modelled.
+        expert_bytes: Of an expert.
     """
 
     trial: Trial
     work: Work
+    expert_bytes: int = 0
+
+    @property
+    def uses_host(self) -> bool:
+        """True where the host computes experts."""
+        return bool(self.work.on_host.any())
 
 
 def fit_corrections(
@@ -78,9 +85,24 @@ def fit_corrections(
         log_factors=tuple(fit.log_factors.tolist()),
         covariance=tuple(tuple(row) for row in fit.covariance.tolist()),
         buffering=fit.leftovers,
+        host=fit.host_leftovers,
         kernels={name: _correction(logs) for name, logs in of_kernels.items()},
         gating=_kernel_leftovers(of_kernels, known) if known else None,
     )
+
+
+def fit_by_size(buffers: Sequence[TriedBuffer]) -> dict[int, Corrections]:
+    """Returns what trials say at each size of experts, by the bytes of one.
+
+    What parts do to each other depends on whether copies, the host or the device are waited for,
+    and that on the size: large experts are bound by copies, small ones by the host.
+    """
+    found = {}
+    for size in sorted({each.expert_bytes for each in buffers}):
+        own = fit_corrections([each for each in buffers if each.expert_bytes == size], {})
+        assert own is not None
+        found[size] = own
+    return found
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -88,6 +110,7 @@ class _PartFit:
     log_factors: Floats
     covariance: Floats
     leftovers: Leftovers | None
+    host_leftovers: Leftovers | None
 
 
 def _fit_parts(buffers: Sequence[TriedBuffer]) -> _PartFit:
@@ -96,45 +119,62 @@ def _fit_parts(buffers: Sequence[TriedBuffer]) -> _PartFit:
     prior = np.eye(num_parts) / PRIOR**2
     if not buffers:
         return _PartFit(
-            log_factors=factors, covariance=PRIOR**2 * np.eye(num_parts), leftovers=None
+            log_factors=factors,
+            covariance=PRIOR**2 * np.eye(num_parts),
+            leftovers=None,
+            host_leftovers=None,
         )
     measured = [np.log(each.trial.step_ms() / _MS) for each in buffers]
-    sigma = _FIRST_SIGMA
+    uses_host = np.array([each.uses_host for each in buffers])
+    sigmas = np.full(len(buffers), _FIRST_SIGMA)
     for _ in range(_NUM_SIGMAS):
-        factors = _descended(buffers, measured, factors, sigma)
-        residuals = _residuals(buffers, measured, factors)
-        sigma = max(_LEAST_SIGMA, float(np.sqrt(np.mean([np.mean(r**2) for r in residuals]))))
+        factors = _descended(buffers, measured, factors, sigmas)
+        squares = np.array([np.mean(r**2) for r in _residuals(buffers, measured, factors)])
+        # The host's own computing is less steady than anything else: it must not blur the rest.
+        for kind in np.unique(uses_host):
+            own = uses_host == kind
+            sigmas[own] = max(_LEAST_SIGMA, float(np.sqrt(np.mean(squares[own]))))
     slopes = _slopes(buffers, factors)
     residuals = _residuals(buffers, measured, factors)
-    own = [j.T @ j / len(j) / sigma**2 for j in slopes]
-    curvature = prior + sum(own)
+    weighed = [j.T @ j / len(j) / s**2 for j, s in zip(slopes, sigmas, strict=True)]
+    curvature = prior + sum(weighed)
     covariance = np.asarray(np.linalg.inv(curvature), np.float64)
     left_out = []
-    for slope, residual, part in zip(slopes, residuals, own, strict=True):
+    for slope, residual, part, sigma in zip(slopes, residuals, weighed, sigmas, strict=True):
         pull = slope.T @ residual / len(residual) / sigma**2
         moved = np.linalg.solve(curvature - part, -pull)
         left_out.append(float(np.median(residual - slope @ moved)))
-    num_fitted = float(np.trace(covariance @ (curvature - prior)))
     jitter = [np.exp(residual - np.median(residual)) for residual in residuals]
+
+    def leftovers(chosen: NDArray[np.bool_]) -> Leftovers | None:
+        picked = np.flatnonzero(chosen)
+        if not len(picked):
+            return None
+        num_fitted = float(np.trace(covariance @ sum(weighed[each] for each in picked)))
+        return Leftovers(
+            residuals=tuple(left_out[each] for each in picked),
+            freedom=max(1.0, len(picked) - num_fitted),
+            jitter=tuple(np.concatenate([jitter[each] for each in picked]).tolist()),
+        )
+
     return _PartFit(
         log_factors=factors,
         covariance=covariance,
-        leftovers=Leftovers(
-            residuals=tuple(left_out),
-            freedom=max(1.0, len(buffers) - num_fitted),
-            jitter=tuple(np.concatenate(jitter).tolist()),
-        ),
+        leftovers=leftovers(~uses_host),
+        host_leftovers=leftovers(uses_host),
     )
 
 
 def _descended(
-    buffers: Sequence[TriedBuffer], measured: Sequence[Floats], factors: Floats, sigma: float
+    buffers: Sequence[TriedBuffer], measured: Sequence[Floats], factors: Floats, sigmas: Floats
 ) -> Floats:
-    """Returns the factors that minimise the sum in the module's description, for one sigma."""
+    """Returns the factors that minimise the sum in the module's description, for some sigmas."""
 
     def total(given: Floats, residuals: Sequence[Floats]) -> float:
-        misfit = sum(float(np.mean(r**2)) for r in residuals) / sigma**2
-        return misfit + float(given @ given) / PRIOR**2
+        misfit = sum(
+            float(np.mean(r**2)) / sigma**2 for r, sigma in zip(residuals, sigmas, strict=True)
+        )
+        return float(misfit + given @ given / PRIOR**2)
 
     residuals = _residuals(buffers, measured, factors)
     least = total(factors, residuals)
@@ -143,7 +183,7 @@ def _descended(
         slopes = _slopes(buffers, factors)
         curvature = np.eye(len(factors)) / PRIOR**2
         pull = -factors / PRIOR**2
-        for slope, residual in zip(slopes, residuals, strict=True):
+        for slope, residual, sigma in zip(slopes, residuals, sigmas, strict=True):
             curvature += slope.T @ slope / len(slope) / sigma**2
             pull += slope.T @ residual / len(residual) / sigma**2
         gain = 0.0

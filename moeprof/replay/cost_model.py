@@ -10,7 +10,8 @@ A measurement takes the median of every step over its repetitions, then percenti
 hiccup of the machine is no property of a setting. Predictions are of that.
 
 The interval. 200 draws; in each of them the factors of all kinds of work are drawn together from
-the errors of their fit, the whole setting is off by a factor drawn from what the trials leave over
+the errors of their fit, the host is as fast or slow as hosts vary (`HOST_SPREAD`), the whole
+setting is off by a factor drawn from what the trials leave over
 (Student's t, one more setting to come), and the median of every step by a factor drawn from those
 of the trials. The percentiles of each draw are taken as a measurement would take them; the
 prediction is the median of the draws, the interval their 5th to 95th percentile. Without at least
@@ -19,6 +20,7 @@ prediction is the median of the draws, the interval their 5th to 95th percentile
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -35,7 +37,12 @@ from moeprof.replay.expert_shapes import ExpertShape, shape_of_trace
 from moeprof.replay.gating_work import Dispatches, device_seconds, kernel_work
 from moeprof.replay.pipeline import NOTHING, PARTS, Work, step_times
 from moeprof.replay.result import Result
-from moeprof.replay.serving_settings import BufferingSetting, GatingSetting, Setting
+from moeprof.replay.serving_settings import (
+    UNBUFFERED,
+    BufferingSetting,
+    GatingSetting,
+    Setting,
+)
 
 if TYPE_CHECKING:
     from moeprof.replay.calibration_file import Calibration, Leftovers
@@ -47,7 +54,16 @@ NAME = "cost"
 NUM_DRAWS = 200
 LEAST_TRIALS = 3
 PERCENTILES = (50, 99)
-KINDS = ("buffering", "gating")
+HOST_PARTS = ("known", "decide", "load", "launch", "host_expert", "lane", "combine_host", "sync")
+"""Kinds of work (`pipeline.PARTS`) that the host does."""
+
+HOST_SPREAD = 0.2
+"""Standard deviation of the log of a host's speed, between when it is calibrated and when it runs.
+
+Virtual machines share processors: on three of one kind the launch of an expert took 57, 58 and 89
+microseconds; copies took the same within 3 %.
+"""
+
 
 _LOW, _HIGH = 0.05, 0.95
 _MS = 1e3
@@ -178,7 +194,7 @@ def predict(
     is_buffered = isinstance(setting, BufferingSetting) and setting.capacity is not None
     modelled = step_times(work)[0] * _MS
     copied = routed.per_step(plan.loads.astype(np.int64)) * question.shape.block_bytes
-    known = _knowledge_of(setting, machine)
+    known = _knowledge_of(setting, machine, question.shape.expert_bytes)
     corrected = known.scale * step_times(work, np.exp(known.log_factors)[None])[0] * _MS
     generator = np.random.default_rng(question.seed)
     drawn = _drawn_percentiles(question, work, known, generator)
@@ -241,6 +257,7 @@ class _Knowledge:
     Attributes:
         log_factors: [parts] of the kinds of work.
         error: [parts, parts] a root of their covariance.
+        host_error: Standard error of the log of the host's speed, the same for all it does.
         scale: Factor of the whole.
         scale_error: Standard error of its log.
         leftovers: What they leave over; None without trials.
@@ -248,12 +265,21 @@ class _Knowledge:
 
     log_factors: Floats
     error: Floats
+    host_error: float = 0.0
     scale: float = 1.0
     scale_error: float = 0.0
     leftovers: Leftovers | None = None
 
 
-def _knowledge_of(setting: Setting, machine: Calibration) -> _Knowledge:
+def whole_of(setting: Setting) -> str | None:
+    """Returns the name under which trials give a setting one factor for all it does, or None."""
+    if isinstance(setting, GatingSetting):
+        return setting.kernel
+    return UNBUFFERED if setting.capacity is None else None
+
+
+def _knowledge_of(setting: Setting, machine: Calibration, expert_bytes: int) -> _Knowledge:
+    """Returns what is known; of the nearest size of experts that was tried."""
     found = machine.corrections
     nothing = np.zeros(len(PARTS))
     plain = _Knowledge(log_factors=nothing, error=np.diag(part_errors(machine)))
@@ -264,24 +290,32 @@ def _knowledge_of(setting: Setting, machine: Calibration) -> _Knowledge:
             "the calibration corrects other parts than this moeprof models",
             hint="measure this machine again: moeprof calibrate -o FILE",
         )
-    if isinstance(setting, GatingSetting):
-        if setting.kernel not in found.kernels:
+    host_spread = 0.0 if machine.is_serial else HOST_SPREAD
+    whole = whole_of(setting)
+    if whole is not None:
+        if whole not in found.kernels:
             return plain
-        # Its trials ran this kernel as a whole: what single constants are off by is in them.
-        own = found.kernels[setting.kernel]
+        # Its trials ran all of it: what single constants are off by is in them.
+        own = found.kernels[whole]
         return _Knowledge(
             log_factors=nothing,
             error=np.zeros((len(PARTS), len(PARTS))),
             scale=float(np.exp(own.log_factor)),
-            scale_error=own.error,
+            scale_error=math.hypot(own.error, host_spread),
             leftovers=found.gating,
         )
-    if found.buffering is None:
+    assert isinstance(setting, BufferingSetting)
+    if machine.by_size:
+        nearest = min(machine.by_size, key=lambda size: abs(math.log(size / expert_bytes)))
+        found = machine.by_size[nearest]
+    left = found.buffering if setting.miss == "load" else found.host or found.buffering
+    if left is None:
         return plain
     return _Knowledge(
         log_factors=np.array(found.log_factors),
         error=np.linalg.cholesky(np.array(found.covariance)),
-        leftovers=found.buffering,
+        host_error=host_spread,
+        leftovers=left,
     )
 
 
@@ -290,6 +324,8 @@ def _drawn_percentiles(
 ) -> Floats:
     """Returns [draws, percentiles] in milliseconds."""
     errors = generator.standard_normal((NUM_DRAWS, len(PARTS))) @ known.error.T
+    speed = known.host_error * generator.standard_normal(NUM_DRAWS)
+    errors = errors + speed[:, None] * np.isin(PARTS, HOST_PARTS)
     every = step_times(work, np.exp(known.log_factors + errors))[:, question.judged] * _MS
     off = known.scale_error * generator.standard_normal(NUM_DRAWS)
     if known.leftovers is not None:

@@ -178,7 +178,7 @@ def make_predictions(
         settings=tuple(setting.name for setting in chosen),
         rows=tuple(rows),
         facts={
-            "trace": str(trace.path),
+            "trace": Path(trace.path).name,
             "model": trace.model.name,
             "num_lookups": question.routed.num_lookups,
             "calibrated_on": calibration.name,

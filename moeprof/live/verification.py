@@ -379,7 +379,7 @@ def verify(
             f"measured on {hardware(target).device_name or hardware(target).cpu_name}, predicted "
             f"for {predictions.facts['calibrated_on']} as calibrated "
             f"{predictions.facts['calibrated']}",
-            f"routing of {trace.path} ({trace.model.name}), {stack.weights_source}",
+            f"routing of {Path(trace.path).name} ({trace.model.name}), {stack.weights_source}",
             f"{len(question.judged)} of {len(question.routed.steps)} steps judged, each by its "
             "median over repetitions",
             f"{len(measured)} of {len(predictions.settings)} predicted settings run"

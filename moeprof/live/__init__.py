@@ -8,7 +8,13 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from moeprof.live.application import AppliedGating, apply_gating
     from moeprof.live.buffered_models import buffer_experts
-    from moeprof.live.calibration import CPU_SIZES, GPU_SIZES, CalibrationSizes, calibrate
+    from moeprof.live.calibration import (
+        CPU_SIZES,
+        GPU_SIZES,
+        CalibrationSizes,
+        calibrate,
+        refitted,
+    )
     from moeprof.live.exchange_times import exchange_curve
     from moeprof.live.expert_buffer import BufferSettings, ExpertBuffer
     from moeprof.live.expert_parallel import ParallelExperts, experts_of_rank
@@ -58,6 +64,7 @@ __all__ = [
     "random_experts",
     "read_routing",
     "rebatched_routing",
+    "refitted",
     "routing_of",
     "run_ranks",
     "site_dispatches",
@@ -96,6 +103,7 @@ _HOMES = {
     "random_experts": "experts",
     "read_routing": "routing_sources",
     "rebatched_routing": "routing_controls",
+    "refitted": "calibration",
     "routing_of": "routing_schedules",
     "run_ranks": "rank_processes",
     "site_dispatches": "parallel_traces",

@@ -20,6 +20,7 @@ from moeprof.replay.calibration_file import (
     Trial,
 )
 from moeprof.replay.pipeline import PARTS
+from moeprof.replay.serving_settings import UNBUFFERED
 
 
 def exactly(value: float, error: float = 0.0) -> Measured:
@@ -47,11 +48,17 @@ def trial(ratio: float, kind: str = "buffering", steps: int = 4) -> Trial:
     )
 
 
+def leftovers(residuals: Sequence[float]) -> Leftovers:
+    """Trials that are off by so much, whose steps do not differ."""
+    return Leftovers(residuals=tuple(residuals), freedom=len(residuals), jitter=(1.0,))
+
+
 def corrections(
     ratio: float = 1.0, *, residuals: Sequence[float] = (0.0,) * 5, kernel: str = "dynamic"
 ) -> Corrections:
-    """Every part, and a kernel, takes ``ratio`` times as long; nothing is uncertain but that."""
-    left = Leftovers(residuals=tuple(residuals), freedom=len(residuals), jitter=(1.0,))
+    """All takes ``ratio`` times as long, with a kernel or no buffer too; that alone is sure."""
+    left = leftovers(residuals)
+    whole = KernelCorrection(log_factor=math.log(ratio), error=0.0)
     return Corrections(
         parts=PARTS,
         log_factors=(math.log(ratio),) * len(PARTS),
@@ -60,7 +67,7 @@ def corrections(
             for row in range(len(PARTS))
         ),
         buffering=left,
-        kernels={kernel: KernelCorrection(log_factor=math.log(ratio), error=0.0)},
+        kernels={kernel: whole, UNBUFFERED: whole},
         gating=left,
     )
 

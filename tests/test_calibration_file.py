@@ -8,7 +8,15 @@ from typing import Any
 
 import numpy as np
 import pytest
-from calibrations import corrections, exactly, flat, hand_calibration, streamed_times, trial
+from calibrations import (
+    corrections,
+    exactly,
+    flat,
+    hand_calibration,
+    leftovers,
+    streamed_times,
+    trial,
+)
 
 from moeprof.errors import EXIT_BAD_TRACE, CalibrationError, MoeprofError
 from moeprof.replay.calibration_file import (
@@ -28,9 +36,16 @@ def test_what_is_written_is_read(tmp_path: Path) -> None:
         streamed=streamed_times(),
         trials=(trial(1.25), trial(0.5, kind="gating")),
         corrections=corrections(1.2, residuals=(0.1, -0.2)),
+        by_size={
+            9 << 20: dataclasses.replace(corrections(0.9), host=leftovers((0.3, -0.1))),
+            1 << 40: dataclasses.replace(corrections(1.1), buffering=None, gating=None, kernels={}),
+        },
     )
     path = write_calibration(calibration, tmp_path / "machine.json")
-    assert read_calibration(path) == calibration
+    found = read_calibration(path)
+    assert found == calibration
+    # Text in the file, numbers again when read.
+    assert list(found.by_size) == [9 << 20, 1 << 40]
     assert [each.name for each in tmp_path.iterdir()] == ["machine.json"]
 
 
@@ -71,6 +86,14 @@ def _damaged(change: Any) -> Any:
         (_damaged(lambda c: c["corrections"]["covariance"].pop()), "do not match their parts"),
         (_damaged(lambda c: c["corrections"]["gating"].update(freedom=0)), "nothing over"),
         (_damaged(lambda c: c["corrections"]["gating"].update(jitter=[math.nan])), "no finite"),
+        (_damaged(lambda c: c["corrections"].pop("host")), "lacks 'host'"),
+        (_damaged(lambda c: c.pop("by_size")), "lacks 'by_size'"),
+        (_damaged(lambda c: c["by_size"].update(small=c["corrections"])), "damaged"),
+        (_damaged(lambda c: c["by_size"]["1024"].pop("log_factors")), "lacks 'log_factors'"),
+        (_damaged(lambda c: c["by_size"]["1024"]["covariance"].pop()), "do not match their parts"),
+        (_damaged(lambda c: c["by_size"]["1024"]["host"].update(freedom=0)), "nothing over"),
+        (_damaged(lambda c: c["by_size"]["1024"]["host"].update(jitter=[math.inf])), "no finite"),
+        (_damaged(lambda c: c["by_size"].update({"1024": None})), "damaged"),
         (_damaged(lambda c: c["streamed"].pop("piece_host")), "lacks 'piece_host'"),
         (_damaged(lambda c: c.pop("known_s")), "lacks 'known_s'"),
         (_damaged(lambda c: c["sync_s"].update(median=-1.0)), "negative"),
@@ -83,7 +106,10 @@ def _damaged(change: Any) -> Any:
 )
 def test_damaged_files_are_one_line(tmp_path: Path, damage: Any, message: str) -> None:
     whole = hand_calibration(
-        trials=(trial(1.0),), corrections=corrections(), streamed=streamed_times()
+        trials=(trial(1.0),),
+        corrections=corrections(),
+        by_size={1024: dataclasses.replace(corrections(), host=leftovers((0.1,)))},
+        streamed=streamed_times(),
     )
     path = write_calibration(whole, tmp_path / "machine.json")
     path.write_text(damage(json.loads(path.read_text())))

@@ -12,7 +12,7 @@ from calibrations import exactly, flat, hand_calibration, streamed_times, surfac
 
 from moeprof.replay import cost_model
 from moeprof.replay.calibration_file import Trial
-from moeprof.replay.corrections import PRIOR, TriedBuffer, fit_corrections
+from moeprof.replay.corrections import PRIOR, TriedBuffer, fit_by_size, fit_corrections
 from moeprof.replay.expert_shapes import ExpertShape
 from moeprof.replay.pipeline import PARTS, Work, step_times
 from moeprof.replay.serving_settings import parse_setting
@@ -82,16 +82,22 @@ def logs_of(factors: Mapping[str, float]) -> Any:
 
 def tried(
     works: list[Work], factors: Mapping[str, float], *, between: float = 0.0, noise: float = 0.0,
-    seed: int = 0,
+    of_host: float = 0.0, expert_bytes: int = SHAPE.expert_bytes, seed: int = 0,
 ) -> list[TriedBuffer]:  # fmt: skip
-    """Trials on a machine that is off by ``factors``, settings by ``between``, steps by noise."""
+    """Trials on a machine that is off by ``factors``, settings by ``between``, steps by noise.
+
+    Settings whose host computes are off by ``of_host`` besides.
+    """
     generator = np.random.default_rng(seed)
     found = []
     for work in works:
         exact = step_times(work, np.exp(logs_of(factors))[None])[0] * 1e3
         exact = exact * np.exp(between * generator.standard_normal())
+        if of_host and work.on_host.any():
+            exact = exact * np.exp(of_host * generator.standard_normal())
         run = exact * np.exp(noise * generator.standard_normal((4, len(exact))))
-        found.append(TriedBuffer(trial=trial_of(run, step_times(work)[0] * 1e3), work=work))
+        trial = trial_of(run, step_times(work)[0] * 1e3)
+        found.append(TriedBuffer(trial=trial, work=work, expert_bytes=expert_bytes))
     return found
 
 
@@ -137,8 +143,14 @@ def test_what_settings_are_off_by_is_left_over(works: list[Work]) -> None:
     assert all(abs(factor(found, "copy") / 1.1 - 1) < 4 * error(found, "copy") for found in every)
     first = every[0]
     assert first is not None and first.buffering is not None
-    assert len(first.buffering.residuals) == len(works)
-    assert 1 <= first.buffering.freedom < len(works)
+    # Those whose host computes are judged apart.
+    assert first.host is not None
+    num_host = sum(work.on_host.any() for work in works)
+    assert 0 < num_host < len(works)
+    assert len(first.host.residuals) == num_host
+    assert len(first.buffering.residuals) == len(works) - num_host
+    assert 1 <= first.buffering.freedom < len(works) - num_host
+    assert 1 <= first.host.freedom < num_host
     assert np.median(first.buffering.jitter) == pytest.approx(1, abs=0.005)
     # A median of four: sigma 1.25 / sqrt(4) of a single step's.
     assert np.std(np.log(first.buffering.jitter)) == pytest.approx(0.02 * 0.6, rel=0.4)
@@ -152,12 +164,49 @@ def test_left_out_is_left_out(works: list[Work]) -> None:
     alone = [each for each, work in zip(given, works, strict=True) if not work.on_host.any()]
     alone.append(TriedBuffer(trial=trial_of([measured], step_times(odd)[0] * 1e3), work=odd))
     found = fit_corrections(alone, {})
-    assert found is not None and found.buffering is not None
+    assert found is not None and found.buffering is not None and found.host is not None
     whole = float(np.median(np.log(measured / (step_times(odd)[0] * 1e3))))
     assert whole > 0.1
-    assert found.buffering.residuals[-1] == pytest.approx(whole, rel=0.1)
+    assert found.host.residuals == pytest.approx([whole], rel=0.1)
+    # Nor does it say anything of the others.
+    assert len(found.buffering.residuals) == len(alone) - 1
+    assert found.buffering.spread < 0.01
     fitted = step_times(odd, np.exp(found.log_factors)[None])[0] * 1e3
     assert np.median(np.log(measured / fitted)) < 0.5 * whole
+
+
+def test_a_host_that_is_not_steady_does_not_blur_the_rest(works: list[Work]) -> None:
+    factors = {"copy": 1.25}
+    steady = fit_corrections(tried(works, factors), {})
+    found = fit_corrections(tried(works, factors, of_host=0.4), {})
+    assert steady is not None and found is not None
+    assert found.buffering is not None and found.host is not None
+    assert found.buffering.spread < 0.03
+    assert 0.1 < found.host.spread < 1
+    assert factor(found, "copy") == pytest.approx(1.25, rel=0.03)
+    assert error(found, "copy") < 1.5 * error(steady, "copy")
+    # What only they can tell is told less well.
+    assert error(found, "host_expert") > 2 * error(steady, "host_expert")
+
+
+def test_each_size_of_experts_is_fitted_by_itself(works: list[Work]) -> None:
+    # The larger one first: sizes are put in order.
+    large = tried(works, {"copy": 1.3}, expert_bytes=4096)
+    small = tried(works, {"copy": 0.8}, expert_bytes=1024)
+    found = fit_by_size([*large, *small])
+    assert list(found) == [1024, 4096]
+    assert factor(found[1024], "copy") == pytest.approx(0.8, rel=0.02)
+    assert factor(found[4096], "copy") == pytest.approx(1.3, rel=0.02)
+    for own in found.values():
+        assert own.buffering is not None and own.host is not None
+        assert len(own.buffering.residuals) + len(own.host.residuals) == len(works)
+        assert not own.kernels and own.gating is None
+    # Together they are neither.
+    both = fit_corrections([*large, *small], {})
+    assert both is not None and both.buffering is not None
+    assert 0.85 < factor(both, "copy") < 1.25
+    assert both.buffering.spread > 0.1
+    assert fit_by_size([]) == {}
 
 
 def test_kernels_have_a_factor_each() -> None:

@@ -9,12 +9,18 @@ from typing import Any
 
 import numpy as np
 import pytest
-from calibrations import corrections, exactly, flat, hand_calibration, surface
+from calibrations import corrections, exactly, flat, hand_calibration, leftovers, surface
 
 import moeprof
 from moeprof.errors import TraceError, UsageError
 from moeprof.replay import buffer_plans, cost_model, pipeline
-from moeprof.replay.calibration_file import Curve, DecisionTimes, ExpertTimes, Trial
+from moeprof.replay.calibration_file import (
+    Curve,
+    DecisionTimes,
+    ExpertTimes,
+    KernelCorrection,
+    Trial,
+)
 from moeprof.replay.corrections import TriedBuffer, fit_corrections
 from moeprof.replay.expert_shapes import ExpertShape, shape_of_trace
 from moeprof.replay.gating_work import Dispatches, device_columns, kernel_work
@@ -266,6 +272,13 @@ def test_factors_scale_their_part_only(trace: Any) -> None:
     np.testing.assert_allclose(doubled, 2 * plain)
 
 
+@pytest.fixture
+def _steady_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Hosts are as fast as when they were calibrated, for tests of what else widens."""
+    monkeypatch.setattr(cost_model, "HOST_SPREAD", 0.0)
+
+
+@pytest.mark.usefixtures("_steady_host")
 def test_trials_correct_and_widen(trace: Any) -> None:
     setting = BufferingSetting(capacity=4)
     plain = predicted(trace, any_machine(), setting)
@@ -294,6 +307,101 @@ def judged_ms(trace: Any, prediction: Any) -> Any:
     return prediction.modelled_ms[decode]
 
 
+WIDE = (-0.3, -0.1, 0.0, 0.1, 0.3)
+
+
+def width(trace: Any, machine: Any, text: str) -> float:
+    """Upper over lower end of the interval of a median step."""
+    _, low, high = predicted(trace, machine, parse_setting(text)).percentiles_ms[50]
+    return float(high / low)
+
+
+def test_the_nearest_size_of_experts_corrects(trace: Any) -> None:
+    # Sizes are compared by their ratio: 384 bytes are nearer to 768 than to 96.
+    own = {SHAPE.expert_bytes // 4: corrections(2.0), SHAPE.expert_bytes * 2: corrections(5.0)}
+    machine = any_machine(corrections=corrections(3.0), by_size=own)
+    for text in ("lru:4", "lru:4:host", "lru:4:split"):
+        found = predicted(trace, machine, parse_setting(text))
+        np.testing.assert_allclose(found.step_ms, 5 * found.modelled_ms)
+    # What has one factor for all of it is fitted over all sizes.
+    for text in ("gating:dynamic", "unbuffered"):
+        found = predicted(trace, machine, parse_setting(text))
+        np.testing.assert_allclose(found.step_ms, 3 * found.modelled_ms)
+    smaller = ExpertShape(d_model=8, d_ff=1, dtype="float32")
+    assert smaller.expert_bytes == min(own)
+    question = cost_model.question_of(trace, shape=smaller)
+    found = cost_model.predict(question, parse_setting("lru:4"), machine)
+    np.testing.assert_allclose(found.step_ms, 2 * found.modelled_ms)
+
+
+@pytest.mark.usefixtures("_steady_host")
+def test_what_is_not_buffered_has_a_factor_of_its_own(trace: Any) -> None:
+    own = {
+        "dynamic": KernelCorrection(log_factor=np.log(3.0), error=0.0),
+        "unbuffered": KernelCorrection(log_factor=np.log(1.5), error=0.0),
+    }
+    known = dataclasses.replace(corrections(2.0), kernels=own, gating=leftovers(WIDE))
+    machine = any_machine(corrections=known)
+    for text, expected in {"unbuffered": 1.5, "lru:4": 2.0, "gating:dynamic": 3.0}.items():
+        found = predicted(trace, machine, parse_setting(text))
+        np.testing.assert_allclose(found.step_ms, expected * found.modelled_ms)
+    # Its leftovers are those of whole trials too, and its factor's error counts.
+    assert width(trace, machine, "unbuffered") > 1.3
+    assert width(trace, machine, "lru:4") == pytest.approx(1)
+    unsure = KernelCorrection(log_factor=np.log(1.5), error=0.1)
+    known = dataclasses.replace(corrections(2.0), kernels={"unbuffered": unsure})
+    # 90 % of a log of standard deviation 0.1, from 200 draws.
+    wide = width(trace, any_machine(corrections=known), "unbuffered")
+    assert np.log(wide) == pytest.approx(2 * 1.645 * 0.1, rel=0.2)
+    # Without trials of it the constants speak, and nothing is known of how far they are off.
+    alone = dataclasses.replace(corrections(2.0), kernels={"dynamic": own["dynamic"]})
+    found = predicted(trace, any_machine(corrections=alone), parse_setting("unbuffered"))
+    np.testing.assert_array_equal(found.step_ms, found.modelled_ms)
+    assert found.percentiles_ms[50][1:] == (None, None)
+
+
+@pytest.mark.usefixtures("_steady_host")
+def test_settings_whose_host_computes_have_their_own_leftovers(trace: Any) -> None:
+    known = dataclasses.replace(corrections(), host=leftovers(WIDE))
+    machine = any_machine(corrections=known)
+    assert width(trace, machine, "lru:4") == pytest.approx(1)
+    assert width(trace, machine, "lru:4:host") > 1.3
+    assert width(trace, machine, "lru:4:split") > 1.3
+    steady = dataclasses.replace(corrections(residuals=WIDE), host=leftovers((0.0,) * 5))
+    machine = any_machine(corrections=steady)
+    assert width(trace, machine, "lru:4") > 1.3
+    assert width(trace, machine, "lru:4:split") == pytest.approx(1)
+    # Where the host was not tried, what else was tried has to do; where nothing else was, it has
+    # to be the host's own.
+    untried = any_machine(corrections=corrections(residuals=WIDE))
+    assert width(trace, untried, "lru:4:host") > 1.3
+    alone = any_machine(corrections=dataclasses.replace(known, buffering=None))
+    found = predicted(trace, alone, parse_setting("lru:4"))
+    assert found.percentiles_ms[50][1:] == (None, None)
+    assert width(trace, alone, "lru:4:host") > 1.3
+
+
+def test_hosts_vary_where_they_are_waited_for(trace: Any) -> None:
+    # 1 s to launch an expert, or 1 s for a copy; all else takes microseconds.
+    host_bound = {"expert_host_s": exactly(1.0), "corrections": corrections()}
+    link_bound = {"to_device": flat(1.0), "corrections": corrections()}
+    by_host = width(trace, any_machine(**host_bound), "lru:2")
+    by_link = width(trace, any_machine(**link_bound), "lru:2")
+    assert np.log(by_host) == pytest.approx(2 * 1.645 * cost_model.HOST_SPREAD, rel=0.2)
+    assert np.log(by_link) < 0.01
+    # What has one factor for all it does is off by as much.
+    for text in ("unbuffered", "gating:dynamic"):
+        whole = width(trace, any_machine(**host_bound), text)
+        assert np.log(whole) == pytest.approx(2 * 1.645 * cost_model.HOST_SPREAD, rel=0.2)
+    # The host alone computes and launches where the device is the host: it was calibrated itself.
+    for text in ("lru:2", "unbuffered", "gating:dynamic"):
+        serial = any_machine(is_serial=True, **host_bound)
+        assert width(trace, serial, text) == pytest.approx(1)
+    assert set(cost_model.HOST_PARTS) < set(pipeline.PARTS)
+    assert not {"copy", "expert", "sort", "combine_device"} & set(cost_model.HOST_PARTS)
+
+
+@pytest.mark.usefixtures("_steady_host")
 def test_errors_of_parts_widen(trace: Any) -> None:
     setting = BufferingSetting(capacity=2)
     slow = Curve(sizes=(256.0,), times_s=(exactly(1e-3),))
@@ -310,6 +418,7 @@ def test_errors_of_parts_widen(trace: Any) -> None:
     assert wide[1] < 0.95 * wide[0] and wide[2] > 1.05 * wide[0]
 
 
+@pytest.mark.usefixtures("_steady_host")
 def test_stated_intervals_hold_on_a_machine_that_obeys_the_model(trace: Any) -> None:
     # A world in which settings are off by a factor of 5 % and steps by 3 %: of settings measured
     # in it, about nine in ten have to lie within the interval made from trials in it.

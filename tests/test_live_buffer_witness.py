@@ -76,6 +76,53 @@ def test_copies_belong_to_the_step_that_asked() -> None:
     ]
 
 
+def unseen(correlation: int, ran: float, num_bytes: int) -> Any:
+    """A copy that the driver was asked for past the profiler."""
+    return copy(correlation, 0, ran, num_bytes)[1]
+
+
+def test_a_copy_that_nobody_saw_asked_for_belongs_to_where_it_ran() -> None:
+    profile = {
+        "traceEvents": [
+            event("moeprof step 3", "user_annotation", 100, 100),
+            event("moeprof step 4", "user_annotation", 300, 100),
+            unseen(1, 120, BLOCK),
+            # It ends in no step, and began in one.
+            unseen(2, 190, BLOCK),
+            unseen(3, 310, 2 * BLOCK),
+            unseen(4, 320, 512),
+            # Before, between and behind the steps.
+            unseen(5, 50, BLOCK),
+            unseen(6, 250, BLOCK),
+            unseen(7, 450, BLOCK),
+            # Asked for in step 3 and run in step 4; asked for between the steps.
+            *copy(8, 195, 305, BLOCK),
+            *copy(9, 290, 330, BLOCK),
+            # What computed says nothing of copies.
+            event("cuLaunchKernel", "cuda_driver", 150, 2, correlation=10),
+            event("gemm", "kernel", 160, 20, correlation=10),
+        ]
+    }
+    assert copies_by_step(profile, least_bytes=BLOCK) == [
+        StepCopies(step=3, copies=3, num_bytes=3 * BLOCK),
+        StepCopies(step=4, copies=1, num_bytes=2 * BLOCK),
+    ]
+
+
+def test_the_driver_is_seen_asking_too() -> None:
+    asked, ran = copy(1, 150, 210, BLOCK)
+    driver = event("cuMemcpyHtoDAsync_v2", "cuda_driver", 150, 2, correlation=1)
+    steps = [
+        event("moeprof step 0", "user_annotation", 100, 100),
+        event("moeprof step 1", "user_annotation", 200, 100),
+    ]
+    for asking, step in ((asked, 0), (driver, 0), (None, 1)):
+        # Events come in any order.
+        events = [ran, *steps, *([] if asking is None else [asking])]
+        found = copies_by_step({"traceEvents": events}, least_bytes=BLOCK)
+        assert [each.step for each in found if each.copies] == [step]
+
+
 def test_the_share_of_copies_behind_kernels() -> None:
     profile = {
         "traceEvents": [

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,6 +27,7 @@ FILES: Mapping[str, str] = MappingProxyType(
         "kernels": "gating_kernels.json",
         "buffering": "buffering_live.json",
         "checks": "buffering_checks.json",
+        "printed": "buffering_printed.json",
         "twin": "twin_lm.json",
         "twin_mt": "twin_mt.json",
     }
@@ -36,6 +38,7 @@ _NEEDED: Mapping[str, tuple[str, ...]] = MappingProxyType(
         "kernels": ("check", "ceilings", "routing", "rows"),
         "buffering": ("studies",),
         "checks": ("studies",),
+        "printed": ("beside", "note", "printed"),
         "twin": ("config", "text", "learned", "held_out", "recorded", "routing"),
         "twin_mt": ("config", "text", "learned", "held_out", "recorded", "routing", "beside"),
     }
@@ -113,6 +116,7 @@ class Evidence:
         kernels: Gating kernels against the floor.
         buffering: Live expert buffering.
         checks: Live expert buffering at more settings, in a run whose times were disturbed.
+        printed: Of a further run, its printed table: the profiler's count of copies.
         twin: The model whose routing drove the paper's language model.
         twin_mt: The same for its translation model.
         additions: Those of `ADDITIONAL_FILES` that are there, by name.
@@ -122,6 +126,7 @@ class Evidence:
     kernels: Mapping[str, Any]
     buffering: Mapping[str, Any]
     checks: Mapping[str, Any]
+    printed: Mapping[str, Any]
     twin: Mapping[str, Any]
     twin_mt: Mapping[str, Any]
     additions: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
@@ -387,6 +392,11 @@ def buffering_study(buffering: Mapping[str, Any]) -> Mapping[str, Any]:
     return study
 
 
+def only_study(buffering: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    """Returns the results of buffering with one study left in them."""
+    return {**buffering, "studies": {name: buffering["studies"][name]}}
+
+
 def buffering_rows(buffering: Mapping[str, Any]) -> pd.DataFrame:
     """Returns the policies at the first capacity, the model without a buffer before them.
 
@@ -488,6 +498,52 @@ def _link_bytes(unbuffered: Mapping[str, Any]) -> list[int]:
         each["link_bytes"] for each in unbuffered.get("repetitions", ())
     ]
     return [count for count in every if count is not None]
+
+
+_PRINTED_STUDY = re.compile(r"^(\S+): \d+ layers, ")
+_PRINTED_ROW = re.compile(
+    r"^ {2}(?P<policy>\S+) +(?P<slots>\d+) +(?P<hits>[\d.]+)% +(?P<copies>\d+) .* "
+    r"(?P<checks>[BHSPAM!-]{6})$"
+)
+CHECK_COLUMNS = ("outputs_hold", "lookups_equal_replay", "slots_intact", "profiler_copies_equal",
+                 "no_allocations", "memory_as_predicted")  # fmt: skip
+"""Checks of buffered runs, in the order of their letters B, H, S, P, A, M."""
+
+
+def printed_rows(printed: Mapping[str, Any]) -> pd.DataFrame:
+    """Returns the checks of a run of which only the printed table was kept.
+
+    One row per setting: study, policy (with its miss action), slots, hit rate, copies, and each
+    check as ``yes``, ``no`` or blank where it was not looked at.
+
+    Raises:
+        MoeprofError: There is no setting in it.
+    """
+    study, rows = "", []
+    for line in printed["printed"]:
+        begun = _PRINTED_STUDY.match(line)
+        if begun is not None:
+            study = begun.group(1)
+        found = _PRINTED_ROW.match(line)
+        if found is None:
+            continue
+        said = {"-": "", "!": "no"}
+        rows.append(
+            {
+                "study": STUDIES.get(study, study),
+                "policy": found["policy"],
+                "slots": int(found["slots"]),
+                "hit_rate": float(found["hits"]) / 100,
+                "copies": int(found["copies"]),
+                **{
+                    name: said.get(mark, "yes")
+                    for name, mark in zip(CHECK_COLUMNS, found["checks"], strict=True)
+                },
+            }
+        )
+    if not rows:
+        raise MoeprofError(f"{FILES['printed']} holds no setting")
+    return pd.DataFrame(rows)
 
 
 def checks_held(buffering: Mapping[str, Any]) -> dict[str, bool]:

@@ -14,6 +14,7 @@ from analysis.live_evidence import (
     GOAL_LINK_ERROR,
     KERNELS,
     MANY_TOKENS,
+    QWEN_STUDY,
     RECORDED,
     ROUTINGS,
     Evidence,
@@ -26,6 +27,7 @@ from analysis.live_evidence import (
     headline_rows,
     held_out_rows,
     kernel_rows,
+    only_study,
     share_of_floor,
 )
 
@@ -218,7 +220,7 @@ def readme_rows(evidence: Evidence) -> list[tuple[str, str, str, str]]:
     buffered = buffering_rows(evidence.buffering)
     base = buffered.iloc[0]
     lru = buffered[buffered["policy"] == "lru"].iloc[0]
-    held = checks_held(evidence.buffering)
+    held = checks_held(only_study(evidence.buffering, QWEN_STUDY))
     text = held_out_rows(evidence.twin)
     skewed = [many[routing] for routing in ROUTINGS if routing != "uniform"]
     made = [

@@ -78,6 +78,12 @@ def memory_latency(
             f"one is of {machine.date}",
             hint="give the calibration that they were made from",
         )
+    for one in judgements:
+        if one.is_printed:
+            raise MoeprofError(
+                f"{one.name} comes from a printed table: no p{PERCENTILE} can be computed",
+                hint="leave it out",
+            )
     asked = predictions.options.question(trace)
     if predictions.facts["num_lookups"] != asked.routed.num_lookups:
         raise MoeprofError(f"the predictions are not of {trace.path}", hint="give their trace")

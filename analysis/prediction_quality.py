@@ -6,9 +6,11 @@ Pools verified-*.json (analysis/results) and holds each to the predictions that 
 it (predicted-*.json): every row judged must be a row predicted, and predicted earlier than it was
 measured. Measured percentiles, errors and coverage are computed again from the times of the steps,
 as the predictions mean them (of the steps' medians over repetitions); beside them stands what they
-are for all repetitions of all steps together (raw). Regret is that of `moeprof.live.regrets`, per
-trace, machine, percentile and memory. Goals are met or missed as they fall; what was predicted and
-not measured is listed.
+are for all repetitions of all steps together (raw). Of some runs only the printed table was kept
+(`analysis.printed_verifications`): their percentiles and errors stay as printed, are held to the
+predictions by the digits that were printed, and are counted apart. Regret is that of
+`moeprof.live.regrets`, per trace, machine, percentile and memory. Goals are met or missed as they
+fall; what was predicted and not measured is listed.
 """
 
 from __future__ import annotations
@@ -28,6 +30,7 @@ import numpy as np
 import pandas as pd
 
 from analysis import command
+from analysis.printed_verifications import DIGITS, check_error
 from moeprof.errors import MoeprofError
 from moeprof.live.verification import (
     NAME,
@@ -64,7 +67,12 @@ _PREDICTED = (
     "predicted_ms", "low_ms", "high_ms", "naive_bandwidth_ms", "naive_mean_ms", "hit_rate",
     "copied_bytes_per_step", "device_bytes",
 )  # fmt: skip
-_NEEDED = ("kind", "command", "date", "hardware", "versions", "notes", "rows", "step_times")
+_PRINTED_PREDICTIONS = ("predicted_ms", "low_ms", "high_ms")
+_PRINTED = (
+    *_PRINTED_PREDICTIONS, "measured_ms", "measured_spread", "inside", *MODELS_OF_TIME.values(),
+)  # fmt: skip
+"""What a row of a printed table has."""
+_NEEDED = ("kind", "command", "date", "hardware", "versions", "notes", "rows")
 _CLOSE = 1e-9
 _HINT = "write it again: moeprof verify TRACE --predictions FILE -o FILE"
 
@@ -89,7 +97,12 @@ class Judgement:
     def machine(self) -> str:
         """Where it was measured."""
         hardware = self.content["hardware"]
-        return str(hardware["device_name"] or hardware["cpu_name"])
+        return str(hardware["device_name"] or hardware.get("cpu_name"))
+
+    @property
+    def is_printed(self) -> bool:
+        """Whether only a printed table was kept."""
+        return "printed" in self.content
 
     @property
     def trace(self) -> str:
@@ -114,6 +127,8 @@ def read_judgements(verified: Iterable[Path], predicted: Iterable[Path]) -> list
     for path in sorted(verified):
         content = _read(path)
         name = _predictions_of(path, content, known)
+        if "printed" in content:
+            content = _filled(path, content, known[name])
         one = Judgement(name=path.name, content=content, predicted=name, predictions=known[name])
         _check_dates(one)
         for setting in dict.fromkeys(row["setting"] for row in content["rows"]):
@@ -138,11 +153,18 @@ def _read(path: Path) -> Mapping[str, Any]:
         raise MoeprofError(f"{path} cannot be read: {error}", hint=_HINT) from error
     if not isinstance(content, dict) or content.get("kind") != f"moeprof {NAME}":
         raise MoeprofError(f"{path} is not from moeprof verify", hint=_HINT)
-    lacking = [field for field in _NEEDED if field not in content]
+    is_printed = "printed" in content
+    needed = _NEEDED if is_printed else (*_NEEDED, "step_times")
+    lacking = [field for field in needed if field not in content]
     if lacking:
         raise MoeprofError(f"{path} lacks {', '.join(lacking)}", hint=_HINT)
     try:
+        if is_printed and "step_times" in content:
+            raise ValueError("a printed table has no times of steps")
         for row in content["rows"]:
+            if is_printed:
+                _check_printed_row(row)
+                continue
             _check_row(row, content["step_times"].get(row["setting"]))
     except (KeyError, TypeError, ValueError) as error:
         raise MoeprofError(f"{path} is damaged: {error!r}", hint=_HINT) from None
@@ -163,15 +185,37 @@ def _check_row(row: Mapping[str, Any], times: Mapping[str, Any] | None) -> None:
         raise ValueError(f"{what} says {row['measured_ms']} ms, its steps say otherwise")
 
 
+def _check_printed_row(row: Mapping[str, Any]) -> None:
+    """Raises where a row lacks a number, or its error is not what its times say."""
+    numbers = [float(row[key]) for key in _PRINTED if key != "inside"]
+    if not (np.isfinite(numbers).all() and isinstance(row["inside"], bool)):
+        raise ValueError(f"{row['setting']} p{row['percentile']} has no numbers")
+    check_error(row, "error", row["predicted_ms"])
+
+
+def _filled(path: Path, content: Mapping[str, Any], predictions: Predictions) -> Mapping[str, Any]:
+    """Returns a printed file with what was predicted to every digit, and no times of steps."""
+    said = {(row["setting"], row["percentile"]): row for row in predictions.rows}
+    rows = []
+    try:
+        for row in content["rows"]:
+            own = said[row["setting"], row["percentile"]]
+            check_error(row, "naive_bandwidth_error", own["naive_bandwidth_ms"])
+            check_error(row, "naive_mean_error", own["naive_mean_ms"])
+            rows.append({**row, **{key: own[key] for key in _PREDICTED}, "repetitions": None})
+    except MoeprofError as error:
+        raise MoeprofError(f"{path} is damaged: {error.message}", hint=error.hint) from None
+    return {**content, "rows": rows, "step_times": {}}
+
+
 def _predictions_of(
     path: Path, content: Mapping[str, Any], known: Mapping[str, Predictions]
 ) -> str:
     """Returns the file whose rows these are."""
+    same = _is_same_printed if "printed" in content else _is_same
     for name, predictions in known.items():
         rows = {(row["setting"], row["percentile"]): row for row in predictions.rows}
-        if all(
-            _is_same(row, rows.get((row["setting"], row["percentile"]))) for row in content["rows"]
-        ):
+        if all(same(row, rows.get((row["setting"], row["percentile"]))) for row in content["rows"]):
             return name
     raise MoeprofError(
         f"{path} judges what none of {', '.join(known) or 'no predictions'} says",
@@ -189,6 +233,13 @@ def _is_same(row: Mapping[str, Any], other: Mapping[str, Any] | None) -> bool:
         if one is not None and not math.isclose(one, two, rel_tol=_CLOSE, abs_tol=_CLOSE):
             return False
     return True
+
+
+def _is_same_printed(row: Mapping[str, Any], other: Mapping[str, Any] | None) -> bool:
+    return other is not None and all(
+        other[key] is not None and float(f"{other[key]:.{DIGITS}g}") == row[key]
+        for key in _PRINTED_PREDICTIONS
+    )
 
 
 def _check_dates(one: Judgement) -> None:
@@ -210,8 +261,8 @@ def _check_dates(one: Judgement) -> None:
 def pooled_rows(judgements: Sequence[Judgement]) -> pd.DataFrame:
     """Returns one row per trace, machine, setting and percentile, errors computed again.
 
-    ``inside`` is None where no interval was stated, all that is measured NaN where the setting did
-    not fit.
+    What comes from a printed table stays as printed, its ``raw_ms`` NaN. ``inside`` is None where
+    no interval was stated, all that is measured NaN where the setting did not fit.
     """
     rows = []
     for one in judgements:
@@ -229,10 +280,13 @@ def pooled_rows(judgements: Sequence[Judgement]) -> pd.DataFrame:
                 "raw_ms": math.nan,
                 "measured_spread": math.nan,
                 "repetitions": row["repetitions"],
+                "printed": one.is_printed,
                 "inside": None,
                 **dict.fromkeys(MODELS_OF_TIME.values(), math.nan),
             }
-            if row["setting"] in times_of:
+            if one.is_printed:
+                own |= {key: row[key] for key in _PRINTED if key not in _PREDICTED}
+            elif row["setting"] in times_of:
                 times = np.array(times_of[row["setting"]]["measured_ms"], float)
                 value = measured_ms(times, row["percentile"])
                 low, high = row["low_ms"], row["high_ms"]
@@ -288,11 +342,12 @@ def quality_of(rows: pd.DataFrame) -> dict[str, Any]:
         "coverage_high": high,
         "below": int((stated["measured_ms"] < stated["low_ms"]).sum()),
         "above": int((stated["measured_ms"] > stated["high_ms"]).sum()),
+        "raw_stated": int(stated["raw_ms"].notna().sum()),
         "raw_inside": int(
             ((stated["low_ms"] <= stated["raw_ms"]) & (stated["raw_ms"] <= stated["high_ms"])).sum()
         ),
         "raw_median_error": float((known["predicted_ms"] / known["raw_ms"] - 1).abs().median())
-        if len(known)
+        if known["raw_ms"].notna().any()
         else None,
         "median_signed_error": float(known["error"].median()) if len(known) else None,
         "absolute_errors": errors,
@@ -321,6 +376,7 @@ def pooled(judgements: Sequence[Judgement]) -> dict[str, Any]:
         "policies": known["policy"].nunique(),
         "capacities": known["capacity"].nunique(),
         "machines": known["machine"].nunique(),
+        "from_printed_tables": int(known["printed"].astype(bool).sum()),
         "not_to_tolerance": int((known["measured_spread"] > TOLERANCE).sum()),
         "tolerance": TOLERANCE,
     }
@@ -365,6 +421,7 @@ def _source(one: Judgement) -> dict[str, Any]:
         "measured_on": one.content["date"],
         "command": one.content["command"],
         "notes": one.content["notes"],
+        **{key: one.content[key] for key in ("printed", "beside") if key in one.content},
     }
 
 

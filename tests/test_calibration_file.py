@@ -94,6 +94,8 @@ def _damaged(change: Any) -> Any:
         (_damaged(lambda c: c["by_size"]["1024"]["host"].update(freedom=0)), "nothing over"),
         (_damaged(lambda c: c["by_size"]["1024"]["host"].update(jitter=[math.inf])), "no finite"),
         (_damaged(lambda c: c["by_size"].update({"1024": None})), "damaged"),
+        (_damaged(lambda c: c["by_size"].update({"0": c["corrections"]})), "not positive"),
+        (_damaged(lambda c: c.update(by_size=[])), "are no table"),
         (_damaged(lambda c: c["streamed"].pop("piece_host")), "lacks 'piece_host'"),
         (_damaged(lambda c: c.pop("known_s")), "lacks 'known_s'"),
         (_damaged(lambda c: c["sync_s"].update(median=-1.0)), "negative"),

@@ -311,12 +311,34 @@ def test_what_was_measured_decides_what_is_fitted_again(calibrated: Any) -> None
     assert sum(found.corrections.log_factors) > sum(machine.corrections.log_factors)
 
 
-@pytest.mark.parametrize("damage", ["none", "fewer", "others"])
+@pytest.mark.parametrize("damage", ["none", "fewer", "more", "others"])
 def test_other_trials_are_not_fitted_again(calibrated: Any, damage: str) -> None:
     machine, _ = calibrated
     own = machine.trials
     other = dataclasses.replace(own[1], setting="lru:7")
-    given = {"none": (), "fewer": own[:-1], "others": (own[0], other, *own[2:])}[damage]
+    given = {
+        "none": (),
+        "fewer": own[:-1],
+        "more": (*own, own[0]),
+        "others": (own[0], other, *own[2:]),
+    }[damage]
     with pytest.raises(UsageError, match="has other trials") as caught:
         live.refitted(dataclasses.replace(machine, trials=given), TINY)
     assert "\n" not in caught.value.message
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"regimes": TINY.regimes[:1]},
+        {"regimes": TINY.regimes[::-1]},
+        {"regimes": (*TINY.regimes, measuring.Regime(batch=3, num_layers=1, num_steps=3))},
+        {"d_model": 48},
+        {"dtype": "float64"},
+    ],
+    ids=["fewer-regimes", "other-regimes", "more-regimes", "width", "dtype"],
+)
+def test_trials_are_not_those_of_other_sizes(calibrated: Any, change: Any) -> None:
+    machine, _ = calibrated
+    with pytest.raises(UsageError, match="has other trials"):
+        live.refitted(machine, dataclasses.replace(TINY, **change))

@@ -404,7 +404,14 @@ def refitted(machine: Calibration, sizes: CalibrationSizes | None = None) -> Cal
         UsageError: These are not its trials.
     """
     given = sizes or (CPU_SIZES if machine.is_serial else GPU_SIZES)
-    shapes = [given.shape(int(size)) for size in machine.to_device.sizes]
+    others = UsageError(
+        "the calibration has other trials than these sizes ask for",
+        hint="give the sizes that it was measured with",
+    )
+    shapes = [given.shape(size) for size in machine.device_expert.expert_bytes]
+    ran = tuple(shape.expert_bytes for shape in shapes)
+    if given.dtype != machine.dtype or ran != machine.device_expert.expert_bytes:
+        raise others
     trials = iter(machine.trials)
     tried: list[_Tried] = []
     with tempfile.TemporaryDirectory() as folder:
@@ -414,8 +421,12 @@ def refitted(machine: Calibration, sizes: CalibrationSizes | None = None) -> Cal
             for setting in trial_settings(machine):
                 trial = next(trials, None)
                 if trial is None or trial.setting != setting.name:
-                    raise UsageError("the calibration has other trials than these sizes ask for")
+                    raise others
+                if len(trial.modelled_ms) != len(question.routed.steps):
+                    raise others
                 tried.append(_tried(trial.measured_ms, question, setting, machine))
+    if next(trials, None) is not None:
+        raise others
     return _corrected(machine, tried)
 
 

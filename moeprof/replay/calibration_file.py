@@ -468,7 +468,7 @@ def _calibration(content: Mapping[str, Any]) -> Calibration:
         exchange_ranks=content.get("exchange_ranks"),
         trials=tuple(_trial(one) for one in content["trials"]),
         corrections=None if fitted is None else _corrections(fitted),
-        by_size={int(size): _corrections(one) for size, one in content["by_size"].items()},
+        by_size=_by_size(content["by_size"]),
     )
 
 
@@ -513,6 +513,15 @@ def _streamed(content: Mapping[str, Any]) -> StreamedTimes:
         combine_host_s=_measured(content["combine_host_s"]),
         combine_device=_curve(content["combine_device"]),
     )
+
+
+def _by_size(content: Any) -> dict[int, Corrections]:
+    if not isinstance(content, dict):
+        raise ValueError("the corrections by size are no table")
+    found = {int(size): _corrections(one) for size, one in content.items()}
+    if min(found, default=1) < 1:
+        raise ValueError("a size of experts is not positive")
+    return found
 
 
 def _corrections(content: Mapping[str, Any]) -> Corrections:

@@ -11,6 +11,7 @@ from analysis.live_evidence import (
     CHECK_COLUMNS,
     FILES,
     GOAL_LINK_ERROR,
+    LOAD,
     STUDIES,
     buffering_matrix,
     buffering_rows,
@@ -29,6 +30,7 @@ from analysis.live_parts import (
     result_section,
     rows_table,
 )
+from analysis.published import MT_BUFFERED_SHARES, MT_DEVICE_GIB
 from moeprof.replay import wording
 from moeprof.replay.result import SEVERITY_COST, SEVERITY_FACT, Finding, Metric, Result
 from moeprof.reporting.document import Described
@@ -112,6 +114,40 @@ def _printed_said(rows: pd.DataFrame) -> str:
     )
 
 
+def _papers_points_said(data: Mapping[str, Any]) -> list[str]:
+    """Returns what the founding paper's own points came to, where its decoder was run."""
+    study = data["studies"].get("mt-decoder")
+    if study is None:
+        return []
+    found = []
+    for slots, share in sorted(MT_BUFFERED_SHARES.items()):
+        own = [
+            row
+            for row in study["settings"]
+            if (row["policy"], row["capacity"], row["miss"]) == ("paper", slots, LOAD)
+        ]
+        if not own:
+            continue
+        (row,) = own
+        saved = row["memory"]["saved_bytes"] / GIB
+        found.append(
+            f"{slots} of {study['experts_per_layer_here']}: {saved:.2f} GiB saved, "
+            f"{percent(saved / MT_DEVICE_GIB)} of a device's static memory (the paper: "
+            f"{percent(share)}), {percent(row['hit_rate'])} hits, worst layer "
+            f"{percent(1 - row['worst_layer_miss_rate'])}, median decode step "
+            f"{row['decode_p50_ms']:.1f} ms, p95 {row['decode_p95_ms']:.0f} ms"
+        )
+    return (
+        [
+            "The paper's points of its MT decoder, one device of eight, its own policy (experts "
+            f"kept per layer): {'; '.join(found)}; {study['unbuffered']['decode_p50_ms']:.1f} ms and "
+            f"{study['unbuffered']['decode_p95_ms']:.0f} ms with all."
+        ]
+        if found
+        else []
+    )
+
+
 def buffering_part(
     data: Mapping[str, Any], checks: Mapping[str, Any], printed: Mapping[str, Any]
 ) -> Described:
@@ -191,7 +227,11 @@ def buffering_part(
         )
     findings += [
         Finding(text=said, severity=SEVERITY_FACT, section="buffering")
-        for said in (_printed_said(printed_checks), _checks_said(checks))
+        for said in (
+            *_papers_points_said(data),
+            _printed_said(printed_checks),
+            _checks_said(checks),
+        )
     ]
     left = study.get("left_out_for_time", [])
     result = Result(

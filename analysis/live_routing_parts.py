@@ -137,15 +137,14 @@ def _papers_points_said(data: Mapping[str, Any]) -> list[str]:
             f"{percent(1 - row['worst_layer_miss_rate'])}, median decode step "
             f"{row['decode_p50_ms']:.1f} ms, p95 {row['decode_p95_ms']:.0f} ms"
         )
-    return (
-        [
-            "The paper's points of its MT decoder, one device of eight, its own policy (experts "
-            f"kept per layer): {'; '.join(found)}; {study['unbuffered']['decode_p50_ms']:.1f} ms and "
-            f"{study['unbuffered']['decode_p95_ms']:.0f} ms with all."
-        ]
-        if found
-        else []
-    )
+    if not found:
+        return []
+    whole = study["unbuffered"]
+    return [
+        "The paper's points of its MT decoder, one device of eight, its own policy (experts kept "
+        f"per layer): {'; '.join(found)}; {whole['decode_p50_ms']:.1f} ms and "
+        f"{whole['decode_p95_ms']:.0f} ms with all."
+    ]
 
 
 def buffering_part(

@@ -22,6 +22,7 @@ from analysis.live_evidence import (
 from analysis.live_goals import Goal, not_measured, percent
 from analysis.live_parts import (
     Addition,
+    beside_banners,
     figure_data,
     panel,
     pooled_part,
@@ -213,7 +214,10 @@ def mt_part(data: Mapping[str, Any]) -> Described:
         verdict=verdict,
         routing=routing or ["none"],
         facts={"Repetitions": repetitions_said(pd.concat(counts))} if counts else {},
-        banners=[f"Not among these results: {', '.join(missing)}."] if missing else [],
+        banners=[
+            *([f"Not among these results: {', '.join(missing)}."] if missing else []),
+            *beside_banners([data]),
+        ],
         sections=sections,
         findings=findings,
     )

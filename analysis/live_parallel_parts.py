@@ -11,7 +11,14 @@ import matplotlib.pyplot as plt
 import pandas as pd
 
 from analysis.live_goals import Goal, not_measured, percent
-from analysis.live_parts import Addition, figure_data, part, result_section, rows_table
+from analysis.live_parts import (
+    Addition,
+    beside_banners,
+    figure_data,
+    part,
+    result_section,
+    rows_table,
+)
 from analysis.live_styles import COLOURS, INK, STYLE, save
 from moeprof.replay.result import SEVERITY_COST, SEVERITY_FACT, Finding, Metric, Result
 from moeprof.reporting.document import Described
@@ -222,7 +229,8 @@ def parallel_part(data: Mapping[str, Any]) -> Described:
             "Kernel": data["kernel"],
         },
         banners=["Times for more devices than were there are estimates: the slowest share in turn "
-                 "on one GPU, exchanges from the line through those measured."],
+                 "on one GPU, exchanges from the line through those measured.",
+                 *beside_banners([data])],
         section=section,
         result=result,
     )  # fmt: skip

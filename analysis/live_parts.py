@@ -160,6 +160,21 @@ def pooled_part(
     )
 
 
+def beside_banners(measurements: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Returns what else ran on the machines meanwhile, once each.
+
+    Args:
+        measurements: Each with hardware and perhaps ``beside``.
+    """
+    return _once(
+        [
+            f"While this was measured on {each['hardware']['device_name']}, {each['beside']}."
+            for each in measurements
+            if each.get("beside")
+        ]
+    )
+
+
 def date_said(date: object) -> str:
     """Returns a date as people read it."""
     return str(date).replace("T", " ").replace("+00:00", " UTC")

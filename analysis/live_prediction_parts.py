@@ -10,6 +10,7 @@ import pandas as pd
 from analysis.live_goals import GIB, Goal, not_measured, percent
 from analysis.live_parts import (
     Addition,
+    beside_banners,
     date_said,
     figure_data,
     pooled_part,
@@ -139,16 +140,19 @@ def predictions_part(data: Mapping[str, Any]) -> Described:
             "An error is predicted over measured, less 1; median errors are of absolute values. A "
             "prediction is a percentile (p50 or p99) of the step times of one setting on one "
             "machine, each step by its median over repetitions. Against percentiles of all "
-            f"repetitions of all steps {whole['raw_inside']} of {whole['stated']} would lie inside"
+            f"repetitions of all steps {whole['raw_inside']} of {whole['raw_stated']} would lie "
+            "inside"
             + (
                 f" and the median error be {100 * whole['raw_median_error']:.1f}%."
-                if whole["predictions"]
+                if whole["raw_median_error"] is not None
                 else "."
             ),
             "Naive models: bytes over bandwidth (bytes copied over the link's, bytes of active "
             "experts over the device's), and the mean step of everything done one after another.",
             "Settings compete at equal memory on one machine, for one trace and percentile; regret "
-            "is the time of the recommended over that of the best measured, less 1.",
+            "is the time of the recommended over that of the best measured, less 1."
+            + _without_future(regret),
+            *_printed_note(data),
             f"{counts['not_to_tolerance']} of {whole['predictions']} percentiles are not known to "
             f"{percent(counts['tolerance'])} (half of the 90% interval over repetitions).",
             f"{len(missing)} predicted settings were not measured: "
@@ -205,10 +209,34 @@ def predictions_part(data: Mapping[str, Any]) -> Described:
                 )
             ),
         },
-        banners=[],
+        banners=beside_banners(sources),
         sections=[section],
         findings=result.findings,
     )  # fmt: skip
+
+
+def _without_future(regret: Mapping[str, Any]) -> str:
+    """Returns the regret where nothing competes that knows the future."""
+    own = regret["without_future"]
+    if not own["choices"]:
+        return ""
+    return (
+        f" Without policies that know the future: median {100 * own['median']:.1f}% of "
+        f"{own['choices']} choices, worst {100 * own['worst']:.1f}%."
+    )
+
+
+def _printed_note(data: Mapping[str, Any]) -> list[str]:
+    """Returns how many predictions are held to printed tables."""
+    number = data["counts"]["from_printed_tables"]
+    if not number:
+        return []
+    machines = dict.fromkeys(each["machine"] for each in data["sources"] if "printed" in each)
+    return [
+        f"{number} of {data['all']['predictions']} predictions ({', '.join(machines)}) are held to "
+        "the tables that moeprof verify printed, four digits each: the files with every repetition "
+        "were not kept, so that nothing about them was computed again."
+    ]
 
 
 def _metric(

@@ -9,7 +9,7 @@ the file come out the same, so that it is the model that was judged. Beside it: 
 (``moeprof verify --predictions``), what a replay of one token after another or a hit rate alone
 would have said, and a frontier: as few copies as any policy can do with so many slots (MIN,
 free to pass an expert through), deciding for nothing, no copy waiting for a slot. Recommended is
-the least predicted within the budget.
+the least predicted within the budget, of policies that do not know the future.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ from analysis.token_major import token_major
 from moeprof.errors import MoeprofError
 from moeprof.live.verification import Predictions, measured_ms, read_predictions, spread_of
 from moeprof.replay.buffer_plans import plan_buffer
+from moeprof.replay.cache.policies import POLICIES
 from moeprof.replay.calibration_file import Calibration, DecisionTimes, read_calibration
 from moeprof.replay.cost_model import PERCENTILES, Prediction, Question, predict, prediction_rows
 from moeprof.replay.pipeline import NOTHING
@@ -93,7 +94,9 @@ def memory_latency(
     whole = sum(site.num_experts for site in question.routed.sites) * question.shape.expert_bytes
     budget = int(whole * budget_share)
     rows = [_row(one) for one in found]
-    fitting = [row for row in rows if row["device_bytes"] <= budget]
+    fitting = [
+        row for row in rows if row["device_bytes"] <= budget and not _sees_future(row["policy"])
+    ]
     return {
         "kind": KIND,
         "percentile": PERCENTILE,
@@ -140,6 +143,11 @@ def _check_same(found: Sequence[Prediction], predictions: Predictions, question:
                     f"predictions say {said[key]:.4f} ms",
                     hint="use the version of moeprof that made them",
                 )
+
+
+def _sees_future(policy: str | None) -> bool:
+    """Returns whether no device can run the policy, so that nobody should be told to."""
+    return policy is not None and POLICIES[policy].sees_future
 
 
 def _predicted_ms(row: Mapping[str, Any]) -> float:

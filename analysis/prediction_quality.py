@@ -9,7 +9,7 @@ as the predictions mean them (of the steps' medians over repetitions); beside th
 are for all repetitions of all steps together (raw). Of some runs only the printed table was kept
 (`analysis.printed_verifications`): their percentiles and errors stay as printed, are held to the
 predictions by the digits that were printed, and are counted apart. Regret is that of
-`moeprof.live.regrets`, per trace, machine, percentile and memory. Goals are met or missed as they
+`moeprof.live.regrets`, per routing, machine, percentile and memory. Goals are met or missed as they
 fall; what was predicted and not measured is listed.
 """
 
@@ -42,6 +42,7 @@ from moeprof.live.verification import (
     regrets,
     spread_of,
 )
+from moeprof.replay.cache.policies import POLICIES
 from moeprof.replay.serving_settings import GatingSetting, Setting, parse_setting
 from moeprof.reporting.writing import write_files
 
@@ -270,6 +271,7 @@ def pooled_rows(judgements: Sequence[Judgement]) -> pd.DataFrame:
         for row in one.content["rows"]:
             own = {
                 "trace": one.trace,
+                "routing": one.predictions.facts["trace"],
                 "model": one.predictions.facts["model"],
                 "machine": one.machine,
                 "setting": row["setting"],
@@ -355,11 +357,14 @@ def quality_of(rows: pd.DataFrame) -> dict[str, Any]:
 
 
 def regret_rows(rows: pd.DataFrame) -> pd.DataFrame:
-    """Returns the regret of every choice: per trace, machine, percentile and memory."""
+    """Returns the regret of every choice: per routing, machine, percentile and memory.
+
+    Settings of one trace compete also where they were predicted in several files.
+    """
     found = []
-    for (trace, machine), own in rows.groupby(["trace", "machine"], sort=True):
+    for (routing, machine), own in rows.groupby(["routing", "machine"], sort=True):
         table = regrets(own)
-        table.insert(0, "trace", trace)
+        table.insert(0, "routing", routing)
         table.insert(1, "machine", machine)
         found.append(table)
     return pd.concat(found, ignore_index=True)
@@ -387,9 +392,8 @@ def pooled(judgements: Sequence[Judgement]) -> dict[str, Any]:
         for value, own in known.groupby(by, sort=True)
     ]
     regret = {
-        "choices": len(chosen),
-        "median": float(chosen["regret"].median()) if len(chosen) else None,
-        "worst": float(chosen["regret"].max()) if len(chosen) else None,
+        **_regret_of(chosen),
+        "without_future": _regret_of(regret_rows(rows[~rows["policy"].map(_sees_future)])),
         "rows": json.loads(chosen.to_json(orient="records", double_precision=12)),
     }
     return {
@@ -402,6 +406,19 @@ def pooled(judgements: Sequence[Judgement]) -> dict[str, Any]:
         "not_measured": _not_measured(judgements, rows),
         "goals": _goals(counts, whole, regret),
         "rows": json.loads(rows.to_json(orient="records", double_precision=12)),
+    }
+
+
+def _sees_future(policy: str | None) -> bool:
+    return policy in POLICIES and POLICIES[policy].sees_future
+
+
+def _regret_of(chosen: pd.DataFrame) -> dict[str, Any]:
+    """Returns how many choices there were, and their regret."""
+    return {
+        "choices": len(chosen),
+        "median": float(chosen["regret"].median()) if len(chosen) else None,
+        "worst": float(chosen["regret"].max()) if len(chosen) else None,
     }
 
 

@@ -96,11 +96,16 @@ def test_every_series_is_there(found):
 
 
 def test_recommended_is_the_least_predicted_within_the_budget(found, files, machine):
-    fitting = [row for row in found["predicted"] if row["device_bytes"] <= found["budget_bytes"]]
+    fitting = [
+        row
+        for row in found["predicted"]
+        if row["device_bytes"] <= found["budget_bytes"] and row["policy"] != "min"
+    ]
     assert found["budget_bytes"] * 2 == found["all_expert_bytes"]
     assert found["recommended"] == min(fitting, key=lambda row: row["p95_ms"])["setting"]
     tight = found_in(files, machine, budget_share=0.26)
-    assert tight["recommended"] in {"lru:2", "min:2"}
+    # min would be faster, and knows the future.
+    assert tight["recommended"] == "lru:2"
     assert found_in(files, machine, budget_share=0.01)["recommended"] is None
 
 

@@ -261,7 +261,7 @@ def calibrate(
     show = progress or (lambda *_: None)
     # First: ranks that do not find each other should not cost all the rest.
     exchange = None if num_ranks is None else exchange_curve(num_ranks, device=target)
-    with tempfile.TemporaryDirectory() as folder, torch.no_grad():
+    with tempfile.TemporaryDirectory() as folder, torch.no_grad(), made_current(target):
         regimes = [_made_up(Path(folder), chosen, regime) for regime in chosen.regimes]
         found = _measured(bench, regimes, policies, kernels, command, show)
     return dataclasses.replace(found, all_to_all=exchange, exchange_ranks=num_ranks)

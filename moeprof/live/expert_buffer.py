@@ -23,7 +23,7 @@ from moeprof.live.expert_store import BlockShape, Bytes, ExpertStore
 from moeprof.live.experts import ExpertWeights
 from moeprof.live.kernels.streamed import STREAMED_TOKENS, StreamedDispatch, can_stream
 from moeprof.live.row_blocks import Workspace
-from moeprof.live.transfers import Transfers, make_slots, new_event, open_transfers
+from moeprof.live.transfers import Transfers, made_current, make_slots, new_event, open_transfers
 from moeprof.replay.cache.pieces import copies_of, pieces_of
 from moeprof.replay.cache.residency import MISS_ACTIONS, NO_SLOT, MissRule, Planned, Residency
 
@@ -263,9 +263,10 @@ class ExpertBuffer:
         if self._transfers is not None:
             self._transfers.finish()
         self._residency.reset()
-        for site, expert, slot in self._residency.residents():
-            self._load(self._by_id[site], expert, slot)
-            self._num_initial += 1
+        with made_current(self.device):
+            for site, expert, slot in self._residency.residents():
+                self._load(self._by_id[site], expert, slot)
+                self._num_initial += 1
         self._num_copies = self._copied_bytes = 0
 
     def begin_step(self, step: int | None = None) -> None:
@@ -286,16 +287,16 @@ class ExpertBuffer:
         """
         place = self._by_id[site]
         streamed = self._streamed.get(site)
-        if (
-            streamed is not None
-            and 0 < hidden.shape[0] <= STREAMED_TOKENS
-            and hidden.dtype == place.store.shape.dtype
-        ):
-            return self._run_streamed(place, streamed, hidden, ids, weights)
-        workspace = self._workspace_of(place, hidden.dtype)
-        given, slots, ends = workspace.sorted_rows(hidden, ids, place.store.num_experts)
-        rows = self._run_blocks(place, given, ends, workspace)
-        return workspace.combined(rows, slots, weights, ends[-1])
+        is_small = (
+            0 < hidden.shape[0] <= STREAMED_TOKENS and hidden.dtype == place.store.shape.dtype
+        )
+        with made_current(self.device):
+            if streamed is not None and is_small:
+                return self._run_streamed(place, streamed, hidden, ids, weights)
+            workspace = self._workspace_of(place, hidden.dtype)
+            given, slots, ends = workspace.sorted_rows(hidden, ids, place.store.num_experts)
+            rows = self._run_blocks(place, given, ends, workspace)
+            return workspace.combined(rows, slots, weights, ends[-1])
 
     @torch.no_grad()
     def run_sorted(self, site: int, rows: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
@@ -309,7 +310,8 @@ class ExpertBuffer:
         place = self._by_id[site]
         workspace = self._workspace_of(place, rows.dtype)
         workspace.reserve(rows.shape[0])
-        return self._run_blocks(place, rows, workspace.ends_on_host(ends), workspace)
+        with made_current(self.device):
+            return self._run_blocks(place, rows, workspace.ends_on_host(ends), workspace)
 
     def _run_streamed(
         self,

@@ -25,6 +25,7 @@ from moeprof.live.routed_runs import (
     run_steps,
     starting_rows,
 )
+from moeprof.live.transfers import made_current
 from moeprof.replay.expert_shapes import ITEM_BYTES, ExpertShape, shape_of_trace
 from moeprof.replay.serving_settings import GatingSetting, Setting
 
@@ -209,7 +210,8 @@ class SettingRun:
     def step_ms(self) -> list[float]:
         """Returns the time of every step, from caches as they are at the start."""
         if self._buffer is None:
-            return _gating_steps(self._stack, self._kernel, self._weights)
+            with made_current(self._stack.device):
+                return _gating_steps(self._stack, self._kernel, self._weights)
         self._buffer.reset()
         _settle(self._stack.device)
         return [

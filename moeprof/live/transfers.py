@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol
 
 import torch
@@ -22,6 +23,17 @@ _NUM_EVENTS = 256
 def new_event() -> torch.cuda.Event:
     """Returns an event that keeps no time, the cheapest kind."""
     return torch.cuda.Event()  # type: ignore[no-untyped-call]
+
+
+def made_current(device: torch.device) -> AbstractContextManager[Any]:
+    """Returns a context in which a device is the current one.
+
+    Triton launches on the current device, and the driver takes streams of its context only,
+    wherever the tensors lie.
+    """
+    if device.type != "cuda":
+        return nullcontext()
+    return torch.cuda.device(device)
 
 
 class Transfers(Protocol):

@@ -128,7 +128,7 @@ class StreamedDispatch:
             ids: [T, k]; -1 in slots that are not executed.
             weights: [T, k].
         """
-        assert 0 < hidden.shape[0] <= STREAMED_TOKENS
+        assert 0 < hidden.shape[0] <= STREAMED_TOKENS and hidden.dtype == self._shape.dtype
         self._hidden = hidden.contiguous()
         self._ids = ids.long().contiguous()
         self._weights = weights.contiguous()

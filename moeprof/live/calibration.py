@@ -49,7 +49,13 @@ from moeprof.live.setting_runs import (
     open_stack,
     timed_steps,
 )
-from moeprof.live.transfers import HostTransfers, Transfers, make_slots, open_transfers
+from moeprof.live.transfers import (
+    HostTransfers,
+    Transfers,
+    made_current,
+    make_slots,
+    open_transfers,
+)
 from moeprof.recording.hardware import hardware, versions
 from moeprof.replay import cost_model
 from moeprof.replay.buffer_plans import planned_dispatches, read_routed_rows, residency_of

@@ -19,7 +19,7 @@ from analysis.live_evidence import (
     gains,
     headline_rows,
 )
-from analysis.live_goals import Goal, not_measured, percent
+from analysis.live_goals import GIB, Goal, not_measured, percent
 from analysis.live_parts import (
     Addition,
     beside_banners,
@@ -153,10 +153,14 @@ def mt_readme_rows(data: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
         found = ran(data, name)
         if found is not None:
             gain = _mask_gain(found)
+            rows = headline_rows(found)
+            active, num_experts = _busy(found, int(best_of(rows, "dynamic")["batch"]))
+            equal = _times(gain.equal_terms, digits=1)
             made.append(
                 (
-                    f"{label}, tokens/s: dynamic over one static mask, own best batches",
-                    f"{gain.own_best:.1f}x; {_times(gain.equal_terms)} at equal memory and p95",
+                    f"{label}, tokens/s: dynamic over one static mask, own best batches "
+                    f"({active:.0f} of {num_experts} experts busy)",
+                    f"{gain.own_best:.1f}x; {equal} at equal memory and p95",
                     f"paper {_published(name)}",
                     _COMMAND,
                 )
@@ -167,7 +171,10 @@ def mt_readme_rows(data: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
         made.append(
             (
                 "One rank's share of 8 GPUs, total memory, static over dynamic: "
-                + ", ".join(MODELS[model] for model in judged),
+                + ", ".join(
+                    f"{MODELS[model]} ({each['tokens_per_rank']:,} tokens)"
+                    for model, each in judged.items()
+                ),
                 ", ".join(f"{each['ratios'][JUDGED_RATIO]:.2f}x" for each in judged.values()),
                 ", ".join(f"{MEMORY_RATIOS[model]:g}x" for model in judged),
                 _COMMAND,
@@ -179,6 +186,7 @@ def mt_readme_rows(data: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
 def mt_part(data: Mapping[str, Any]) -> Described:
     """Returns the translation model by stack, and one rank's share."""
     sections, findings, routing, verdicts, counts = [], [], [], [], []
+    uncontrolled: list[str] = []
     for name, label in STACKS.items():
         found = ran(data, name)
         if found is None:
@@ -187,7 +195,8 @@ def mt_part(data: Mapping[str, Any]) -> Described:
         sections.append(section)
         findings += result.findings
         routing += [found["routing"], found["control"]["routing"]]
-        verdicts.append(f"{_mask_gain(found).own_best:.1f} times in the {label}")
+        verdicts.append(f"in the {label} {_mask_gain(found).own_best:.1f} times")
+        uncontrolled += [label] if _control_gain(found) is None else []
         rows = headline_rows(found)
         counts.append(rows.loc[~rows["out_of_memory"], "num_repetitions"])
     share = ran(data, SHARE)
@@ -201,8 +210,8 @@ def mt_part(data: Mapping[str, Any]) -> Described:
     verdict = "One rank's share of the paper's 8 GPUs, by gating."
     if verdicts:
         verdict = (
-            f"On one {device} moeprof's dynamic gating makes of static gating with a dispatch mask "
-            f"{' and '.join(verdicts)}, each at its own best batch."
+            f"On one {device} moeprof's dynamic gating is {' and '.join(verdicts)} as fast as "
+            "static gating with a dispatch mask, each at its own best batch."
         )
     elif share is None:
         verdict = "Nothing that could be compared was measured."
@@ -216,6 +225,10 @@ def mt_part(data: Mapping[str, Any]) -> Described:
         facts={"Repetitions": repetitions_said(pd.concat(counts))} if counts else {},
         banners=[
             *([f"Not among these results: {', '.join(missing)}."] if missing else []),
+            *(
+                f"{label} was not run on uniform routing, which keeps all experts busy."
+                for label in uncontrolled
+            ),
             *beside_banners([data]),
         ],
         sections=sections,
@@ -257,6 +270,8 @@ def _stack_section(name: str, label: str, found: Mapping[str, Any]) -> tuple[Res
         f"({_times(mask.equal_terms)} at equal memory and p95). The paper prints "
         f"{_published(name)}, on other devices."
     )
+    active, num_experts = _busy(found, int(best["dynamic"]["batch"]))
+    text += f" The routing keeps {active:.0f} of {num_experts} experts of a layer busy."
     if control is not None:
         text += f" On uniform routing, which keeps all experts busy, it is {control:.1f} times."
     if dense is not None:
@@ -331,13 +346,13 @@ def _stack_notes(
     name: str, found: Mapping[str, Any], best: Mapping[str, pd.Series[Any]]
 ) -> tuple[str, ...]:
     batch = int(best["dynamic"]["batch"])
-    active = {row["batch"]: row["mean"] for row in found["active_experts"]}
+    active, num_experts = _busy(found, batch)
     notes = [
         "Tokens are those without padding. Equal terms: moeprof's gating at its fastest batch that "
         "needs no more memory beyond the weights and no longer at the 95th percentile than the "
         f"other at its own best. Weights: {wording.num_bytes(found['weight_bytes'])}; dense twin "
         f"{wording.num_bytes(found['dense_weight_bytes'])}.",
-        f"Recorded routing keeps {active[batch]:.0f} of {found['config']['num_experts']} experts "
+        f"Recorded routing keeps {active:.0f} of {num_experts} experts "
         f"of a layer busy at batch {batch} on average. Static gating has a slot for every token at "
         "every expert, as the paper's, and drops nothing.",
     ]
@@ -413,42 +428,53 @@ def _share_section(data: Mapping[str, Any], share: Mapping[str, Any]) -> tuple[R
 
 
 def draw_mt(data: Mapping[str, Any], path: Path) -> None:
-    """Draws tokens per second by memory beyond the weights, a panel per stack that was run."""
+    """Draws tokens per second and memory beyond the weights by batch, a column per stack."""
     stacks = [(label, found) for name, label in STACKS.items() if (found := ran(data, name))]
     with mpl.rc_context(dict(STYLE)):
         width = max(1, len(stacks))
         figure, grid = plt.subplots(
-            1, width, figsize=(1.2 + 4.6 * width, 5.2), squeeze=False, layout="constrained"
-        )
-        for axes, (label, found) in zip(grid[0], stacks, strict=False):
+            2, width, figsize=(1.2 + 5.2 * width, 7.4), squeeze=False, sharex="col",
+            height_ratios=[3, 2], layout="constrained",
+        )  # fmt: skip
+        for column, (label, found) in enumerate(stacks):
             rows = headline_rows(found)
             rows = rows[~rows["out_of_memory"]]
+            rates, sizes = grid[0][column], grid[1][column]
             for gating, said in GATINGS.items():
                 own = rows[rows["gating"] == gating].sort_values("batch")
                 if own.empty:
                     continue
-                axes.plot(own["extra_bytes"] / 2**30, own["tokens_per_s"], marker="o",
-                          markersize=3.5,
-                          linestyle="--" if gating == "dense" else "-", linewidth=1.1, label=said,
-                          color=_COLOURS[gating])  # fmt: skip
-            axes.set_xscale("log")
-            axes.set_yscale("log")
-            for axis in (axes.xaxis, axes.yaxis):
-                # Not as powers: figures do not read text as mathematics.
-                axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
-                axis.set_minor_formatter(NullFormatter())
-            axes.set_title(label)
-            axes.set_xlabel("memory beyond the weights, GiB")
-            axes.set_ylabel("tokens/s")
-        if stacks:
-            grid[0][0].legend(frameon=False, fontsize=8, loc="upper center",
-                              bbox_to_anchor=(0.5, -0.13))  # fmt: skip
+                style = {"marker": "o", "markersize": 3.5, "linewidth": 1.1,
+                         "linestyle": "--" if gating == "dense" else "-",
+                         "color": _COLOURS[gating]}  # fmt: skip
+                rates.plot(own["batch"], own["tokens_per_s"], label=said, **style)
+                sizes.plot(own["batch"], own["extra_bytes"] / GIB, **style)
+            for axes in (rates, sizes):
+                axes.set_xscale("log", base=2)
+                axes.set_yscale("log")
+                for axis in (axes.xaxis, axes.yaxis):
+                    # Not as powers: figures do not read text as mathematics.
+                    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
+                    axis.set_minor_formatter(NullFormatter())
+            rates.set_title(f"{label}: tokens/s")
+            sizes.set_title("memory beyond the weights, GiB")
+            sizes.set_xlabel("batch")
+        handles, names = grid[0][0].get_legend_handles_labels()
+        if handles:
+            figure.legend(handles, names, loc="outside lower center", ncols=3, frameon=False,
+                          fontsize=8.5)  # fmt: skip
         device = data["hardware"]["device_name"] or data["hardware"]["cpu_name"]
         figure.suptitle(
             f"The paper's translation model on one {device}",
             x=0.01, ha="left", fontsize=12.5, fontweight="bold",
         )  # fmt: skip
         save(figure, path)
+
+
+def _busy(found: Mapping[str, Any], batch: int) -> tuple[float, int]:
+    """Returns the mean number of experts of a layer that recorded routing uses, and all."""
+    active = {row["batch"]: row["mean"] for row in found["active_experts"]}
+    return float(active[batch]), int(found["config"]["num_experts"])
 
 
 def _mask_gain(found: Mapping[str, Any]) -> Gain:
@@ -467,8 +493,8 @@ def _published(name: str) -> str:
     return f"{single:g}x on one node, {several:g}x on several"
 
 
-def _times(value: float | None) -> str:
-    return "not to be had" if value is None else f"{value:.2f}x"
+def _times(value: float | None, digits: int = 2) -> str:
+    return "not to be had" if value is None else f"{value:.{digits}f}x"
 
 
 MT = Addition(

@@ -245,9 +245,12 @@ def _gain(data: Mapping[str, Any], rows: pd.DataFrame, error: float) -> Finding:
         if len(plain):
             gain = float(plain["step_ms"].iloc[0] / best["step_ms"])
             said.append(f"{gain:.2f}x with {best['setting']} ({trace}, {tokens:,} tokens)")
+    errors = rows["error_share"].abs().groupby(rows["trace"], sort=False).median()
+    by_trace = ", ".join(f"{percent(value)} {trace}" for trace, value in errors.items())
     gained = f"The best placement gains {', '.join(said)} over contiguous experts. " if said else ""
     return Finding(
-        text=f"{gained}Predicted step times are off by {percent(error)} (median of {len(rows)}); "
+        text=f"{gained}Predicted step times are off by {percent(error)} (median of {len(rows)}; "
+        f"{by_trace}); "
         f"choosing by them costs at most {percent(max(_regrets(data)))} over the best measured.",
         severity=SEVERITY_FACT + 1,
         section="parallel",

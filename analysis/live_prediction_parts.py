@@ -31,6 +31,7 @@ _WANTED = (
     ("Median error of a predicted percentile", "at most 5%, and a third of the naive models'"),
     ("Regret of the setting recommended at equal memory", "median at most 2%, worst 10%"),
 )  # fmt: skip
+_MOST_NAMED = 6
 _LISTED = (
     "machine", "trace", "setting", "percentile", "predicted_ms", "low_ms", "high_ms",
     "measured_ms", "raw_ms", "measured_spread", "error", "inside", "naive_bandwidth_error",
@@ -129,6 +130,7 @@ def predictions_part(data: Mapping[str, Any]) -> Described:
                 metric="predictions/regret/median",
             )
         )
+    findings += _where_it_is_off(data)
     missing = data["not_measured"]
     result = Result(
         name="predictions",
@@ -172,7 +174,10 @@ def predictions_part(data: Mapping[str, Any]) -> Described:
         figures=[_coverage_figure(data), _error_figure(data)],
         tables=[
             rows_table("By machine, model, percentile and kind", _group_rows(data)),
-            rows_table("Every choice at equal memory", pd.DataFrame(regret["rows"])),
+            rows_table(
+                "Every choice at equal memory",
+                pd.DataFrame(regret["rows"]).rename(columns={"regret": "regret_share"}),
+            ),
             rows_table("Every prediction", rows[list(_LISTED)]),
         ],
         headline=[
@@ -213,6 +218,45 @@ def predictions_part(data: Mapping[str, Any]) -> Described:
         sections=[section],
         findings=result.findings,
     )  # fmt: skip
+
+
+def _where_it_is_off(data: Mapping[str, Any]) -> list[Finding]:
+    """Returns to which side measurements fall by machine, and where a naive model is closer."""
+    sides = [
+        f"{each['of']}: off by {100 * _median_error(each, 'model'):.1f}% (median; "
+        f"{100 * each['median_signed_error']:+.1f}% with its sign), of "
+        f"{each['stated']} measured {each['below']} faster and {each['above']} slower than the "
+        f"stated interval{_slower(data, each['of'])}"
+        for each in data["groups"]
+        if each["by"] == "machine" and each["stated"]
+    ]
+    closer = [
+        f"{each['of']}, {name} {100 * value['0.5']:.1f}% against the model's "
+        f"{100 * _median_error(each, 'model'):.1f}%"
+        for each in data["groups"]
+        if each["by"] == "machine and model"
+        for name, value in each["absolute_errors"].items()
+        if name != "model" and value["0.5"] < _median_error(each, "model")
+    ]
+    calibrated = " and ".join(dict.fromkeys(each["calibrated_on"] for each in data["sources"]))
+    made = []
+    if sides:
+        made.append(f"{'; '.join(sides)}. All were predicted from a calibration of {calibrated}.")
+    if closer:
+        made.append(f"A naive model is closer on {'; '.join(closer)}.")
+    return [Finding(text=text, severity=SEVERITY_FACT + 3, section="predictions") for text in made]
+
+
+def _slower(data: Mapping[str, Any], machine: str) -> str:
+    """Returns which settings were slower than their interval, in the order they were run."""
+    own = dict.fromkeys(
+        f"{each['setting']} of {each['trace']}"
+        for each in data["rows"]
+        if each["machine"] == machine
+        and each["inside"] is False
+        and each["measured_ms"] > each["high_ms"]
+    )
+    return f" ({', '.join(own)})" if 0 < len(own) <= _MOST_NAMED else ""
 
 
 def _without_future(regret: Mapping[str, Any]) -> str:

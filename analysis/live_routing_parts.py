@@ -344,6 +344,7 @@ def buffering_part(
         f"Disturbed run ({FILES['checks']}), {STUDIES.get(name, name)}": _run_said(other)
         for name, other in checks["studies"].items()
     }
+    others["Run of which the printed table was kept"] = _run_said(printed)
     return part(
         "buffering",
         study,
@@ -380,7 +381,8 @@ def _run_said(study: Mapping[str, Any]) -> str:
     hardware = study["hardware"]
     beside = f"; beside it {study['beside']}" if study.get("beside") else ""
     return (
-        f"{study['command']} on {hardware['device_name']}, driver {hardware.get('driver')}, "
+        f"{study['command']} on {hardware['device_name']}, "
+        f"driver {hardware.get('driver') or 'not known'}, "
         f"torch {study['versions']['torch']}, {study['date']}{beside}"
     )
 

@@ -390,6 +390,9 @@ def pooled(judgements: Sequence[Judgement]) -> dict[str, Any]:
         {"by": by, "of": str(value), **quality_of(own)}
         for by in ("machine", "model", "percentile", "kind")
         for value, own in known.groupby(by, sort=True)
+    ] + [
+        {"by": "machine and model", "of": f"{machine}, {model}", **quality_of(own)}
+        for (machine, model), own in known.groupby(["machine", "model"], sort=True)
     ]
     regret = {
         **_regret_of(chosen),

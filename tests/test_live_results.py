@@ -62,7 +62,7 @@ def test_the_readme_prints_what_the_results_say(evidence):
     printed = readme_table_rows()
     assert printed[0] == README_HEADINGS
     assert printed[2:] == analysis.every_readme_row(evidence)
-    assert 5 <= len(printed[2:]) <= 16
+    assert 5 <= len(printed[2:]) <= 17
 
 
 def test_the_readme_numbers_from_the_raw_results(raw):
@@ -105,7 +105,11 @@ def test_the_readme_numbers_from_the_raw_results(raw):
     few = [share("dynamic", tokens, "uniform", "graph") for tokens in (8, 16, 32, 64)]
     assert numbers(results[7]) == pytest.approx([min(few), max(few)], abs=0.51)
     study = raw["buffering"]["studies"]["qwen3-30b-a3b"]
-    (lru,) = [row for row in study["settings"] if row["policy"] == "lru"]
+    (lru,) = [
+        row
+        for row in study["settings"]
+        if (row["policy"], row["miss"], row["capacity"]) == ("lru", "load", 32)
+    ]
     hit, saved, whole, before, after, held, checks = numbers(results[8])
     counts = lru["repetitions"][0]["counts"]
     assert hit == pytest.approx(100 * counts["hits"] / counts["lookups"], abs=0.51)
@@ -156,7 +160,7 @@ def test_goals_are_judged_as_they_fell(evidence, raw):
     assert skewed.met is False and skewed.verdict == "missed"
     assert found["The same at equal memory beyond the weights and equal p95"].met is False
     assert sum(goal.met is True for goal in found.values()) >= 8
-    assert {goal.found for goal in found.values() if goal.verdict == "not measured"} == {
+    assert {goal.found for goal in found.values() if goal.verdict == "not measured"} <= {
         "not measured"
     }
     # The same code, given a slower kernel, says so.
@@ -185,11 +189,12 @@ def said(raw):
 def test_the_page_says_where_how_and_how_widely_it_was_measured(page, raw):
     for data in said(raw):
         for words in (
-            data["hardware"]["device_name"], data["hardware"]["driver"], data["command"],
+            data["hardware"]["device_name"], data["hardware"].get("driver", ""), data["command"],
             data["date"][:10], f"torch {data['versions']['torch']}",
         ):  # fmt: skip
             assert words in page.html
-    assert "shared by all layers" in page.html
+    study = raw["buffering"]["studies"]["qwen3-30b-a3b"]
+    assert ("shared by all layers" in page.html) == study["host_copy_shared_by_all_layers"]
     assert "40 steps and 2 repetitions" in page.html
     assert "A share slightly above 1 is possible" in page.html
     assert "quartiles" in page.html
@@ -223,6 +228,27 @@ def test_every_picture_has_words(page, evidence):
         figure = ROOT / file
         assert figure.read_bytes().startswith(b"\x89PNG")
         assert figure.stat().st_size <= MAX_FIGURE_BYTES
+
+
+def test_what_the_readme_says_of_memory_and_latency(raw):
+    data = json.loads((RESULTS / "memory_latency.json").read_text())
+    text = " ".join(readme_section().split())
+    measured = {row["setting"]: row["p95_ms"] for row in data["measured"]}
+    copying = {row["setting"] for row in data["hit_rate_alone"]} & set(measured)
+    for series, words in (
+        ("predicted", "the cost model is off by"),
+        ("token_major", "a token-flattened replay (triangles) by"),
+        ("hit_rate_alone", "a hit rate alone (diamonds) by"),
+    ):
+        said = {row["setting"]: row["p95_ms"] for row in data[series]}
+        error = np.median([abs(said[name] / measured[name] - 1) for name in copying])
+        assert f"{words} {100 * error:.1f}%" in text
+    (circled,) = [row for row in data["predicted"] if row["setting"] == data["recommended"]]
+    assert measured[data["recommended"]] > circled["high_ms"]
+    assert (
+        f"(circled, {data['recommended']}) took {measured[data['recommended']]:.0f} ms, "
+        f"{circled['low_ms']:.0f} to {circled['high_ms']:.0f} were predicted" in text
+    )
 
 
 def test_the_command_writes_page_rows_and_figures(tmp_path, capsys, evidence):

@@ -73,18 +73,18 @@ def memory_latency(
     Raises:
         MoeprofError: The predictions are of another trace, calibration or model of costs.
     """
-    if predictions.facts["calibrated"] != machine.date:
-        raise MoeprofError(
-            f"the predictions come from a calibration of {predictions.facts['calibrated']}, this "
-            f"one is of {machine.date}",
-            hint="give the calibration that they were made from",
-        )
     for one in judgements:
         if one.is_printed:
             raise MoeprofError(
                 f"{one.name} comes from a printed table: no p{PERCENTILE} can be computed",
                 hint="leave it out",
             )
+    if predictions.facts["calibrated"] != machine.date:
+        raise MoeprofError(
+            f"the predictions come from a calibration of {predictions.facts['calibrated']}, this "
+            f"one is of {machine.date}",
+            hint="give the calibration that they were made from",
+        )
     asked = predictions.options.question(trace)
     if predictions.facts["num_lookups"] != asked.routed.num_lookups:
         raise MoeprofError(f"the predictions are not of {trace.path}", hint="give their trace")

@@ -140,7 +140,8 @@ def _check_counts(
     ):
         said = int(_said(pattern, lines)[0])
         if said != counted:
-            raise _refused(f"says {pattern.replace(chr(92) + 'd+', 'N')} {said}, it has {counted}")
+            said_words = pattern.replace(r"(\d+)", "N").replace(r"\d+", "N")
+            raise _refused(f"says {said_words!r} with {said}, it has {counted}")
 
 
 def _said(pattern: str, lines: Sequence[str]) -> tuple[str, ...]:

@@ -269,7 +269,9 @@ def _steps_figure(each: Mapping[str, Any]) -> Any:
             f"{setting_of(row)} {row['step_ms']:.2f} ms, predicted {row['predicted_ms']:.2f}"
             for row in rows
         ),
-        how="Lower is better; +N: so many slots beyond one per expert.",
+        how="Lower is better. Placements: "
+        + ", ".join(f"{number} {setting_of(row)}" for number, row in enumerate(rows, 1))
+        + "; +N: so many slots beyond one per expert.",
         panels=[
             {
                 "title": "step",
@@ -277,7 +279,8 @@ def _steps_figure(each: Mapping[str, Any]) -> Any:
                 "y_label": "ms",
                 "y_unit": "ms",
                 "category": "placement",
-                "categories": [setting_of(row) for row in rows],
+                # Names of so many placements would lie on each other.
+                "categories": [str(number) for number in range(1, len(rows) + 1)],
                 "series": [
                     {"key": "recorded", "label": "measured", "low": None, "high": None,
                      "values": [row["step_ms"] for row in rows]},

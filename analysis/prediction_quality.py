@@ -412,8 +412,9 @@ def pooled(judgements: Sequence[Judgement]) -> dict[str, Any]:
     }
 
 
-def _sees_future(policy: str | None) -> bool:
-    return policy in POLICIES and POLICIES[policy].sees_future
+def _sees_future(policy: object) -> bool:
+    # Gatings have no policy, which pandas may turn into NaN.
+    return isinstance(policy, str) and POLICIES[policy].sees_future
 
 
 def _regret_of(chosen: pd.DataFrame) -> dict[str, Any]:
@@ -529,7 +530,7 @@ def _goals(
         add(
             f"Regret of the setting recommended at equal memory, {what}",
             f"at most {most:.0%}",
-            None if value is None else f"{value:.1%} of {regret['choices']} choices",
+            None if value is None else f"{value:.1%} over {regret['choices']} choices",
             None if value is None else value <= most,
         )
     return made

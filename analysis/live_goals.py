@@ -158,7 +158,8 @@ def goals(evidence: Evidence) -> list[Goal]:
     )
     worst = own["link_error"].max()
     add(
-        "Live buffering: PCIe counters against the bytes copied, largest difference",
+        "Live buffering, Qwen3-30B-A3B geometry: PCIe counters against the bytes copied, largest "
+        "difference",
         f"within {percent(GOAL_LINK_ERROR)}",
         f"{100 * worst:.1f}%",
         bool(worst <= GOAL_LINK_ERROR),

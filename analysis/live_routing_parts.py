@@ -114,6 +114,19 @@ def _printed_said(rows: pd.DataFrame) -> str:
     )
 
 
+def _beyond_link_said(data: Mapping[str, Any]) -> str:
+    """Returns where the PCIe counters are further from the copies than the goal allows."""
+    rows = buffering_matrix(data)
+    beyond = rows[rows["link_error_net"] > GOAL_LINK_ERROR]
+    if beyond.empty:
+        return ""
+    places = ", ".join(
+        f"{row['study']} {row['policy']} at {row['capacity']} slots ({row['copies']:,} copies)"
+        for _, row in beyond.iterrows()
+    )
+    return f" The counters are further off at {places}; all else stays within the goal."
+
+
 def _papers_points_said(data: Mapping[str, Any]) -> list[str]:
     """Returns what the founding paper's own points came to, where its decoder was run."""
     study = data["studies"].get("mt-decoder")
@@ -207,7 +220,8 @@ def buffering_part(
         Finding(
             text=f"{sum(held.values())} of {len(held)} checks hold in all {num_settings} settings: "
             f"{'; '.join(name for name, ok in held.items() if ok)}."
-            + (f" Not: {'; '.join(lost)}." if lost else ""),
+            + (f" Not: {'; '.join(lost)}." if lost else "")
+            + _beyond_link_said(data),
             severity=SEVERITY_COST + 10 if lost else SEVERITY_FACT + 1,
             section="buffering",
         ),

@@ -201,3 +201,20 @@ def test_a_driver_that_refuses_says_what_to_do(monkeypatch: pytest.MonkeyPatch) 
     with pytest.raises(MoeprofError, match="page-lock") as refused:
         expert_store.lock(torch.zeros(16, dtype=torch.uint8))
     assert "ulimit" in refused.value.hint
+
+
+def test_a_host_that_waits_on_another_stream_waits_for_the_one_before(device: Device) -> None:
+    computations = transfers.Computations(torch.device("cuda:0"))
+    done: list[str] = []
+    computations.begin()
+    device.now.work.append(lambda: done.append("first"))
+    other = Stream(device)
+    with device.entered(other):
+        computations.begin()
+        asked = Event()
+        asked.record(other)
+        asked.reach()
+        assert done == ["first"]
+        other.work.append(lambda: done.append("second"))
+    computations.finish()
+    assert done == ["first", "second"]

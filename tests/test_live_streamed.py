@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import inspect
 
 import pytest
 import torch
@@ -204,3 +205,110 @@ def test_rows_read_at_once_are_those_of_the_kernel():
     from moeprof.live.kernels.few import FEW_ROWS
 
     assert ROWS_AT_ONCE == FEW_ROWS
+
+
+class Compiled:
+    """A kernel with its constants baked in, as Triton compiles it: later ones are not looked at."""
+
+    def __init__(self, kernel, given, options):
+        self._kernel, self._given, self._options = kernel, given, options
+        kinds = inspect.signature(kernel.fn).parameters.values()
+        self._is_constant = ["constexpr" in str(kind.annotation) for kind in kinds]
+
+    def __getitem__(self, grid):
+        def launch(*given):
+            pairs = zip(given, self._given, self._is_constant, strict=True)
+            own = [baked if is_constant else new for new, baked, is_constant in pairs]
+            self._kernel[grid](*own, **self._options)
+
+        return launch
+
+
+class Compiler:
+    """The kernels of a module, compiled when they are first launched."""
+
+    def __init__(self, module):
+        self._module = module
+
+    def __getattr__(self, name):
+        kernel = getattr(self._module, name)
+
+        class Launcher:
+            def __getitem__(self, grid):
+                def launch(*given, **options):
+                    kernel[grid](*given, **options)
+                    return Compiled(kernel, given, options)
+
+                return launch
+
+        return Launcher()
+
+
+@needs_triton
+@pytest.mark.skipif(DEVICE == "cuda", reason="kernels are compiled there anyway")
+def test_kernels_compiled_before_a_larger_dispatch_serve_after_it(streaming):
+    sites = sites_of(1, 6, gated=True, bias=False)
+    buffer = ExpertBuffer(sites, BufferSettings(capacity=None), device=DEVICE)
+    (own,) = buffer._distinct_streamed()
+    own._kernels = Compiler(own._kernels)
+    experts = sites[0].store.all_weights(DEVICE)
+    growths = buffer.workspace_growths()
+    for num_tokens in (3, STREAMED_TOKENS // 2 + 8, 3):
+        for hidden, ids, weights in dispatches(2, num_tokens, 6, 2, seed=num_tokens):
+            expected = dynamic_loop(
+                hidden.double(), ids, weights.double(), experts.to(dtype=torch.float64)
+            )
+            assert error(buffer.run(0, hidden, ids, weights), expected) < TOLERANCE
+    assert buffer.workspace_growths() > growths
+    buffer.close()
+
+
+@needs_triton
+def test_the_order_of_computations_is_kept_before_experts_are_asked_for(streaming, monkeypatch):
+    told = []
+
+    def note(owner, name):
+        original = getattr(owner, name)
+
+        def noted(self, *given, **named):
+            told.append(f"{owner.__name__}.{name}")
+            return original(self, *given, **named)
+
+        monkeypatch.setattr(owner, name, noted)
+
+    for owner, name in (
+        (expert_buffer.Computations, "begin"),
+        (expert_buffer.Computations, "finish"),
+        (expert_buffer.StreamedDispatch, "begin"),
+        (expert_buffer.Workspace, "sorted_rows"),
+        (expert_buffer.Residency, "reset"),
+    ):
+        note(owner, name)
+    sites = sites_of(1, 4, gated=True, bias=False)
+    buffer = ExpertBuffer(sites, BufferSettings(capacity=2, initial="full"), device=DEVICE)
+    for num_tokens, first in ((3, "StreamedDispatch.begin"), (200, "Workspace.sorted_rows")):
+        told.clear()
+        ((hidden, ids, weights),) = dispatches(1, num_tokens, 4, 2)
+        buffer.run(0, hidden, ids, weights)
+        assert told == ["Computations.begin", first]
+    told.clear()
+    buffer.reset()
+    assert told == ["Computations.finish", "Residency.reset"]
+    told.clear()
+    buffer.close()
+    assert told == ["Computations.finish"]
+
+
+@needs_triton
+@pytest.mark.parametrize("streams", [True, False])
+def test_counts_do_not_depend_on_how_a_dispatch_runs(monkeypatch, streams):
+    monkeypatch.setattr(expert_buffer, "can_stream", lambda *_: streams)
+    sites = sites_of(1, 4, gated=True, bias=False)
+    buffer = ExpertBuffer(sites, BufferSettings(capacity=2), device=DEVICE)
+    ((hidden, ids, weights),) = dispatches(1, 3, 4, 2)
+    buffer.run(0, hidden, ids, weights)
+    buffer.run(0, hidden, torch.full_like(ids, -1), weights)
+    assert (buffer.counts().dispatches, buffer.counts().waits) == (1, 2)
+    before = buffer.counts(), buffer.memory()
+    buffer.close()
+    assert (buffer.counts(), buffer.memory()) == before

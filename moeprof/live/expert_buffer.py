@@ -23,7 +23,14 @@ from moeprof.live.expert_store import BlockShape, Bytes, ExpertStore
 from moeprof.live.experts import ExpertWeights
 from moeprof.live.kernels.streamed import STREAMED_TOKENS, StreamedDispatch, can_stream
 from moeprof.live.row_blocks import Workspace
-from moeprof.live.transfers import Transfers, made_current, make_slots, new_event, open_transfers
+from moeprof.live.transfers import (
+    Computations,
+    Transfers,
+    made_current,
+    make_slots,
+    new_event,
+    open_transfers,
+)
 from moeprof.replay.cache.pieces import copies_of, pieces_of
 from moeprof.replay.cache.residency import MISS_ACTIONS, NO_SLOT, MissRule, Planned, Residency
 
@@ -190,6 +197,7 @@ class ExpertBuffer:
         self._views: dict[tuple[int, int], ExpertWeights] = {}
         self._residency: Residency | None = None
         self._transfers: Transfers | None = None
+        self._computations = Computations(self.device)
         self._pools: list[torch.Tensor] = []
         self._cache_bytes = self._staging_bytes = self._padding_bytes = 0
         self._host_lane: _HostLane | None = None
@@ -238,6 +246,8 @@ class ExpertBuffer:
 
     def reserve(self, num_rows: int) -> None:
         """Makes room for dispatches of that many (token, slot) rows."""
+        # What grows lets go of memory that computations may still read.
+        self._computations.finish()
         for workspace in self._workspaces.values():
             workspace.reserve(num_rows)
         for streamed in self._distinct_streamed():
@@ -260,6 +270,8 @@ class ExpertBuffer:
             streamed.wait_s, streamed.num_waits = 0.0, 0
         if self._residency is None:
             return
+        # Slots are filled anew, and nothing says which of them the last dispatch still reads.
+        self._computations.finish()
         if self._transfers is not None:
             self._transfers.finish()
         self._residency.reset()
@@ -291,6 +303,8 @@ class ExpertBuffer:
             0 < hidden.shape[0] <= STREAMED_TOKENS and hidden.dtype == place.store.shape.dtype
         )
         with made_current(self.device):
+            # Before the host waits: then it waits for the dispatch before this one too.
+            self._computations.begin()
             if streamed is not None and is_small:
                 return self._run_streamed(place, streamed, hidden, ids, weights)
             workspace = self._workspace_of(place, hidden.dtype)
@@ -309,8 +323,9 @@ class ExpertBuffer:
         """
         place = self._by_id[site]
         workspace = self._workspace_of(place, rows.dtype)
-        workspace.reserve(rows.shape[0])
         with made_current(self.device):
+            self._computations.begin()
+            workspace.reserve(rows.shape[0])
             return self._run_blocks(place, rows, workspace.ends_on_host(ends), workspace)
 
     def _run_streamed(
@@ -330,8 +345,8 @@ class ExpertBuffer:
                 streamed.run(experts, [blocks[expert] for expert in experts])
             return streamed.combined()
         planned = self._residency.plan(place.site, experts, rows, self._rule)
-        self._log.append((self._step, place.site, planned, rows))
         if planned:
+            self._log.append((self._step, place.site, planned, rows))
             self._run_pieces(place, streamed, planned, hidden)
         return streamed.combined()
 
@@ -570,13 +585,15 @@ class ExpertBuffer:
         self._residency.swap(one, other)
 
     def close(self) -> None:
-        """Waits for copies and lets go of the slots."""
+        """Waits for computations and copies and lets go of the slots."""
+        self._computations.finish()
         if self._transfers is not None:
             self._transfers.finish()
         self._views.clear()
         self._all.clear()
         self._blocks.clear()
-        self._streamed.clear()
+        for streamed in self._distinct_streamed():
+            streamed.let_go()
         self._pools.clear()
         self._transfers = None
 

@@ -36,6 +36,32 @@ def made_current(device: torch.device) -> AbstractContextManager[Any]:
     return torch.cuda.device(device)
 
 
+class Computations:
+    """The computations of a buffer, in one order however the caller changes streams.
+
+    Args:
+        device: Where they run.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._stream: torch.cuda.Stream | None = None
+
+    def begin(self) -> None:
+        """Lets what follows on the current stream wait for all that was begun before."""
+        if self._device.type != "cuda":
+            return
+        current = torch.cuda.current_stream(self._device)
+        if self._stream is not None and current != self._stream:
+            current.wait_stream(self._stream)
+        self._stream = current
+
+    def finish(self) -> None:
+        """Waits on the host until all that was begun has finished."""
+        if self._stream is not None:
+            self._stream.synchronize()
+
+
 class Transfers(Protocol):
     """Slots on a device and the copies into them."""
 

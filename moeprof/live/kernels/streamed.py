@@ -56,8 +56,8 @@ def can_stream(shape: BlockShape, device: torch.device | str) -> bool:
 class StreamedDispatch:
     """Dispatches of up to `STREAMED_TOKENS` tokens over experts of one shape.
 
-    In turn: `begin`, `active`, any number of `run` and `put`, `combined`. Device memory is taken
-    when a dispatch is larger than all before.
+    In turn: `begin`, `active`, any number of `run`, `put` once at most, `combined`. Device memory
+    is taken when a dispatch is larger than all before.
 
     Args:
         shape: Of an expert's block.
@@ -86,21 +86,24 @@ class StreamedDispatch:
         self._kernels = piecewise
         self._tiles = (few.IN_TILES, few.OUT_TILES)
         self._activation = parts.ACTIVATION_CODES[shape.activation]
+        with torch.inference_mode(False):
+            # Kernels read it where it lies: a copy would queue behind those of experts. Its size is
+            # in their code, so it never changes.
+            self._table = torch.zeros(2, num_experts, dtype=torch.int32, pin_memory=self._is_cuda)
+        self._entries = self._table.numpy()
         self._grow(STREAMED_TOKENS)
 
     def _grow(self, num_slots: int) -> None:
-        count = max(self._num_experts, num_slots)
         with torch.inference_mode(False):
             self._host_ids = torch.zeros(num_slots, dtype=torch.int64, pin_memory=self._is_cuda)
-            # Kernels read it where it lies: a copy would queue behind those of experts.
-            self._table = torch.zeros(3, count, dtype=torch.int32, pin_memory=self._is_cuda)
+            self._put_slots = torch.zeros(num_slots, dtype=torch.int32, pin_memory=self._is_cuda)
             self._inner = torch.zeros(
                 num_slots, self._d_ff, dtype=self._shape.dtype, device=self._device
             )
             self._rows = torch.zeros(
                 num_slots, self._width, dtype=torch.float32, device=self._device
             )
-        self._entries, self._chosen = self._table.numpy(), self._host_ids.numpy()
+        self._put_entries, self._chosen = self._put_slots.numpy(), self._host_ids.numpy()
         self._host_address = self._host_ids.data_ptr()
         self._num_slots = num_slots
         self.num_growths += 1
@@ -114,6 +117,10 @@ class StreamedDispatch:
     def top_k(self) -> int:
         """Slots per token of the dispatch."""
         return self._ids.shape[1]
+
+    def let_go(self) -> None:
+        """Lets go of the memory of blocks; what was counted stays."""
+        self._pools.clear()
 
     def reserve(self, num_slots: int) -> None:
         """Makes room for dispatches of that many (token, slot) rows."""
@@ -252,19 +259,19 @@ class StreamedDispatch:
         compiled[(num_programs, 1, 1)](*given)
 
     def put(self, slots: Sequence[int], rows: torch.Tensor) -> None:
-        """Takes rows that were computed elsewhere.
+        """Takes rows that were computed elsewhere; once per dispatch at most.
 
         Args:
             slots: Flat slots, each once per dispatch.
             rows: [slots, d_model] on the device.
         """
         count = len(slots)
-        self._entries[2, :count] = slots
+        self._put_entries[:count] = slots
         self._call(
             "put_rows",
             count * -(-self._width // _ADDED_COLUMNS),
             (rows.dtype, rows.data_ptr() % _POINTER_ALIGNMENT),
-            (rows, self._table[2], self._rows, self._width, _ADDED_COLUMNS),
+            (rows, self._put_slots, self._rows, self._width, _ADDED_COLUMNS),
             {},
         )
 

@@ -18,6 +18,7 @@ from analysis.live_evidence import (
     PARTS,
     RECORDED,
     ROUTINGS,
+    Gain,
     best_at_the_end,
     best_of,
     breakdown_rows,
@@ -57,6 +58,39 @@ _ABOVE_ONE = 0.02
 """What a plot draws above its highest line."""
 
 
+def throughput_metrics(
+    name: str, best: Mapping[str, pd.Series[Any]], gained: Mapping[str, Gain]
+) -> tuple[list[Metric], dict[str, str]]:
+    """Returns the best throughput of each gating and moeprof's gains over them, with their labels.
+
+    Args:
+        name: Section that the metrics belong to.
+        best: By gating, the row of its best batch.
+        gained: By gating, what moeprof gains over it.
+    """
+    metrics, labels = [], {}
+    for gating, row in best.items():
+        key = f"{name}/tokens_per_s/{gating}"
+        labels[key] = f"Best tokens/s: {GATINGS[gating]} (batch {row['batch']})"
+        metrics.append(
+            Metric(
+                name=key, value=row["tokens_per_s"], unit="tokens/s", figure_class="measured",
+                low=row["tokens_per_s_low"], high=row["tokens_per_s_high"], better="higher",
+                note=f"{row['num_repetitions']} repetitions",
+            )
+        )  # fmt: skip
+    for gating, gain in gained.items():
+        key = f"{name}/gain/{gating}"
+        labels[key] = f"moeprof's tokens/s over: {GATINGS[gating]}, own best batches"
+        metrics.append(
+            Metric(
+                name=key, value=gain.own_best, unit="ratio", figure_class="measured",
+                better="higher",
+            )
+        )  # fmt: skip
+    return metrics, labels
+
+
 def headline_part(data: Mapping[str, Any]) -> Described:
     """Returns what gating makes of the founding paper's language model."""
     rows, gained = headline_rows(data), gains(data)
@@ -66,26 +100,7 @@ def headline_part(data: Mapping[str, Any]) -> Described:
         best["dynamic"], gained["static_mask"], gained["static_grouped"], gained["dense"],
     )  # fmt: skip
     loop = best["dynamic_loop"]["tokens_per_s"] / best["static_mask"]["tokens_per_s"]
-    metrics, labels = [], {}
-    for name, row in best.items():
-        key = f"headline/tokens_per_s/{name}"
-        labels[key] = f"Best tokens/s: {GATINGS[name]} (batch {row['batch']})"
-        metrics.append(
-            Metric(
-                name=key, value=row["tokens_per_s"], unit="tokens/s", figure_class="measured",
-                low=row["tokens_per_s_low"], high=row["tokens_per_s_high"], better="higher",
-                note=f"{row['num_repetitions']} repetitions",
-            )
-        )  # fmt: skip
-    for name, gain in gained.items():
-        key = f"headline/gain/{name}"
-        labels[key] = f"moeprof's tokens/s over: {GATINGS[name]}, own best batches"
-        metrics.append(
-            Metric(
-                name=key, value=gain.own_best, unit="ratio", figure_class="measured",
-                better="higher",
-            )
-        )  # fmt: skip
+    metrics, labels = throughput_metrics("headline", best, gained)
     end = "; ".join(GATINGS[name] for name in best_at_the_end(rows))
     findings = (
         Finding(

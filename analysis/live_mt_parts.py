@@ -19,6 +19,7 @@ from analysis.live_evidence import (
     gains,
     headline_rows,
 )
+from analysis.live_gating_parts import throughput_metrics
 from analysis.live_goals import GIB, Goal, not_measured, percent
 from analysis.live_parts import (
     Addition,
@@ -242,26 +243,7 @@ def _stack_section(name: str, label: str, found: Mapping[str, Any]) -> tuple[Res
         each for each in GATINGS if (~rows["out_of_memory"] & (rows["gating"] == each)).any()
     ]
     best = {each: best_of(rows, each) for each in measured}
-    metrics, labels = [], {}
-    for each, row in best.items():
-        key = f"{name}/tokens_per_s/{each}"
-        labels[key] = f"Best tokens/s: {GATINGS[each]} (batch {row['batch']})"
-        metrics.append(
-            Metric(
-                name=key, value=row["tokens_per_s"], unit="tokens/s", figure_class="measured",
-                low=row["tokens_per_s_low"], high=row["tokens_per_s_high"], better="higher",
-                note=f"{row['num_repetitions']} repetitions",
-            )
-        )  # fmt: skip
-    for each, gain in gained.items():
-        key = f"{name}/gain/{each}"
-        labels[key] = f"moeprof's tokens/s over: {GATINGS[each]}, own best batches"
-        metrics.append(
-            Metric(
-                name=key, value=gain.own_best, unit="ratio", figure_class="measured",
-                better="higher",
-            )
-        )  # fmt: skip
+    metrics, labels = throughput_metrics(name, best, gained)
     mask, control, dense = gained["static_mask"], _control_gain(found), gained.get("dense")
     text = (
         f"{label}: dynamic gating with moeprof's kernel reaches "

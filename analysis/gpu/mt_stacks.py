@@ -22,6 +22,7 @@ from moeprof.live.paper_lm import (
     PaperAttention,
     PaperCache,
     PaperFfn,
+    PaperLayer,
     PaperLmConfig,
     PaperMoe,
     fill_weights,
@@ -85,42 +86,13 @@ class CrossAttention(nn.Module):
         return result
 
 
-class MtLayer(nn.Module):
-    """What both kinds of layer have: norms, self-attention, and `moe` or `ffn`."""
-
-    def __init__(
-        self,
-        config: PaperLmConfig,
-        layer: int,
-        attention: type[PaperAttention],
-        *,
-        device: torch.device,
-        dtype: torch.dtype,
-    ) -> None:
-        super().__init__()
-        self.attention_norm = nn.LayerNorm(config.d_model, device=device, dtype=dtype)
-        self.attention = attention(config, layer, device=device, dtype=dtype)
-        self.ffn_norm = nn.LayerNorm(config.d_model, device=device, dtype=dtype)
-        self.routes = config.is_moe_layer(layer)
-        if self.routes:
-            self.moe = PaperMoe(config, device=device, dtype=dtype)
-        else:
-            self.ffn = PaperFfn(config, device=device, dtype=dtype)
-
-    def feed_forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Returns ``hidden`` plus what the layer's experts or network make of it."""
-        network = self.moe if self.routes else self.ffn
-        out: torch.Tensor = hidden + network(self.ffn_norm(hidden))
-        return out
-
-
-class EncoderLayer(MtLayer):
+class EncoderLayer(PaperLayer):
     """Self-attention and feed-forward."""
 
     def __init__(
         self, config: PaperLmConfig, layer: int, *, device: torch.device, dtype: torch.dtype
     ) -> None:
-        super().__init__(config, layer, EncoderAttention, device=device, dtype=dtype)
+        super().__init__(config, layer, device=device, dtype=dtype, attention=EncoderAttention)
 
     def forward(self, hidden: torch.Tensor, keep: torch.Tensor | None) -> torch.Tensor:
         """Returns the layer's output for ``hidden`` [B, S, d_model]."""
@@ -128,13 +100,13 @@ class EncoderLayer(MtLayer):
         return self.feed_forward(hidden)
 
 
-class DecoderLayer(MtLayer):
+class DecoderLayer(PaperLayer):
     """Self-attention to the tokens so far, attention to the encoder's output, feed-forward."""
 
     def __init__(
         self, config: PaperLmConfig, layer: int, *, device: torch.device, dtype: torch.dtype
     ) -> None:
-        super().__init__(config, layer, PaperAttention, device=device, dtype=dtype)
+        super().__init__(config, layer, device=device, dtype=dtype)
         self.cross_norm = nn.LayerNorm(config.d_model, device=device, dtype=dtype)
         self.cross_attention = CrossAttention(config, device=device, dtype=dtype)
 

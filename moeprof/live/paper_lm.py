@@ -343,14 +343,28 @@ class PaperAttention(nn.Module):
 
 
 class PaperLayer(nn.Module):
-    """One pre-norm transformer layer; holds `moe` where it routes, else `ffn`."""
+    """One pre-norm transformer layer; holds `moe` where it routes, else `ffn`.
+
+    Args:
+        config: The model's sizes.
+        layer: Which layer this is.
+        device: Where its weights lie.
+        dtype: Of its weights.
+        attention: Kind of self-attention.
+    """
 
     def __init__(
-        self, config: PaperLmConfig, layer: int, *, device: torch.device, dtype: torch.dtype
+        self,
+        config: PaperLmConfig,
+        layer: int,
+        *,
+        device: torch.device,
+        dtype: torch.dtype,
+        attention: type[PaperAttention] = PaperAttention,
     ) -> None:
         super().__init__()
         self.attention_norm = nn.LayerNorm(config.d_model, device=device, dtype=dtype)
-        self.attention = PaperAttention(config, layer, device=device, dtype=dtype)
+        self.attention = attention(config, layer, device=device, dtype=dtype)
         self.ffn_norm = nn.LayerNorm(config.d_model, device=device, dtype=dtype)
         self.routes = config.is_moe_layer(layer)
         if self.routes:
@@ -361,8 +375,12 @@ class PaperLayer(nn.Module):
     def forward(self, hidden_states: torch.Tensor, past: PaperCache | None = None) -> torch.Tensor:
         """Returns the layer's output for ``hidden_states`` [B, S, d_model]."""
         hidden_states = hidden_states + self.attention(self.attention_norm(hidden_states), past)
-        feed_forward = self.moe if self.routes else self.ffn
-        out: torch.Tensor = hidden_states + feed_forward(self.ffn_norm(hidden_states))
+        return self.feed_forward(hidden_states)
+
+    def feed_forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Returns ``hidden_states`` plus what the layer's experts or network make of it."""
+        network = self.moe if self.routes else self.ffn
+        out: torch.Tensor = hidden_states + network(self.ffn_norm(hidden_states))
         return out
 
 

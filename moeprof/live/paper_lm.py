@@ -20,6 +20,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from moeprof.errors import UsageError
 from moeprof.live.grouping import can_group
+from moeprof.live.kernels.fused import suits_device
 
 EXPERT_KERNELS = ("auto", "grouped", "loop")
 # Without cuDNN's, which plans anew, for some 30 ms, at each length of the cache it has not seen.
@@ -119,13 +120,37 @@ class PaperGate(nn.Module):
         self.weight = nn.Parameter(
             torch.empty(config.num_experts, config.d_model, device=device, dtype=precise)
         )
+        self._parts: tuple[tuple[int, int], torch.Tensor] | None = None
 
     def forward(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Returns (expert ids [T, k] int64, best first; weights [T, k] in the model's dtype)."""
+        if self._is_in_parts(hidden_states):
+            from moeprof.live.kernels.router import route
+
+            return route(hidden_states, self._weight_parts(), top_k=self.top_k)
         logits = F.linear(hidden_states.to(self.weight.dtype), self.weight)
         chosen, top_k_index = torch.softmax(logits, dim=-1).topk(self.top_k, dim=-1)
         weights = chosen / chosen.sum(dim=-1, keepdim=True)
         return top_k_index, weights.to(hidden_states.dtype)
+
+    def _is_in_parts(self, hidden_states: torch.Tensor) -> bool:
+        """Returns True where half-precision products give single-precision logits (`router`)."""
+        return (
+            hidden_states.dtype == torch.bfloat16
+            and self.weight.dtype == torch.float32
+            and not (torch.is_grad_enabled() and self.weight.requires_grad)
+            and suits_device(hidden_states.device, hidden_states.dtype)
+        )
+
+    def _weight_parts(self) -> torch.Tensor:
+        """Returns the parts of the weights as they are now."""
+        weight = self.weight
+        version = (weight.data_ptr(), -1 if weight.is_inference() else weight._version)
+        if self._parts is None or self._parts[0] != version:
+            from moeprof.live.kernels.router import in_parts
+
+            self._parts = (version, in_parts(weight))
+        return self._parts[1]
 
 
 class PaperDispatch(nn.Module):

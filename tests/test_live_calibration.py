@@ -9,19 +9,26 @@ from typing import Any
 
 import numpy as np
 import pytest
-from calibrations import hand_calibration, streamed_times
+from calibrations import hand_calibration
+from calibrations import streamed_times as hand_streamed_times
 
 torch = pytest.importorskip("torch")
 
 import moeprof  # noqa: E402
 from moeprof import live  # noqa: E402
 from moeprof.errors import UsageError  # noqa: E402
-from moeprof.live import calibration as measuring  # noqa: E402
-from moeprof.live import part_times  # noqa: E402
+from moeprof.live import calibration_trials, part_times  # noqa: E402
+from moeprof.live.calibration_sizes import Regime  # noqa: E402
+from moeprof.live.calibration_trials import TrialBench, made_up  # noqa: E402
+from moeprof.live.constant_bench import ConstantBench, ExpertParts, streamed_times  # noqa: E402
+from moeprof.live.decision_times import decision_times  # noqa: E402
 from moeprof.live.kernels.fused import _has_triton  # noqa: E402
+from moeprof.live.kernels.streamed import STREAMED_TOKENS  # noqa: E402
 from moeprof.live.part_times import PartTimes  # noqa: E402
 from moeprof.live.setting_runs import SettingRun, open_stack, timed_steps  # noqa: E402
 from moeprof.live.transfers import make_slots, open_transfers  # noqa: E402
+from moeprof.replay import cost_model  # noqa: E402
+from moeprof.replay.buffer_plans import read_routed_rows  # noqa: E402
 from moeprof.replay.execution_orders import is_streamed  # noqa: E402
 from moeprof.replay.expert_shapes import ExpertShape  # noqa: E402
 from moeprof.replay.serving_settings import parse_setting  # noqa: E402
@@ -33,8 +40,8 @@ TINY = dataclasses.replace(
     d_model=32,
     num_experts=8,
     regimes=(
-        measuring.Regime(batch=1, num_layers=2, num_steps=4),
-        measuring.Regime(batch=2, num_layers=1, num_steps=3),
+        Regime(batch=1, num_layers=2, num_steps=4),
+        Regime(batch=2, num_layers=1, num_steps=3),
     ),
     rows=(1, 8),
     host_rows=(1, 4),
@@ -177,10 +184,10 @@ def test_runs_copy_what_the_plan_says(text: str, tmp_path: Path) -> None:
     run = SettingRun(stack, setting)
     times = timed_steps(run, repetitions=2)
     assert len(times) == 2 and len(times[0]) == len(stack.steps)
-    question = measuring.cost_model.question_of(trace, shape=shape, phase="all")
+    question = cost_model.question_of(trace, shape=shape, phase="all")
     assert len(question.routed.steps) == len(stack.steps)
     if not text.startswith("gating"):
-        plan = measuring.cost_model.plan_buffer(trace, question.routed, setting)
+        plan = cost_model.plan_buffer(trace, question.routed, setting)
         assert run.copied_bytes == int(plan.loads.sum()) * shape.block_bytes
     run.close()
     assert stack.weights_source.startswith("random weights (the shape was given")
@@ -191,7 +198,7 @@ def test_runs_copy_what_the_plan_says(text: str, tmp_path: Path) -> None:
 def test_pieces_are_measured_at_the_sizes_asked_for(tmp_path: Path) -> None:
     # In Triton's interpreter: what runs, not how fast that is.
     sizes = dataclasses.replace(TINY, dtype="float16", repeats=1, slots=(2, 6))
-    bench = measuring._Bench(torch.device("cpu"), sizes)
+    bench = ConstantBench(torch.device("cpu"), sizes)
     shape = sizes.shape(6 << 10)
     trace = synthetic_trace(tmp_path / "t.moeprof", num_requests=1, num_sites=1, num_experts=3)
     store = bench._store(shape, 3, trace)
@@ -200,36 +207,36 @@ def test_pieces_are_measured_at_the_sizes_asked_for(tmp_path: Path) -> None:
     assert found.device.sizes == found.host.sizes == (1.0, 4.0)
     assert found.combine_device.sizes == (2.0, 6.0)
     assert min(one.median for one in found.device.times_s) > 0
-    parts = measuring._ExpertParts(
+    parts = ExpertParts(
         expert_bytes=shape.expert_bytes, block_bytes=shape.block_bytes, copy=found.known,
         on_device=found.device, on_host=found.host, launch=found.known, slot=found.slot,
         load=found.load, handover=found.slot, pieces=found,
     )  # fmt: skip
-    times = measuring._streamed_times([dataclasses.replace(parts, pieces=None), parts])
-    assert times is not None and times.most_tokens == measuring.STREAMED_TOKENS
+    times = streamed_times([dataclasses.replace(parts, pieces=None), parts])
+    assert times is not None and times.most_tokens == STREAMED_TOKENS
     assert times.piece_device.expert_bytes == (shape.expert_bytes,)
-    assert measuring._streamed_times([dataclasses.replace(parts, pieces=None)]) is None
+    assert streamed_times([dataclasses.replace(parts, pieces=None)]) is None
 
 
 @pytest.mark.parametrize("regime", live.GPU_SIZES.regimes, ids=lambda regime: regime.batch)
-def test_trials_are_what_runs_in_pieces(regime: measuring.Regime, tmp_path: Path) -> None:
-    made = measuring._made_up(tmp_path, live.GPU_SIZES, regime)
-    routed = measuring.read_routed_rows(made.trace, "decoder", max_steps=regime.num_steps)
+def test_trials_are_what_runs_in_pieces(regime: Regime, tmp_path: Path) -> None:
+    made = made_up(tmp_path, live.GPU_SIZES, regime)
+    routed = read_routed_rows(made.trace, "decoder", max_steps=regime.num_steps)
     assert len(routed.steps) == regime.num_steps
-    able = hand_calibration(streamed=streamed_times(most_tokens=measuring.STREAMED_TOKENS))
+    able = hand_calibration(streamed=hand_streamed_times(most_tokens=STREAMED_TOKENS))
     for size in live.GPU_SIZES.expert_bytes:
         shape = live.GPU_SIZES.shape(size)
         assert shape.expert_bytes == pytest.approx(size, rel=0.01)
         assert is_streamed(routed.num_tokens, shape, able).all()
-    assert set(routed.num_tokens.tolist()) <= set(range(1, measuring.STREAMED_TOKENS + 1))
+    assert set(routed.num_tokens.tolist()) <= set(range(1, STREAMED_TOKENS + 1))
     assert (routed.num_tokens == regime.batch).mean() > 0.5
 
 
 def test_a_device_that_streams_decides_about_pieces_too(tmp_path: Path) -> None:
-    regime = measuring.Regime(batch=1, num_layers=2, num_steps=6)
-    made = measuring._made_up(tmp_path, TINY, regime)
+    regime = Regime(batch=1, num_layers=2, num_steps=6)
+    made = made_up(tmp_path, TINY, regime)
     for streamed in (False, True):
-        times = measuring._decision_times([made], "lru", streamed=streamed)
+        times = decision_times([made], "lru", streamed=streamed)
         assert times.dispatch_s + times.hit_s + times.miss_s + times.slot_s > 0
         assert np.isfinite(times.error)
 
@@ -249,11 +256,11 @@ def test_what_each_run_needs_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_long_trials_are_repeated_less(monkeypatch: pytest.MonkeyPatch) -> None:
-    bench = measuring._Bench(torch.device("cpu"), dataclasses.replace(TINY, trial_repetitions=5))
-    monkeypatch.setattr(measuring, "timed_steps", lambda _run, **_: ((1.0, 2.0),))
+    bench = TrialBench(torch.device("cpu"), dataclasses.replace(TINY, trial_repetitions=5))
+    monkeypatch.setattr(calibration_trials, "timed_steps", lambda _run, **_: ((1.0, 2.0),))
     run: Any = None
     assert bench._repeated(run) == ((1.0, 2.0),) * 5
-    monkeypatch.setattr(measuring, "_TRIAL_S", -1.0)
+    monkeypatch.setattr(calibration_trials, "_TRIAL_S", -1.0)
     assert bench._repeated(run) == ((1.0, 2.0),) * 2
 
 
@@ -332,7 +339,7 @@ def test_other_trials_are_not_fitted_again(calibrated: Any, damage: str) -> None
     [
         {"regimes": TINY.regimes[:1]},
         {"regimes": TINY.regimes[::-1]},
-        {"regimes": (*TINY.regimes, measuring.Regime(batch=3, num_layers=1, num_steps=3))},
+        {"regimes": (*TINY.regimes, Regime(batch=3, num_layers=1, num_steps=3))},
         {"d_model": 48},
         {"dtype": "float64"},
     ],

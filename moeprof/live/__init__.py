@@ -8,13 +8,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from moeprof.live.application import AppliedGating, apply_gating
     from moeprof.live.buffered_models import buffer_experts
-    from moeprof.live.calibration import (
-        CPU_SIZES,
-        GPU_SIZES,
-        CalibrationSizes,
-        calibrate,
-        refitted,
-    )
+    from moeprof.live.calibration import calibrate, refitted
+    from moeprof.live.calibration_sizes import CPU_SIZES, GPU_SIZES, CalibrationSizes
     from moeprof.live.exchange_times import exchange_curve
     from moeprof.live.expert_buffer import BufferSettings, ExpertBuffer
     from moeprof.live.expert_parallel import ParallelExperts, experts_of_rank
@@ -76,11 +71,11 @@ __all__ = [
 ]
 
 _HOMES = {
-    "CPU_SIZES": "calibration",
-    "GPU_SIZES": "calibration",
+    "CPU_SIZES": "calibration_sizes",
+    "GPU_SIZES": "calibration_sizes",
     "AppliedGating": "application",
     "BufferSettings": "expert_buffer",
-    "CalibrationSizes": "calibration",
+    "CalibrationSizes": "calibration_sizes",
     "DeviceRouting": "routing_schedules",
     "ExpertBuffer": "expert_buffer",
     "ExpertWeights": "experts",

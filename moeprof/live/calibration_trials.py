@@ -1,0 +1,210 @@
+"""Whole steps under several settings on made-up routing, next to what is modelled of them."""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from moeprof.live.bench import Bench
+from moeprof.live.calibration_sizes import CalibrationSizes, Regime
+from moeprof.live.routed_runs import routed_steps, starting_rows
+from moeprof.live.setting_runs import RoutedStack, SettingRun, geometry_of, open_stack, timed_steps
+from moeprof.replay import cost_model
+from moeprof.replay.calibration_file import Calibration, Trial
+from moeprof.replay.expert_shapes import ExpertShape
+from moeprof.replay.pipeline import Work, step_times
+from moeprof.replay.serving_settings import BufferingSetting, GatingSetting, Setting
+from moeprof.trace.synthetic import synthetic_trace
+
+if TYPE_CHECKING:
+    from moeprof.trace.reader import Trace
+
+ROUTING = "made-up routing (Zipf, half of the experts kept from token to token)"
+
+# Few, so that prompts are dispatches of a few tokens too, which is what is predicted.
+_PROMPT_TOKENS = 4
+_TRIAL_POLICIES = ("lru", "lfu", "paper", "min")
+_TRIAL_SHARES = (0.125, 0.5)
+_TRIAL_MISSES = ("host", "split")
+_TRIAL_MISS_SHARE = 0.25
+_TRIAL_S = 1.5
+_LEAST_REPETITIONS = 2
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class MadeUp:
+    """Made-up routing of a regime."""
+
+    regime: Regime
+    trace: Trace
+
+
+def made_up(folder: Path, sizes: CalibrationSizes, regime: Regime) -> MadeUp:
+    """Writes the routing of a regime into a folder."""
+    trace = synthetic_trace(
+        folder / f"calibration-{regime.batch}.moeprof",
+        num_requests=2 * regime.batch,
+        num_sites=regime.num_layers,
+        num_experts=sizes.num_experts,
+        top_k=sizes.top_k,
+        batch=regime.batch,
+        prompt_tokens=_PROMPT_TOKENS,
+        # Lengths differ: long enough that the batch stays full while trials run.
+        output_tokens=2 * regime.num_steps,
+    )
+    return MadeUp(regime=regime, trace=trace)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class TriedSetting:
+    """A trial, and what is modelled of it; ``whole`` names what has one factor for all its work."""
+
+    trial: Trial
+    work: Work
+    whole: str | None
+    expert_bytes: int
+
+
+class TrialBench(Bench):
+    """Runs trials on one device."""
+
+    def trials(
+        self, regimes: Sequence[MadeUp], size: int, machine: Calibration
+    ) -> list[TriedSetting]:
+        """Runs settings on made-up routing, at one size of experts."""
+        shape = self.sizes.shape(size)
+        # Page-locked memory takes seconds to be had: one copy for all regimes.
+        most = max(regimes, key=lambda made: made.regime.num_layers)
+        whole = open_stack(
+            most.trace, stack="decoder", device=self.device, shape=shape, share_host=True
+        )
+        found: list[TriedSetting] = []
+        # What is there stays: each trial looks for garbage before it begins.
+        gc.collect()
+        gc.freeze()
+        try:
+            for made in regimes:
+                found += self._regime_trials(whole, made, machine)
+        finally:
+            gc.unfreeze()
+            whole.close()
+        return found
+
+    def _regime_trials(
+        self, whole: RoutedStack, made: MadeUp, machine: Calibration
+    ) -> list[TriedSetting]:
+        stack = self._stack_of(whole, made)
+        question = trial_question(made, whole.shape, self.sizes)
+        found = []
+        for setting in trial_settings(machine):
+            try:
+                found.append(self._trial(stack, question, setting, machine))
+            except torch.cuda.OutOfMemoryError:
+                # A trial fewer: what is kept on the device depends on the setting.
+                torch.cuda.empty_cache()
+        return found
+
+    def _stack_of(self, whole: RoutedStack, made: MadeUp) -> RoutedStack:
+        """Returns the first layers of a stack under the routing of a regime."""
+        steps = routed_steps(
+            made.trace,
+            stack="decoder",
+            device=self.device,
+            dtype=self.dtype,
+            max_steps=made.regime.num_steps,
+        )
+        return dataclasses.replace(
+            whole,
+            trace=made.trace,
+            sites=whole.sites[: made.regime.num_layers],
+            steps=tuple(steps),
+            hidden=starting_rows(steps, geometry_of(whole.shape), self.device),
+        )
+
+    def _trial(
+        self,
+        stack: RoutedStack,
+        question: cost_model.Question,
+        setting: Setting,
+        machine: Calibration,
+    ) -> TriedSetting:
+        run = SettingRun(stack, setting)
+        measured = self._repeated(run)
+        run.close()
+        return tried_setting(measured, question, setting, machine)
+
+    def _repeated(self, run: SettingRun) -> tuple[tuple[float, ...], ...]:
+        """Returns [repetitions][steps] in milliseconds; fewer repetitions where they take long."""
+        begun_s = time.perf_counter()
+        found = timed_steps(run, repetitions=1)
+        while len(found) < self.sizes.trial_repetitions:
+            if len(found) >= _LEAST_REPETITIONS and time.perf_counter() - begun_s > _TRIAL_S:
+                break
+            found += timed_steps(run, repetitions=1, warmup=0)
+        return found
+
+
+def trial_question(
+    made: MadeUp, shape: ExpertShape, sizes: CalibrationSizes
+) -> cost_model.Question:
+    """Returns what is asked of trials of a regime."""
+    return cost_model.question_of(
+        made.trace,
+        shape=shape,
+        phase="all",
+        max_steps=made.regime.num_steps,
+        repetitions=sizes.trial_repetitions,
+    )
+
+
+def tried_setting(
+    measured_ms: tuple[tuple[float, ...], ...],
+    question: cost_model.Question,
+    setting: Setting,
+    machine: Calibration,
+) -> TriedSetting:
+    """Returns a trial beside what is modelled of it."""
+    work = cost_model.work_of(question, setting, machine)
+    is_gating = isinstance(setting, GatingSetting)
+    trial = Trial(
+        kind="gating" if is_gating else "buffering",
+        setting=setting.name,
+        routing=ROUTING,
+        modelled_ms=tuple((step_times(work)[0] * 1e3).tolist()),
+        measured_ms=measured_ms,
+    )
+    return TriedSetting(
+        trial=trial,
+        work=work,
+        whole=cost_model.whole_of(setting),
+        expert_bytes=question.shape.expert_bytes,
+    )
+
+
+def trial_settings(machine: Calibration) -> list[Setting]:
+    """Returns the settings that are tried: no buffer, small and large ones, others, every kernel.
+
+    Policies differ in how long they take to decide, which is measured for all of them, and in what
+    they copy, which is known: a few of them are enough.
+    """
+    known = [name for name in _TRIAL_POLICIES if name in machine.decisions]
+    found: list[Setting] = [BufferingSetting(capacity=None)]
+    found += [
+        BufferingSetting(capacity=share, policy=policy)
+        for policy in known or list(machine.decisions)
+        for share in _TRIAL_SHARES
+    ]
+    found += [
+        BufferingSetting(capacity=_TRIAL_MISS_SHARE, policy=policy, miss=miss)
+        for policy in known[:1]
+        for miss in _TRIAL_MISSES
+    ]
+    found += [GatingSetting(kernel=name) for name in machine.gating]
+    return found

@@ -10,14 +10,15 @@ import functools
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from moeprof.errors import TraceError, UsageError
 from moeprof.replay.cache import reference, streams
-from moeprof.replay.cache.residency import CacheSpec, MissRule, Planned, Residency
+from moeprof.replay.cache.foresight import Foresight
+from moeprof.replay.cache.residency import CacheSpec, Fetched, MissRule, Planned, Residency
 from moeprof.replay.cache.sizes import parse_capacity
 from moeprof.replay.pipeline import NOTHING
 from moeprof.replay.serving_settings import BufferingSetting
@@ -141,6 +142,33 @@ def read_routed_rows(trace: Trace, stack: str, *, max_steps: int | None = None) 
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
+class CopiesAhead:
+    """What a buffer copies ahead of its lookup, and which lookups find that.
+
+    Attributes:
+        dispatch: [copies] dispatch after which it is asked for, ascending.
+        after: [copies] place within that dispatch of the reader that it waits for, or `NOTHING`.
+        used: [lookups] 1 where a miss finds its copy made or under way.
+        awaits: [lookups] copy ahead, of the same step, that is read, or `NOTHING`.
+    """
+
+    dispatch: Int32s
+    after: Int32s
+    used: Bools
+    awaits: Int32s
+
+    @classmethod
+    def none(cls, num_lookups: int) -> CopiesAhead:
+        """Returns what a buffer has that copies nothing ahead."""
+        return cls(
+            dispatch=np.zeros(0, np.int32),
+            after=np.zeros(0, np.int32),
+            used=np.zeros(num_lookups, np.uint8),
+            awaits=np.full(num_lookups, NOTHING, np.int32),
+        )
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
 class BufferPlan:
     """What a buffer does with every lookup.
 
@@ -152,7 +180,8 @@ class BufferPlan:
         on_host: [lookups] 1 where the host computes.
         capacity: [sites] slots of the cache that serves the site.
         num_slots: Slots of all caches.
-        num_staging: Slots beside them.
+        num_staging: Slots beside them, those of what is copied ahead included.
+        ahead: What is copied ahead of its lookup.
     """
 
     hit: Bools
@@ -163,6 +192,15 @@ class BufferPlan:
     capacity: Int32s
     num_slots: int
     num_staging: int
+    ahead: CopiesAhead
+
+    def copies_per_step(self, routed: RoutedRows) -> NDArray[np.int64]:
+        """Returns [steps] the experts that are copied, ahead of their lookup or for it."""
+        before = np.concatenate([[0], np.cumsum(self.loads, dtype=np.int64)])
+        for_lookups = np.diff(before[routed.starts[routed.step_starts]])
+        first = np.searchsorted(self.ahead.dispatch, routed.step_starts)
+        found: NDArray[np.int64] = for_lookups + np.diff(first)
+        return found
 
 
 def plan_buffer(
@@ -192,18 +230,28 @@ def plan_buffer(
             capacity=np.array([site.num_experts for site in routed.sites], np.int32),
             num_slots=sum(site.num_experts for site in routed.sites),
             num_staging=0,
+            ahead=CopiesAhead.none(count),
         )
     made = residency_of(trace, routed, setting, rows=rows)
-    planned = [one for each in planned_dispatches(made.residency, routed, setting) for one in each]
+    dispatches = list(_dispatches(made.residency, routed, setting))
+    planned = [one for each in dispatches for one in each.planned]
+    awaits, awaits_ahead = _awaits(dispatches, routed)
+    fetched = [(index, one) for index, each in enumerate(dispatches) for one in each.fetched]
     return BufferPlan(
         hit=np.array([one.hit for one in planned], np.uint8),
         loads=np.array([one.loads for one in planned], np.uint8),
         after=np.array([one.after for one in planned], np.int32),
-        awaits=_awaits(planned, routed),
+        awaits=awaits,
         on_host=np.array([one.on_host for one in planned], np.uint8),
         capacity=made.capacity,
         num_slots=made.num_slots,
         num_staging=made.num_staging,
+        ahead=CopiesAhead(
+            dispatch=np.array([dispatch for dispatch, _ in fetched], np.int32),
+            after=np.array([one.after for _, one in fetched], np.int32),
+            used=np.array([one.ahead for one in planned], np.uint8),
+            awaits=awaits_ahead,
+        ),
     )
 
 
@@ -215,7 +263,7 @@ class EmptyCaches:
         residency: Who is in which slot.
         capacity: [sites] slots of the cache that serves the site.
         num_slots: Slots of all caches.
-        num_staging: Slots beside them.
+        num_staging: Slots beside them, those of what is copied ahead included.
     """
 
     residency: Residency
@@ -231,10 +279,17 @@ def residency_of(
     caches = _caches(streams.read_rows(trace) if rows is None else rows, routed, setting)
     needs_staging = setting.policy in _NOT_ALL_KEPT or any(not one.capacity for one in caches)
     staging = _STAGING if needs_staging and setting.miss != "host" else 0
+    staging += setting.prefetch
     slots = sum(cache.capacity for cache in caches)
     capacity_of = {site: cache.capacity for cache in caches for site, _ in cache.sites}
     return EmptyCaches(
-        residency=Residency(caches, [slots + staging], full=setting.initial == "full"),
+        residency=Residency(
+            caches,
+            [slots + staging],
+            full=setting.initial == "full",
+            prefetch=setting.prefetch,
+            foresight=Foresight([[(site.site, site.num_experts) for site in routed.sites]]),
+        ),
         capacity=np.array([capacity_of.get(site.site, 0) for site in routed.sites], np.int32),
         num_slots=slots,
         num_staging=staging,
@@ -244,7 +299,7 @@ def residency_of(
 def planned_dispatches(
     residency: Residency, routed: RoutedRows, setting: BufferingSetting
 ) -> Iterator[list[Planned]]:
-    """Yields what is done in each dispatch, one after the other."""
+    """Yields what is done in each dispatch, one after the other; nothing is copied ahead."""
     rule = MissRule(action=setting.miss, host_rows=setting.host_rows)
     experts, rows = routed.expert.tolist(), routed.rows.tolist()
     bounds = routed.starts.tolist()
@@ -252,6 +307,28 @@ def planned_dispatches(
         first, end = bounds[dispatch], bounds[dispatch + 1]
         site = routed.sites[index].site
         yield residency.plan(site, experts[first:end], rows[first:end], rule) if end > first else []
+
+
+class _Dispatch(NamedTuple):
+    """What is done in a dispatch.
+
+    Attributes:
+        planned: Its lookups.
+        fetched: What is copied ahead after it.
+    """
+
+    planned: list[Planned]
+    fetched: list[Fetched]
+
+
+def _dispatches(
+    residency: Residency, routed: RoutedRows, setting: BufferingSetting
+) -> Iterator[_Dispatch]:
+    """Yields what is done in each dispatch, copies ahead included."""
+    every = planned_dispatches(residency, routed, setting)
+    for planned, index in zip(every, routed.site.tolist(), strict=True):
+        experts = [one.expert for one in planned]
+        yield _Dispatch(planned, residency.fetch_ahead(routed.sites[index].site, experts))
 
 
 def _caches(rows: Rows, routed: RoutedRows, setting: BufferingSetting) -> list[CacheSpec]:
@@ -303,19 +380,33 @@ def _machine(stream: Stream, policy: str, capacity: int, number: int) -> Any:
     )
 
 
-def _awaits(planned: Sequence[Planned], routed: RoutedRows) -> Int32s:
-    """Returns [lookups] the lookup of the same step whose copy is read, or `NOTHING`."""
-    found = np.full(len(planned), NOTHING, np.int32)
+def _awaits(dispatches: Sequence[_Dispatch], routed: RoutedRows) -> tuple[Int32s, Int32s]:
+    """Returns [lookups] the copy of the same step that is read, or `NOTHING`.
+
+    Of copies for a lookup that lookup, then of copies ahead their number.
+    """
+    count = routed.num_lookups
+    of_lookup, of_ahead = np.full(count, NOTHING, np.int32), np.full(count, NOTHING, np.int32)
     starts = routed.starts.tolist()
     experts = routed.expert.tolist()
     sites = routed.site.tolist()
+    index_of = {site.site: index for index, site in enumerate(routed.sites)}
+    number = 0
     for first, end in zip(routed.step_starts[:-1], routed.step_starts[1:], strict=True):
-        copied: dict[tuple[int, int], int] = defaultdict(lambda: NOTHING)
+        # The last copy of an expert: for a lookup, or ahead.
+        copied: dict[tuple[int, int], tuple[int, int]] = defaultdict(lambda: (NOTHING, NOTHING))
+        ahead: dict[tuple[int, int], int] = defaultdict(lambda: NOTHING)
         for dispatch in range(int(first), int(end)):
-            for lookup in range(starts[dispatch], starts[dispatch + 1]):
+            planned, fetched = dispatches[dispatch]
+            for lookup, step in enumerate(planned, start=starts[dispatch]):
                 key = (sites[dispatch], experts[lookup])
-                if planned[lookup].loads:
-                    copied[key] = lookup
-                if not planned[lookup].on_host:
-                    found[lookup] = copied[key]
-    return found
+                if step.loads:
+                    copied[key] = (lookup, NOTHING)
+                elif step.ahead:
+                    copied[key] = (NOTHING, ahead[key])
+                if not step.on_host:
+                    of_lookup[lookup], of_ahead[lookup] = copied[key]
+            for one in fetched:
+                ahead[index_of[one.site], one.expert] = number
+                number += 1
+    return of_lookup, of_ahead

@@ -336,6 +336,8 @@ class Calibration:
         sync_s: Wait for an idle device.
         handover_s: From the end of a computation to the start of a copy that waits for it, and
             from the end of a copy to the start of a computation.
+        foresee_s: Host time in which a dispatch learns, and says which experts are copied ahead;
+            None where it was not measured.
         streamed: Dispatches that run in pieces; None where the machine cannot.
         decisions: By policy.
         gating: By kernel.
@@ -371,6 +373,7 @@ class Calibration:
     combine_device: Curve
     sync_s: Measured
     handover_s: Measured
+    foresee_s: Measured | None = None
     streamed: StreamedTimes | None = None
     decisions: Mapping[str, DecisionTimes] = field(default_factory=dict)
     gating: Mapping[str, GatingTimes] = field(default_factory=dict)
@@ -458,8 +461,11 @@ def _calibration(content: Mapping[str, Any]) -> Calibration:
     rates = [parts["device_copy_bytes_per_s"], parts["matrix_flops_per_s"]]
     if min(one.median for one in [*rates, *parts["to_device"].times_s]) <= 0:
         raise ValueError("a rate, or the time of a copy, is zero")
+    # Files from before experts were copied ahead do not have it.
+    foresee = content.get("foresee_s")
     return Calibration(
         **parts,
+        foresee_s=None if foresee is None else _measured(foresee),
         streamed=None if streamed is None else _streamed(streamed),
         decisions={name: DecisionTimes(**one) for name, one in content["decisions"].items()},
         gating={name: GatingTimes(**one) for name, one in content["gating"].items()},

@@ -193,7 +193,7 @@ def predict(
     work = work_of(question, setting, machine, plan=plan)
     is_buffered = isinstance(setting, BufferingSetting) and setting.capacity is not None
     modelled = step_times(work)[0] * _MS
-    copied = routed.per_step(plan.loads.astype(np.int64)) * question.shape.block_bytes
+    copied = plan.copies_per_step(routed) * question.shape.block_bytes
     known = _knowledge_of(setting, machine, question.shape.expert_bytes)
     corrected = known.scale * step_times(work, np.exp(known.log_factors)[None])[0] * _MS
     generator = np.random.default_rng(question.seed)
@@ -341,6 +341,8 @@ def _drawn_percentiles(
 def part_errors(machine: Calibration) -> Floats:
     """Returns [len(PARTS)] the relative standard error of each kind of work."""
     decide = max((one.error for one in machine.decisions.values()), default=0.0)
+    if machine.foresee_s is not None:
+        decide = max(decide, machine.foresee_s.error)
     errors = {
         "known": machine.known_s.error,
         "sort": machine.sort_device.error,
@@ -382,6 +384,14 @@ def buffering_work_of(
         decide = machine.decisions[setting.policy].at(
             hits, np.diff(routed.starts) - hits, plan.capacity[routed.site]
         )
+    foresee = np.zeros(count)
+    if setting.prefetch:
+        if machine.foresee_s is None:
+            raise UsageError(
+                "the calibration does not know how long it takes to say what is copied ahead",
+                hint="measure this machine again: moeprof calibrate -o FILE",
+            )
+        foresee += machine.foresee_s.median * (np.diff(routed.starts) > 0)
     streamed = is_streamed(routed.num_tokens, shape, machine)
     order = execution_order(routed, plan, streamed)
     experts = np.diff(order.lookup_starts)
@@ -400,7 +410,8 @@ def buffering_work_of(
         by_piece = np.repeat(streamed, np.diff(order.piece_starts))
         piece_host = own.piece_host.at(experts) + is_buffered * own.slot_host_s.median
         launch = np.where(by_piece, piece_host, launch)
-        by_group = np.repeat(streamed, np.diff(order.copy_starts))
+        # What is copied ahead is asked for one by one, so that nobody waits for all of it.
+        by_group = np.repeat(streamed, np.diff(order.copy_starts)) & (order.copied != NOTHING)
         load_s = np.where(by_group, own.load_host_s.median, load_s)
         reads = -(-routed.rows[order.lookups] // own.rows_at_once)
         total = np.concatenate([[0], np.cumsum(reads)])
@@ -422,6 +433,7 @@ def buffering_work_of(
         known_s=known_s,
         sort_s=sort_s,
         decide_s=decide,
+        foresee_s=foresee,
         on_host=(on_host > 0).astype(np.uint8),
         host_s=_per_dispatch(host_s, routed.starts),
         combine_host_s=combine_host,
@@ -481,6 +493,7 @@ def gating_work_of(
         known_s=nothing,
         sort_s=nothing,
         decide_s=nothing,
+        foresee_s=nothing,
         on_host=np.zeros(count, np.uint8),
         host_s=nothing,
         combine_host_s=nothing,

@@ -38,7 +38,7 @@ class ExecutionOrder:
         lookups: [lookups on the device] in the order of execution.
         awaits: [pieces] last copy that the piece reads; see `pipeline.Work`, as for what follows.
         copy_starts: [dispatches + 1].
-        copied: [copies] lookup that is copied.
+        copied: [copies] lookup that it is for, `NOTHING` where it is ahead of it.
         before: [copies].
         after: [copies].
     """
@@ -87,7 +87,11 @@ def execution_order(
     hit, loads, on_host = (each.astype(bool).tolist() for each in (plan.hit, plan.loads,
                                                                    plan.on_host))  # fmt: skip
     after, awaits, starts = plan.after.tolist(), plan.awaits.tolist(), routed.starts.tolist()
+    used, awaits_ahead = plan.ahead.used.astype(bool).tolist(), plan.ahead.awaits.tolist()
+    after_ahead = plan.ahead.after.tolist()
+    bounds = np.searchsorted(plan.ahead.dispatch, np.arange(len(streamed) + 1)).tolist()
     copy_of: dict[int, int] = {}
+    copy_ahead: list[int] = []
     piece_starts, lookup_starts, copy_starts = [0], [0], [0]
     lookups: list[int] = []
     piece_awaits: list[int] = []
@@ -95,7 +99,7 @@ def execution_order(
     for dispatch, by_piece in enumerate(streamed.tolist()):
         first, end = starts[dispatch], starts[dispatch + 1]
         planned = [
-            Planned(place, hit[at], NO_SLOT, loads[at], on_host[at], after[at])
+            Planned(place, hit[at], NO_SLOT, loads[at], on_host[at], after[at], used[at])
             for place, at in enumerate(range(first, end))
         ]
         pieces = pieces_of(planned, streamed=by_piece)
@@ -103,13 +107,21 @@ def execution_order(
         for place, before, waiting in own:
             copy_of[first + place] = len(copies)
             copies.append((first + place, before, waiting))
+        own_ahead = after_ahead[bounds[dispatch] : bounds[dispatch + 1]]
+        for waiting in _copies_ahead(own_ahead, pieces, streamed=by_piece):
+            copy_ahead.append(len(copies))
+            copies.append((NOTHING, len(pieces), waiting))
         copy_starts.append(len(copies))
         for piece in pieces:
             lookups += [first + place for place in piece]
             lookup_starts.append(len(lookups))
-            read = (awaits[first + place] for place in piece)
-            piece_awaits.append(max((copy_of[one] for one in read if one != NOTHING),
-                                    default=NOTHING))  # fmt: skip
+            read = [awaits[first + place] for place in piece]
+            read_ahead = [awaits_ahead[first + place] for place in piece]
+            piece_awaits.append(max(
+                [copy_of[one] for one in read if one != NOTHING]
+                + [copy_ahead[one] for one in read_ahead if one != NOTHING],
+                default=NOTHING,
+            ))  # fmt: skip
         piece_starts.append(len(piece_awaits))
     every = _int32s(copies).reshape(-1, 3)
     return ExecutionOrder(
@@ -146,6 +158,18 @@ def _copies(
             before = max(before, waiting + 1)
             found.append((place, before, waiting))
     return found
+
+
+def _copies_ahead(
+    after: Sequence[int], pieces: Sequence[Sequence[int]], *, streamed: bool
+) -> list[int]:
+    """Returns the piece that each copy ahead waits for, or `NOTHING`."""
+    piece_of = {place: index for index, piece in enumerate(pieces) for place in piece}
+    # A dispatch in pieces marks the ends of pieces only, and its last one is launched by then.
+    return [
+        NOTHING if place == AT_ONCE else len(pieces) - 1 if streamed else piece_of[place]
+        for place in after
+    ]
 
 
 def _int32s(values: Any) -> Int32s:

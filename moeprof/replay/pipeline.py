@@ -5,8 +5,9 @@ computations on another. A dispatch runs in pieces (`moeprof.replay.cache.pieces
 lookup or several. The host waits for the device once per dispatch, to learn which experts are
 active; a piece waits for the copies that it reads; a copy waits for the last reader of its slot;
 either takes a handover from one stream to the other. A step ends when all three are done. On a
-device without a queue of its own everything is done in turn. Leaves out where the times come from
-(`cost_model`) and what is copied (`buffer_plans`).
+device without a queue of its own everything is done in turn. Copies ahead of their lookup are
+copies like others: they keep the link, and count in the step that asks for them. Leaves out where
+the times come from (`cost_model`) and what is copied (`buffer_plans`).
 """
 
 from __future__ import annotations
@@ -43,13 +44,16 @@ class Work:
         known_s: [dispatches] host time until it knows (an idle device assumed), or does not care.
         sort_s: [dispatches] device time until then.
         decide_s: [dispatches] host time to decide.
+        foresee_s: [dispatches] host time to say what is copied ahead, once the last piece was
+            launched.
         on_host: [dispatches] 1 where the host computes experts.
         host_s: [dispatches] host time of them.
         combine_host_s: [dispatches] host time after the experts.
         combine_device_s: [dispatches] device time after the experts.
         launch_s: [pieces] host time to launch the piece.
         expert_s: [pieces] device time of its experts.
-        awaits: [pieces] last copy of this step that the piece reads, or `NOTHING`.
+        awaits: [pieces] last copy of this step that the piece reads, of its own dispatch or one
+            before, or `NOTHING`.
         before: [copies] place within the dispatch of the piece before which the copy is asked for;
             the number of pieces where after all of them. Never falls within a dispatch.
         after: [copies] place of the piece that it waits for, below ``before``, or `NOTHING`.
@@ -70,6 +74,7 @@ class Work:
     known_s: Floats
     sort_s: Floats
     decide_s: Floats
+    foresee_s: Floats
     on_host: Bools
     host_s: Floats
     combine_host_s: Floats
@@ -95,7 +100,7 @@ class Work:
     def unoverlapped_s(self) -> Floats:
         """Returns [steps] the sum of all parts, but handovers and the rows' way to the host."""
         per_dispatch = (
-            self.known_s + self.sort_s + self.decide_s + self.host_s
+            self.known_s + self.sort_s + self.decide_s + self.foresee_s + self.host_s
             + self.combine_host_s + self.combine_device_s
             + _sums(self.launch_s + self.expert_s, self.piece_starts)
             + _sums(self.load_s + self.copy_s, self.copy_starts)
@@ -124,18 +129,18 @@ def step_times(work: Work, factors: Floats | None = None) -> Floats:
     fill = _fill_serial if work.is_serial else _fill_times
     fill(
         work.step_starts, work.piece_starts, work.copy_starts, work.waits, work.known_s,
-        work.sort_s, work.decide_s, work.on_host, work.host_s, work.combine_host_s,
-        work.combine_device_s, work.launch_s, work.expert_s, work.awaits, work.before, work.after,
-        work.load_s, work.copy_s, constants, given, times,
+        work.sort_s, work.decide_s, work.foresee_s, work.on_host, work.host_s,
+        work.combine_host_s, work.combine_device_s, work.launch_s, work.expert_s, work.awaits,
+        work.before, work.after, work.load_s, work.copy_s, constants, given, times,
     )  # fmt: skip
     return times
 
 
 _SIGNATURE = (
     "void(int32[::1], int32[::1], int32[::1], uint8[::1], float64[::1], float64[::1],"
-    " float64[::1], uint8[::1], float64[::1], float64[::1], float64[::1], float64[::1],"
-    " float64[::1], int32[::1], int32[::1], int32[::1], float64[::1], float64[::1],"
-    " float64[::1], float64[:, ::1], float64[:, ::1])"
+    " float64[::1], float64[::1], uint8[::1], float64[::1], float64[::1], float64[::1],"
+    " float64[::1], float64[::1], int32[::1], int32[::1], int32[::1], float64[::1],"
+    " float64[::1], float64[::1], float64[:, ::1], float64[:, ::1])"
 )
 
 
@@ -148,6 +153,7 @@ def _fill_times(  # noqa: PLR0917
     known_s: Floats,
     sort_s: Floats,
     decide_s: Floats,
+    foresee_s: Floats,
     on_host: Bools,
     host_s: Floats,
     combine_host_s: Floats,
@@ -186,6 +192,8 @@ def _fill_times(  # noqa: PLR0917
                 host += decide_s[dispatch] * own[2]
                 fetched = device
                 for piece in range(first, end + 1):
+                    if piece == end:
+                        host += foresee_s[dispatch] * own[2]
                     while upcoming < last and before[upcoming] <= piece - first:
                         host += load_s[upcoming] * own[3]
                         start = max(link, host)
@@ -223,6 +231,7 @@ def _fill_serial(  # noqa: PLR0917
     known_s: Floats,
     sort_s: Floats,
     decide_s: Floats,
+    foresee_s: Floats,
     on_host: Bools,
     host_s: Floats,
     combine_host_s: Floats,
@@ -245,7 +254,7 @@ def _fill_serial(  # noqa: PLR0917
             total = constants[2] * own[11]
             for dispatch in range(step_starts[step], step_starts[step + 1]):
                 total += known_s[dispatch] * own[0] + sort_s[dispatch] * own[1]
-                total += decide_s[dispatch] * own[2]
+                total += (decide_s[dispatch] + foresee_s[dispatch]) * own[2]
                 total += combine_host_s[dispatch] * own[9] + combine_device_s[dispatch] * own[10]
                 for piece in range(piece_starts[dispatch], piece_starts[dispatch + 1]):
                     total += launch_s[piece] * own[5] + expert_s[piece] * own[6]

@@ -15,7 +15,11 @@ KERNEL_NAMES = (*STATIC_KERNELS, *DYNAMIC_KERNELS)
 GROUP_TOKENS = 1024
 UNBUFFERED = "unbuffered"
 
-_HINT = "gating:KERNEL, POLICY:CAPACITY, POLICY:CAPACITY:MISS or unbuffered, as in lru:32:split"
+_AHEAD = "ahead="
+_HINT = (
+    "gating:KERNEL, POLICY:CAPACITY[:MISS][:ahead=N] or unbuffered, as in lru:32:split or "
+    "lru:25%:ahead=2"
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,6 +57,7 @@ class BufferingSetting:
         host_rows: Most rows that ``split`` computes on the host.
         scope: What shares a cache.
         initial: ``empty`` or ``full``.
+        prefetch: Experts that are copied ahead after each dispatch, at most.
     """
 
     capacity: int | float | str | None
@@ -61,6 +66,7 @@ class BufferingSetting:
     host_rows: int = 1
     scope: str = "layer"
     initial: str = "empty"
+    prefetch: int = 0
 
     def __post_init__(self) -> None:
         """Refuses what no buffer can do."""
@@ -72,6 +78,7 @@ class BufferingSetting:
         ):
             if value not in known:
                 raise UsageError(f"there is no {what} {value!r}", hint=f"one of {', '.join(known)}")
+        check_prefetch(self.prefetch, self.capacity)
 
     @property
     def name(self) -> str:
@@ -83,6 +90,8 @@ class BufferingSetting:
             parts.append(self.miss)
         if self.miss == "split" and self.host_rows != 1:
             parts[-1] += f"<={self.host_rows}"
+        if self.prefetch:
+            parts.append(f"{_AHEAD}{self.prefetch}")
         named = ":".join(parts)
         extra = [
             f"{key}={value}"
@@ -95,6 +104,22 @@ class BufferingSetting:
         return " ".join([named, *extra])
 
 
+def check_prefetch(prefetch: int, capacity: int | float | str | None) -> None:
+    """Refuses what cannot be copied ahead.
+
+    Raises:
+        UsageError: It is negative, or there is nothing that is not on the device.
+    """
+    if prefetch < 0:
+        raise UsageError(
+            f"{prefetch} experts cannot be copied ahead", hint="ahead=1 or more, or leave it out"
+        )
+    if prefetch and capacity is None:
+        raise UsageError(
+            "all experts are on the device, so none is copied ahead", hint="give a capacity"
+        )
+
+
 Setting = GatingSetting | BufferingSetting
 
 
@@ -103,22 +128,30 @@ def parse_setting(text: str) -> Setting:
 
     Args:
         text: ``gating:dynamic``, ``lru:32``, ``lru:25%``, ``lru:32:host``, ``lru:32:split``,
-            ``lru:32:split<=4`` or ``unbuffered``.
+            ``lru:32:split<=4``, ``lru:25%:ahead=2``, ``lru:32:split:ahead=4`` or ``unbuffered``.
 
     Raises:
         UsageError: It is none of these.
     """
+    no_setting = UsageError(f"{text!r} is no setting", hint=_HINT)
     parts = [part.strip() for part in text.split(":")]
     if parts == [UNBUFFERED]:
         return BufferingSetting(capacity=None)
     if parts[0] == "gating" and len(parts) == 2:  # noqa: PLR2004
         return GatingSetting(kernel=parts[1])
+    prefetch = "0"
+    if parts[-1].startswith(_AHEAD):
+        prefetch = parts.pop().removeprefix(_AHEAD)
     if len(parts) not in (2, 3) or not all(parts):
-        raise UsageError(f"{text!r} is no setting", hint=_HINT)
+        raise no_setting
     capacity: int | str = int(parts[1]) if parts[1].isdigit() else parts[1]
     miss, _, rows = (parts[2] if len(parts) > 2 else "load").partition("<=")  # noqa: PLR2004
-    if rows and not rows.isdigit():
-        raise UsageError(f"{text!r} is no setting", hint=_HINT)
+    if not prefetch.isdigit() or (rows and not rows.isdigit()):
+        raise no_setting
     return BufferingSetting(
-        policy=parts[0], capacity=capacity, miss=miss, host_rows=int(rows) if rows else 1
+        policy=parts[0],
+        capacity=capacity,
+        miss=miss,
+        host_rows=int(rows) if rows else 1,
+        prefetch=int(prefetch),
     )

@@ -13,9 +13,10 @@ from moeprof.replay.cache.residency import AT_ONCE, Planned
 def pieces_of(planned: Sequence[Planned], *, streamed: bool) -> list[list[int]]:
     """Returns the places in the dispatch of the lookups of each piece, pieces in order.
 
-    Lookups that the host computes are in none. Streamed, hits run first, then what is copied at
-    once, or into the slot of a hit, then what is copied into the slot of one of those, and so on:
-    nobody waits for a reader of its own piece. Otherwise every lookup is a piece.
+    Lookups that the host computes are in none. Streamed, hits run first, then what was copied
+    ahead, then what is copied at once, or into the slot of one of those, then what is copied into
+    the slot of one of these, and so on: nobody waits for a reader of its own piece, nor for a copy
+    that was asked for later than its own. Otherwise every lookup is a piece.
 
     Args:
         planned: The lookups of a dispatch.
@@ -28,8 +29,11 @@ def pieces_of(planned: Sequence[Planned], *, streamed: bool) -> list[list[int]]:
     pieces: dict[int, list[int]] = {}
     for place in on_device:
         step = planned[place]
-        # A reader comes before whoever waits for it.
-        own = 0 if step.hit else 1 if step.after == AT_ONCE else level[step.after] + 1
+        if step.hit or step.ahead:
+            own = int(step.ahead)
+        else:
+            # A reader comes before whoever waits for it.
+            own = 2 if step.after == AT_ONCE else max(2, level[step.after] + 1)
         level[place] = own
         pieces.setdefault(own, []).append(place)
     return [pieces[own] for own in sorted(pieces)]

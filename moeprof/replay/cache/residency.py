@@ -3,17 +3,23 @@
 Who stays is decided by the state machines of the replay (`moeprof.replay.cache.policies`) under
 ``sequential`` semantics: experts run one by one in increasing id and room is made before each
 enters. Slots are places in device memory; a cache of C slots never holds more than C experts, but
-any slot of the pool may be one of them. Leaves out copying and computing; knows no torch.
+any slot of the pool may be one of them.
+
+Experts may be copied ahead of their lookup (`moeprof.replay.cache.foresight` says which): each
+takes a slot beside the caches. That changes no decision of a policy: a lookup that misses stays a
+miss, but finds its copy made or under way. Leaves out copying and computing; knows no torch.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 from moeprof.replay.cache import policies
+from moeprof.replay.cache.foresight import Foresight
 from moeprof.replay.cache.policies import Machine
 from moeprof.replay.cache.reference import look_up
 
@@ -33,6 +39,8 @@ class Planned(NamedTuple):
         on_host: The host computes its rows.
         after: Place in the dispatch of the last expert that reads what is in the slot before the
             copy; `AT_ONCE` where none does.
+        ahead: It missed, but was copied into the slot after an earlier dispatch, or still is being
+            copied. Then nothing is loaded, and the device computes.
     """
 
     expert: int
@@ -40,6 +48,23 @@ class Planned(NamedTuple):
     slot: int
     loads: bool
     on_host: bool
+    after: int
+    ahead: bool = False
+
+
+class Fetched(NamedTuple):
+    """An expert that is copied ahead of its lookup, after all else of a dispatch.
+
+    Attributes:
+        site: Site that is expected to look it up.
+        expert: Index there.
+        slot: Where it is copied to.
+        after: As in `Planned`, of the dispatch after which it is copied.
+    """
+
+    site: int
+    expert: int
+    slot: int
     after: int
 
 
@@ -90,16 +115,31 @@ class Residency:
 
     Args:
         caches: The caches.
-        pools: Slots of each pool: at least the capacities of its caches.
+        pools: Slots of each pool: at least the capacities of its caches, and ``prefetch`` more.
         full: Start with the lowest sites and ids resident, not empty.
+        prefetch: Most experts of a pool that are copied ahead and not looked up yet.
+        foresight: Says which; needed where ``prefetch`` is positive.
     """
 
     def __init__(
-        self, caches: Sequence[CacheSpec], pools: Sequence[int], *, full: bool = False
+        self,
+        caches: Sequence[CacheSpec],
+        pools: Sequence[int],
+        *,
+        full: bool = False,
+        prefetch: int = 0,
+        foresight: Foresight | None = None,
     ) -> None:
+        assert not prefetch or foresight is not None
         self._caches = tuple(caches)
         self._pools = tuple(pools)
         self._full = full
+        self._prefetch = prefetch
+        self._foresight = foresight
+        # By pool: site and expert -> slot, first copied first.
+        self._ahead: list[dict[tuple[int, int], int]] = []
+        # Slots read in the last dispatch, with the place of their last reader.
+        self._reader: dict[int, int] = {}
         self._place: dict[int, tuple[int, int]] = {}
         for index, cache in enumerate(self._caches):
             first = 0
@@ -115,6 +155,10 @@ class Residency:
         """Empties every cache, or fills it as it was at the start."""
         self._machines = [cache.machine() for cache in self._caches]
         self._slots = [{} for _ in self._caches]
+        self._ahead = [{} for _ in self._pools]
+        self._reader = {}
+        if self._foresight is not None:
+            self._foresight.reset()
         self._free = []
         first = 0
         for count in self._pools:
@@ -141,6 +185,10 @@ class Residency:
                 ]
                 first += count
         return found
+
+    def fetched(self) -> list[tuple[int, int, int]]:
+        """Returns (site, expert, slot) of every expert that is ahead of its lookup."""
+        return [(*key, slot) for ahead in self._ahead for key, slot in ahead.items()]
 
     def swap(self, one: tuple[int, int], other: tuple[int, int]) -> None:
         """Exchanges the slots of two residents in the map only: what a defect would do.
@@ -169,10 +217,12 @@ class Residency:
         """
         cache, first = self._place[site]
         machine, slots = self._machines[cache], self._slots[cache]
-        free = self._free[self._caches[cache].pool]
+        pool = self._caches[cache].pool
+        free = self._free[pool]
         keys = [first + expert for expert in experts]
         active = frozenset(keys)
-        reader: dict[int, int] = {}
+        ahead = self._taken_ahead(pool, site, experts)
+        self._reader = reader = {}
         planned: list[Planned] = []
         for place, (expert, key) in enumerate(zip(experts, keys, strict=True)):
             outcome = look_up(machine, key, active)
@@ -184,8 +234,17 @@ class Residency:
             for left in outcome.evicted:
                 if left != key:
                     free.append(slots.pop(left))
-            on_host = rule.is_on_host(rows[place])
             is_kept = key in machine
+            if expert in ahead:
+                slot = ahead[expert]
+                planned.append(Planned(expert, False, slot, False, False, AT_ONCE, True))
+                if is_kept:
+                    slots[key] = slot
+                else:
+                    free.append(slot)
+                reader[slot] = place
+                continue
+            on_host = rule.is_on_host(rows[place])
             if on_host and not is_kept:
                 planned.append(Planned(expert, False, NO_SLOT, False, True, AT_ONCE))
                 continue
@@ -203,4 +262,52 @@ class Residency:
             if step.on_host and step.loads and slots.get(first + step.expert) != step.slot
             else step
             for step in planned
+        ]
+
+    def _taken_ahead(self, pool: int, site: int, experts: Sequence[int]) -> dict[int, int]:
+        """Returns the slots of active experts that are ahead; frees those of the site's others."""
+        ahead = self._ahead[pool]
+        if not ahead:
+            return {}
+        taken = {}
+        for expert in [expert for other, expert in ahead if other == site]:
+            slot = ahead.pop((site, expert))
+            if expert in experts:
+                taken[expert] = slot
+            else:
+                self._free[pool].append(slot)
+        return taken
+
+    def fetch_ahead(self, site: int, experts: Sequence[int]) -> list[Fetched]:
+        """Says what is copied ahead once all else of a dispatch was asked for, in that order.
+
+        Of the experts of the next site that are not resident, the ``prefetch`` likeliest. Those
+        that are ahead already stay; for the others slots are taken, where there are too few from
+        what was copied ahead first. Slots that nobody read in this dispatch come first.
+
+        Args:
+            site: Site of the dispatch that was planned last.
+            experts: Its active experts, ascending.
+        """
+        if not self._prefetch or not experts:
+            return []
+        assert self._foresight is not None
+        self._foresight.learn(site, experts)
+        upcoming = self._foresight.site_after(site)
+        cache, first = self._place[upcoming]
+        slots, pool = self._slots[cache], self._caches[cache].pool
+        ahead, free = self._ahead[pool], self._free[pool]
+        absent = (e for e in self._foresight.ranked(site) if first + e not in slots)
+        likeliest = [(upcoming, expert) for expert in itertools.islice(absent, self._prefetch)]
+        wanted = [key for key in likeliest if key not in ahead]
+        for key in [key for key in ahead if key not in likeliest]:
+            if len(ahead) + len(wanted) <= self._prefetch:
+                break
+            free.append(ahead.pop(key))
+        taken = [free.popleft() for _ in wanted]
+        taken.sort(key=lambda slot: slot in self._reader)
+        ahead.update(zip(wanted, taken, strict=True))
+        return [
+            Fetched(*key, slot, self._reader.get(slot, AT_ONCE))
+            for key, slot in zip(wanted, taken, strict=True)
         ]

@@ -24,6 +24,7 @@ from moeprof.replay.calibration_file import (
     DecisionTimes,
     ExpertTimes,
     Measured,
+    TrialSource,
     read_calibration,
     write_calibration,
 )
@@ -36,6 +37,7 @@ def test_what_is_written_is_read(tmp_path: Path) -> None:
         streamed=streamed_times(),
         trials=(trial(1.25), trial(0.5, kind="gating")),
         corrections=corrections(1.2, residuals=(0.1, -0.2)),
+        trials_of=TrialSource(machine="another", date="2026-01-02T00:00:00+00:00"),
         by_size={
             9 << 20: dataclasses.replace(corrections(0.9), host=leftovers((0.3, -0.1))),
             1 << 40: dataclasses.replace(corrections(1.1), buffering=None, gating=None, kernels={}),
@@ -49,10 +51,11 @@ def test_what_is_written_is_read(tmp_path: Path) -> None:
     assert [each.name for each in tmp_path.iterdir()] == ["machine.json"]
 
 
-def test_files_without_the_ranks_of_an_exchange_are_read(tmp_path: Path) -> None:
+@pytest.mark.parametrize("field", ["exchange_ranks", "foresee_s", "trials_of"])
+def test_files_from_before_a_field_was_there_are_read(tmp_path: Path, field: str) -> None:
     path = write_calibration(hand_calibration(), tmp_path / "machine.json")
     content = json.loads(path.read_text())
-    assert content.pop("exchange_ranks") is None
+    assert content.pop(field) is None
     path.write_text(json.dumps(content))
     assert read_calibration(path) == hand_calibration()
 

@@ -2,17 +2,33 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from calibrations import exactly, flat, hand_calibration, streamed_times, surface
+from calibrations import (
+    corrections,
+    exactly,
+    flat,
+    hand_calibration,
+    streamed_times,
+    surface,
+    trial,
+)
 
+from moeprof.errors import CalibrationError
 from moeprof.replay import cost_model
-from moeprof.replay.calibration_file import Trial
-from moeprof.replay.corrections import PRIOR, TriedBuffer, fit_by_size, fit_corrections
+from moeprof.replay.calibration_file import Trial, TrialSource
+from moeprof.replay.corrections import (
+    PRIOR,
+    TriedBuffer,
+    fit_by_size,
+    fit_corrections,
+    with_trials_of,
+)
 from moeprof.replay.expert_shapes import ExpertShape
 from moeprof.replay.pipeline import PARTS, Work, step_times
 from moeprof.replay.serving_settings import parse_setting
@@ -232,3 +248,71 @@ def test_kernels_have_a_factor_each() -> None:
 def test_no_trials_change_nothing(tmp_path: Path) -> None:
     assert fit_corrections([], {}) is None
     assert fit_corrections([], {"dynamic": []}) is None
+
+
+def named(name: str, **changes: Any) -> Any:
+    return hand_calibration(device={"device_name": name}, **changes)
+
+
+def test_trials_of_another_machine_correct_the_constants_of_this_one(tmp_path: Path) -> None:
+    other = named(
+        "other",
+        date="2026-01-05T00:00:00+00:00",
+        to_device=flat(99.0),
+        corrections=corrections(1.5),
+        by_size={64: corrections(2.0)},
+        trials=(trial(1.5),),
+    )
+    this = named("this", corrections=corrections(3.0), trials=(trial(3.0), trial(3.0)))
+    found = with_trials_of(this, other)
+    assert found.trials_of == TrialSource(machine="other", date=other.date)
+    taken = {"trials": other.trials, "corrections": other.corrections, "by_size": other.by_size}
+    assert found == dataclasses.replace(this, **taken, trials_of=found.trials_of)
+    # What is handed on keeps saying where it was measured.
+    third = with_trials_of(named("third"), found)
+    assert third.trials_of == found.trials_of and third.name == "third"
+
+    trace = synthetic_trace(tmp_path / "t.moeprof", num_requests=2, num_sites=2, num_experts=8)
+    question = cost_model.question_of(trace, shape=SHAPE)
+    setting = parse_setting("lru:2")
+
+    def middle(machine: Any) -> float:
+        return cost_model.predict(question, setting, machine).percentiles_ms[50][0]
+
+    plain = middle(dataclasses.replace(this, corrections=None))
+    assert middle(found) == pytest.approx(2.0 * plain, rel=1e-3)
+    assert middle(this) == pytest.approx(3.0 * plain, rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({}, "other has no trials"),
+        ({"corrections": dataclasses.replace(corrections(), parts=("copy",))}, "other parts"),
+        (
+            {
+                "corrections": corrections(),
+                "by_size": {64: dataclasses.replace(corrections(), parts=("copy",))},
+            },
+            "other parts",
+        ),
+        (
+            {"corrections": corrections(), "dtype": "bfloat16"},
+            "experts of bfloat16 there, float32 here",
+        ),
+        (
+            {"corrections": corrections(), "is_serial": True},
+            "is the host itself: True there, False here",
+        ),
+        (
+            {"corrections": corrections(), "streamed": streamed_times()},
+            "runs in pieces: True there, False here",
+        ),
+    ],
+)
+def test_trials_that_say_nothing_about_a_machine_are_refused(
+    changes: Mapping[str, Any], said: str
+) -> None:
+    with pytest.raises(CalibrationError, match=said) as caught:
+        with_trials_of(named("this"), named("other", **changes))
+    assert caught.value.hint

@@ -306,6 +306,19 @@ class Trial:
 
 
 @dataclass(frozen=True, kw_only=True)
+class TrialSource:
+    """Whose trials a calibration has, where they are another machine's.
+
+    Attributes:
+        machine: Its name.
+        date: When it was calibrated, ISO 8601.
+    """
+
+    machine: str
+    date: str
+
+
+@dataclass(frozen=True, kw_only=True)
 class Calibration:
     """What a machine was measured to do.
 
@@ -347,6 +360,7 @@ class Calibration:
         trials: Runs that say what the model leaves over.
         corrections: What they say together; None without.
         by_size: What those of buffers say at each size, by the bytes of an expert.
+        trials_of: Where trials and what they say come from; None where from this machine.
     """
 
     device: Mapping[str, Any]
@@ -382,6 +396,7 @@ class Calibration:
     trials: tuple[Trial, ...] = ()
     corrections: Corrections | None = None
     by_size: Mapping[int, Corrections] = field(default_factory=dict)
+    trials_of: TrialSource | None = None
 
     @property
     def name(self) -> str:
@@ -463,6 +478,8 @@ def _calibration(content: Mapping[str, Any]) -> Calibration:
         raise ValueError("a rate, or the time of a copy, is zero")
     # Files from before experts were copied ahead do not have it.
     foresee = content.get("foresee_s")
+    # Nor have files from before one machine's trials served another.
+    source = content.get("trials_of")
     return Calibration(
         **parts,
         foresee_s=None if foresee is None else _measured(foresee),
@@ -475,6 +492,7 @@ def _calibration(content: Mapping[str, Any]) -> Calibration:
         trials=tuple(_trial(one) for one in content["trials"]),
         corrections=None if fitted is None else _corrections(fitted),
         by_size=_by_size(content["by_size"]),
+        trials_of=None if source is None else TrialSource(**source),
     )
 
 

@@ -20,12 +20,20 @@ fitted to.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
-from moeprof.replay.calibration_file import Corrections, KernelCorrection, Leftovers, Trial
+from moeprof.errors import CalibrationError
+from moeprof.replay.calibration_file import (
+    Calibration,
+    Corrections,
+    KernelCorrection,
+    Leftovers,
+    Trial,
+    TrialSource,
+)
 from moeprof.replay.pipeline import PARTS, Work, step_times
 
 Floats = NDArray[np.float64]
@@ -103,6 +111,47 @@ def fit_by_size(buffers: Sequence[TriedBuffer]) -> dict[int, Corrections]:
         assert own is not None
         found[size] = own
     return found
+
+
+def with_trials_of(constants: Calibration, other: Calibration) -> Calibration:
+    """Returns a machine's constants, corrected by what another machine's trials say.
+
+    What parts of the work do to each other is mostly the runtime's doing, not the machine's: trials
+    may carry over where constants do not.
+
+    Args:
+        constants: Calibration whose constants are kept; its own trials are not looked at.
+        other: Calibration whose trials and corrections are taken.
+
+    Raises:
+        CalibrationError: The other has no trials, or its machine did not run the same work.
+    """
+    hint = f"measure {other.name} again: moeprof calibrate -o FILE"
+    if other.corrections is None:
+        raise CalibrationError(f"the calibration of {other.name} has no trials", hint=hint)
+    if any(each.parts != PARTS for each in (other.corrections, *other.by_size.values())):
+        raise CalibrationError(
+            f"the calibration of {other.name} corrects other parts than this moeprof models",
+            hint=hint,
+        )
+    for what, own, its in (
+        ("experts of", constants.dtype, other.dtype),
+        ("is the host itself:", constants.is_serial, other.is_serial),
+        ("runs in pieces:", constants.streamed is not None, other.streamed is not None),
+    ):
+        if own != its:
+            raise CalibrationError(
+                f"trials on {other.name} say nothing about {constants.name}: {what} {its} there, "
+                f"{own} here",
+                hint="take the trials of a machine that runs the same",
+            )
+    return replace(
+        constants,
+        trials=other.trials,
+        corrections=other.corrections,
+        by_size=other.by_size,
+        trials_of=other.trials_of or TrialSource(machine=other.name, date=other.date),
+    )
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -44,6 +44,7 @@ def buffer_experts(
     host_rows: int = 1,
     initial: str = "empty",
     staging: int | None = None,
+    prefetch: int = 0,
     future: Trace | None = None,
     device: torch.device | str | None = None,
 ) -> Iterator[ExpertBuffer]:
@@ -63,6 +64,7 @@ def buffer_experts(
         host_rows: See there.
         initial: See there.
         staging: See there.
+        prefetch: See there.
         future: See there.
         device: Where experts run; when None where they lie, or where the rest of the model lies if
             they lie on the host already (the way to run a model that does not fit).
@@ -82,6 +84,7 @@ def buffer_experts(
         host_rows=host_rows,
         initial=initial,
         staging=staging,
+        prefetch=prefetch,
         future=future,
     )
     found, layouts = readable_experts(model)

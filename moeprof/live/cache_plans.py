@@ -18,6 +18,7 @@ from moeprof.replay.cache import policies, reference, streams
 from moeprof.replay.cache.policies import Machine
 from moeprof.replay.cache.residency import CacheSpec
 from moeprof.replay.cache.sizes import parse_capacity
+from moeprof.replay.serving_settings import check_prefetch
 
 if TYPE_CHECKING:
     from moeprof.live.expert_buffer import BufferedSite, BufferSettings
@@ -37,7 +38,8 @@ class CachePlan:
         pool_slots: Slots of each pool, staging included.
         slot_bytes: Bytes of a slot of each pool.
         cache_bytes: Bytes of the caches' slots, tensors only.
-        staging_bytes: Bytes of the slots beside them, tensors only.
+        staging_bytes: Bytes of the slots beside them, tensors only; those of what is copied ahead
+            included.
         padding_bytes: Bytes of all slots that only align tensors.
     """
 
@@ -82,6 +84,7 @@ def plan_caches(sites: Sequence[BufferedSite], settings: BufferSettings) -> Cach
             f"{settings.policy} does not keep every expert that it misses: it needs staging slots",
             hint="staging=1 or more",
         )
+    staging += settings.prefetch
     tensors = [max(site.store.shape.expert_bytes for site in group) for group in groups]
     slots = [
         staging + sum(cache.capacity for cache in caches if cache.pool == pool)
@@ -105,6 +108,7 @@ def plan_caches(sites: Sequence[BufferedSite], settings: BufferSettings) -> Cach
 
 
 def _check(settings: BufferSettings) -> None:
+    check_prefetch(settings.prefetch, settings.capacity)
     for name, known in (
         ("policy", tuple(policies.POLICIES)),
         ("scope", streams.SCOPES),

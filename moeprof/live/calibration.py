@@ -31,7 +31,7 @@ from moeprof.live.calibration_trials import (
 )
 from moeprof.live.ceilings import measure_ceilings
 from moeprof.live.constant_bench import ConstantBench, streamed_times
-from moeprof.live.decision_times import decision_times
+from moeprof.live.decision_times import decision_times, foresee_time
 from moeprof.live.exchange_times import exchange_curve
 from moeprof.live.kernel_bench import KernelBench
 from moeprof.live.kernels import KERNELS
@@ -165,6 +165,7 @@ def _measured(
         slot_host_s=by_size[0].slot,
         load_host_s=by_size[0].load,
         handover_s=by_size[0].handover,
+        foresee_s=foresee_time(regimes),
         streamed=streamed_times(by_size),
         **constants,
     )

@@ -34,6 +34,7 @@ _TRIAL_POLICIES = ("lru", "lfu", "paper", "min")
 _TRIAL_SHARES = (0.125, 0.5)
 _TRIAL_MISSES = ("host", "split")
 _TRIAL_MISS_SHARE = 0.25
+_TRIAL_AHEAD = ((0.125, 4), (0.5, 2))
 _TRIAL_S = 1.5
 _LEAST_REPETITIONS = 2
 
@@ -192,7 +193,8 @@ def trial_settings(machine: Calibration) -> list[Setting]:
     """Returns the settings that are tried: no buffer, small and large ones, others, every kernel.
 
     Policies differ in how long they take to decide, which is measured for all of them, and in what
-    they copy, which is known: a few of them are enough.
+    they copy, which is known: a few of them are enough. Copies ahead are tried where the time to
+    choose them is known.
     """
     known = [name for name in _TRIAL_POLICIES if name in machine.decisions]
     found: list[Setting] = [BufferingSetting(capacity=None)]
@@ -206,5 +208,11 @@ def trial_settings(machine: Calibration) -> list[Setting]:
         for policy in known[:1]
         for miss in _TRIAL_MISSES
     ]
+    if machine.foresee_s is not None:
+        found += [
+            BufferingSetting(capacity=share, policy=policy, prefetch=prefetch)
+            for policy in known[:1]
+            for share, prefetch in _TRIAL_AHEAD
+        ]
     found += [GatingSetting(kernel=name) for name in machine.gating]
     return found

@@ -31,13 +31,24 @@ from moeprof.live.transfers import (
     new_event,
     open_transfers,
 )
+from moeprof.replay.cache.foresight import Foresight
 from moeprof.replay.cache.pieces import copies_of, pieces_of
-from moeprof.replay.cache.residency import MISS_ACTIONS, NO_SLOT, MissRule, Planned, Residency
+from moeprof.replay.cache.residency import (
+    AT_ONCE,
+    MISS_ACTIONS,
+    NO_SLOT,
+    MissRule,
+    Planned,
+    Residency,
+)
+from moeprof.replay.serving_settings import check_prefetch
 
 if TYPE_CHECKING:
     from moeprof.trace.reader import Trace
 
-LOOKUP_COLUMNS = ("step", "stack", "site", "layer", "expert", "hit", "copied", "on_host", "rows")
+LOOKUP_COLUMNS = (
+    "step", "stack", "site", "layer", "expert", "hit", "copied", "ahead", "on_host", "rows",
+)  # fmt: skip
 
 _MOST_TOP_K = 16
 
@@ -79,6 +90,9 @@ class BufferSettings:
         initial: ``empty`` or ``full``.
         staging: Slots beside the caches, for experts that are not kept and for copies ahead of the
             last reader; None: 2 where the policy does not keep every miss, else 0.
+        prefetch: Experts of the next site that are copied ahead after each dispatch, at most
+            (`moeprof.replay.cache.foresight`): so many slots more, beside the caches. Decisions of
+            the policy, and so hits, are those without.
         future: Trace of the same run, for policies that plan on it (``min``, ``min_bypass``,
             ``pinned``).
         device_index: Which of ``num_devices`` this is, where experts are spread over several.
@@ -92,6 +106,7 @@ class BufferSettings:
     host_rows: int = 1
     initial: str = "empty"
     staging: int | None = None
+    prefetch: int = 0
     future: Trace | None = None
     device_index: int = 0
     num_devices: int = 1
@@ -104,7 +119,7 @@ class BufferMemory:
     Attributes:
         expert_bytes: All experts of all sites.
         cache_bytes: Slots of all caches; all experts where nothing is buffered.
-        staging_bytes: Slots beside the caches.
+        staging_bytes: Slots beside the caches, those of what is copied ahead included.
         padding_bytes: Part of both that only aligns tensors within a block.
         workspace_bytes: Rows in order of expert.
         host_bytes: Blocks in host memory.
@@ -131,8 +146,11 @@ class BufferCounts:
         dispatches: Dispatches.
         lookups: Active experts.
         hits: Of them resident.
-        copies: Copies of an expert to the device.
+        copies: Copies of an expert to the device, those ahead of its lookup included.
         copied_bytes: Bytes of them.
+        prefetches: Copies ahead, of all copies.
+        prefetch_bytes: Bytes of them.
+        prefetch_used: Copies ahead that a lookup found.
         initial_copies: Copies that filled the caches before the first dispatch.
         host_experts: Misses computed on the host.
         host_rows: Rows of them.
@@ -145,6 +163,9 @@ class BufferCounts:
     hits: int
     copies: int
     copied_bytes: int
+    prefetches: int
+    prefetch_bytes: int
+    prefetch_used: int
     initial_copies: int
     host_experts: int
     host_rows: int
@@ -201,6 +222,7 @@ class ExpertBuffer:
         self._pools: list[torch.Tensor] = []
         self._cache_bytes = self._staging_bytes = self._padding_bytes = 0
         self._host_lane: _HostLane | None = None
+        check_prefetch(settings.prefetch, settings.capacity)
         if settings.capacity is None:
             for site in self.sites:
                 self._keep_all(site)
@@ -212,6 +234,7 @@ class ExpertBuffer:
         self._step = -1
         self._log: list[tuple[int, int, list[Planned], list[int]]] = []
         self._num_copies = self._copied_bytes = self._num_initial = 0
+        self._num_ahead = self._ahead_bytes = 0
         self.reset()
 
     def _keep_all(self, site: BufferedSite) -> None:
@@ -227,7 +250,11 @@ class ExpertBuffer:
         self._cache_bytes, self._staging_bytes = plan.cache_bytes, plan.staging_bytes
         self._padding_bytes = plan.padding_bytes
         self._residency = Residency(
-            plan.caches, plan.pool_slots, full=self.settings.initial == "full"
+            plan.caches,
+            plan.pool_slots,
+            full=self.settings.initial == "full",
+            prefetch=self.settings.prefetch,
+            foresight=Foresight(_in_stacks(self.sites)),
         )
         self._transfers = open_transfers(slots) if slots else None
         if self._rule.action != "load":
@@ -264,6 +291,7 @@ class ExpertBuffer:
         self._step = -1
         self._log.clear()
         self._num_copies = self._copied_bytes = self._num_initial = 0
+        self._num_ahead = self._ahead_bytes = 0
         for workspace in self._workspaces.values():
             workspace.wait_s, workspace.num_waits = 0.0, 0
         for streamed in self._distinct_streamed():
@@ -381,6 +409,7 @@ class ExpertBuffer:
             mark = transfers.mark()
         if asked[-1]:
             self._load_all(place, [planned[each] for each in asked[-1]], behind=mark)
+        self._fetch_ahead(place, planned, behind=mark, streamed=True)
         if on_host:
             assert lane is not None
             experts = [step.expert for step in on_host]
@@ -397,6 +426,35 @@ class ExpertBuffer:
         self._transfers.load_all(copies, behind=behind)
         self._num_copies += len(copies)
         self._copied_bytes += sum(block.numel() for _, block in copies)
+
+    def _fetch_ahead(
+        self,
+        place: BufferedSite,
+        planned: list[Planned],
+        *,
+        behind: Any = None,
+        streamed: bool = False,
+    ) -> None:
+        """Copies ahead what the next site may look up, one by one: nobody waits for all of it.
+
+        Args:
+            place: The site of the dispatch.
+            planned: Its lookups, all launched and all their copies asked for.
+            behind: Where it ran in pieces the mark of the last one, or None without.
+            streamed: It ran in pieces.
+        """
+        if not self.settings.prefetch:
+            return
+        assert self._residency is not None and self._transfers is not None
+        for one in self._residency.fetch_ahead(place.site, [step.expert for step in planned]):
+            block = self._by_id[one.site].store.block(one.expert)
+            if streamed:
+                waits_for = None if one.after == AT_ONCE else behind
+                self._transfers.load_all([(one.slot, block)], behind=waits_for)
+            else:
+                self._transfers.load(one.slot, block)
+            self._num_ahead += 1
+            self._ahead_bytes += block.numel()
 
     def _run_blocks(
         self, place: BufferedSite, given: torch.Tensor, ends: list[int], workspace: Workspace
@@ -452,6 +510,7 @@ class ExpertBuffer:
             transfers.release(step.slot)
         for step in waiting[next_load:]:
             self._load(place, step.expert, step.slot)
+        self._fetch_ahead(place, planned)
         if on_host:
             assert lane is not None
             experts = [planned[index].expert for index in on_host]
@@ -485,8 +544,8 @@ class ExpertBuffer:
     def lookups(self) -> pd.DataFrame:
         """Returns one row per lookup in order of execution, as `BufferingResult.lookups` has them.
 
-        Columns step, stack, site, layer, expert, hit; then copied (its block went to the device),
-        on_host and rows.
+        Columns step, stack, site, layer, expert, hit; then copied (its block went to the device for
+        this lookup), ahead (it missed, but had been copied ahead), on_host and rows.
         """
         columns: dict[str, list[Any]] = {name: [] for name in LOOKUP_COLUMNS}
         for step, site, planned, rows in self._log:
@@ -499,6 +558,7 @@ class ExpertBuffer:
             columns["expert"] += [int(ids[each.expert]) for each in planned]
             columns["hit"] += [each.hit for each in planned]
             columns["copied"] += [each.loads for each in planned]
+            columns["ahead"] += [each.ahead for each in planned]
             columns["on_host"] += [each.on_host for each in planned]
             columns["rows"] += rows
         return pd.DataFrame(columns)
@@ -517,8 +577,11 @@ class ExpertBuffer:
             dispatches=len(self._log),
             lookups=len(every),
             hits=sum(step.hit for step in every),
-            copies=self._num_copies,
-            copied_bytes=self._copied_bytes,
+            copies=self._num_copies + self._num_ahead,
+            copied_bytes=self._copied_bytes + self._ahead_bytes,
+            prefetches=self._num_ahead,
+            prefetch_bytes=self._ahead_bytes,
+            prefetch_used=sum(step.ahead for step in every),
             initial_copies=self._num_initial,
             host_experts=len(host_rows),
             host_rows=sum(host_rows),
@@ -547,19 +610,19 @@ class ExpertBuffer:
         return sum(space.num_growths for space in self._spaces())
 
     def audit(self) -> list[tuple[int, int]]:
-        """Compares every resident expert, as it lies in its slot, with the host's copy.
+        """Compares every expert on the device, as it lies in its slot, with the host's copy.
 
         Returns:
             (site, expert id) of those that differ: none, unless something is broken.
         """
         return [
             (site, int(self._ids[site][expert]))
-            for site, expert, slot in self._residents()
+            for site, expert, slot in [*self._residents(), *self._fetched()]
             if not self._is_intact(site, expert, slot)
         ]
 
     def resident_experts(self) -> list[tuple[int, int]]:
-        """Returns (site id, index at the site) of every expert that has a slot."""
+        """Returns (site id, index at the site) of every expert in a cache."""
         return [(site, expert) for site, expert, _ in self._residents()]
 
     def _residents(self) -> Iterator[tuple[int, int, int]]:
@@ -567,6 +630,12 @@ class ExpertBuffer:
             return
         self._transfers.finish()
         yield from self._residency.residents()
+
+    def _fetched(self) -> Iterator[tuple[int, int, int]]:
+        if self._residency is None or self._transfers is None:
+            return
+        self._transfers.finish()
+        yield from self._residency.fetched()
 
     def _is_intact(self, site: int, expert: int, slot: int) -> bool:
         assert self._transfers is not None and slot != NO_SLOT
@@ -596,6 +665,14 @@ class ExpertBuffer:
             streamed.let_go()
         self._pools.clear()
         self._transfers = None
+
+
+def _in_stacks(sites: Sequence[BufferedSite]) -> list[list[tuple[int, int]]]:
+    """Returns sites and their number of experts, stack by stack."""
+    found: dict[str, list[tuple[int, int]]] = {}
+    for site in sites:
+        found.setdefault(site.stack, []).append((site.site, site.store.num_experts))
+    return list(found.values())
 
 
 def _streamed_dispatches(

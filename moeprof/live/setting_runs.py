@@ -202,6 +202,7 @@ class SettingRun:
             miss=setting.miss,
             host_rows=setting.host_rows,
             initial=setting.initial,
+            prefetch=setting.prefetch,
             future=stack.trace,
         )
         self._buffer = ExpertBuffer(stack.sites, settings, device=stack.device)

@@ -51,6 +51,7 @@ PREDICTIONS_KIND = "moeprof predictions"
 PREDICTIONS_VERSION = 1
 DEFAULT_POLICIES = ("lru", "lfu", "paper", "min")
 DEFAULT_CAPACITIES = ("12.5%", "25%", "50%", "75%")
+DEFAULT_AHEAD = (("25%", 2), ("12.5%", 4))
 TOLERANCE = 0.02
 
 _NUM_DRAWS = 200
@@ -127,7 +128,10 @@ class Predictions:
 
 
 def default_settings(calibration: Calibration) -> list[Setting]:
-    """Returns four policies at four capacities, other miss actions, no buffer, and every gating."""
+    """Returns four policies at four capacities, other miss actions, no buffer, and every gating.
+
+    And two that copy ahead, where the calibration knows how long it takes to choose what.
+    """
     policies = [name for name in DEFAULT_POLICIES if name in calibration.decisions]
     found: list[Setting] = [BufferingSetting(capacity=None)]
     found += [
@@ -140,6 +144,12 @@ def default_settings(calibration: Calibration) -> list[Setting]:
         for policy in policies[:1]
         for miss in ("host", "split")
     ]
+    if calibration.foresee_s is not None:
+        found += [
+            BufferingSetting(capacity=capacity, policy=policy, prefetch=prefetch)
+            for policy in policies[:1]
+            for capacity, prefetch in DEFAULT_AHEAD
+        ]
     return found + [GatingSetting(kernel=kernel) for kernel in calibration.gating]
 
 

@@ -453,8 +453,8 @@ def buffering_matrix(buffering: Mapping[str, Any]) -> pd.DataFrame:
     """Returns one row per study, capacity, policy and miss action: what was checked, what held.
 
     A check that was not looked at is None. ``link_error`` is the largest of the repetitions, and
-    ``link_error_net`` the same less the bytes that the run without a buffer receives: commands,
-    ids, whatever is no expert.
+    ``link_error_net`` the same less the bytes that the same run receives where no expert is copied,
+    or, in older results, the run without a buffer: commands, ids, rows.
     """
     rows = []
     for name, study in buffering["studies"].items():
@@ -464,6 +464,7 @@ def buffering_matrix(buffering: Mapping[str, Any]) -> pd.DataFrame:
             errors = row.get("link_errors") or [math.nan]
             copied = row["copied_bytes"] * (overhead or math.nan)
             own = float(np.median(received)) / copied if received and copied else math.nan
+            net = row.get("link_errors_net") or [error - own for error in errors]
             control = row.get("wrong_expert_on_host")
             rows.append(
                 {
@@ -486,7 +487,7 @@ def buffering_matrix(buffering: Mapping[str, Any]) -> pd.DataFrame:
                     "no_allocations": row["allocations_in_steady_state"] == 0,
                     "memory_as_predicted": row["requested_as_predicted"],
                     "link_error": max(errors),
-                    "link_error_net": max(abs(error - own) for error in errors),
+                    "link_error_net": max(abs(error) for error in net),
                 }
             )
     return pd.DataFrame(rows)

@@ -94,7 +94,7 @@ def _checks_said(checks: Mapping[str, Any]) -> str:
         f"A run of an earlier runtime (one launch per expert) at {len(rows)} settings held every "
         f"check in {int(good.sum())} of them"
         + (f"; not: {'; '.join(lost)}. " if lost else ". ")
-        + "Bytes counted by the PCIe counters, less those that the run without a buffer receives, "
+        + "Bytes counted by the PCIe counters, less those that it receives without copies, "
         f"are those of the copies within {100 * net:.2f}%."
         + (" Its times were disturbed and are not kept." if len(rows) else "")
     )

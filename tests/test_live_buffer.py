@@ -476,6 +476,23 @@ def test_reset_starts_anew(trace: Any, steps: list[RoutedStep]) -> None:
     assert buffer.lookups().equals(log)
 
 
+def test_copies_can_be_left_out_as_a_control(
+    trace: Any, steps: list[RoutedStep], unbuffered: list[Any]
+) -> None:
+    buffer = buffer_of(trace, capacity=2, initial="full")
+    assert same(outputs_of(buffer, steps), unbuffered)
+    log, counts = buffer.lookups(), buffer.counts()
+    buffer.leave_out_copies(left_out=True)
+    with CopyWitness(ROUNDED_BYTES) as witness:
+        outputs = outputs_of(buffer, steps)
+    assert witness.count == 0
+    assert not same(outputs, unbuffered)
+    assert buffer.lookups().equals(log)
+    assert buffer.counts().copied_bytes == counts.copied_bytes > 0
+    buffer.leave_out_copies(left_out=False)
+    assert same(outputs_of(buffer, steps), unbuffered)
+
+
 def test_shared_host_copies_take_less_memory(trace: Any) -> None:
     own, shared = (
         ExpertBuffer(

@@ -262,6 +262,7 @@ class Bench:
         allocations = device_allocations()
         repetitions = [self.timed(buffer) for _ in range(self.study.repetitions)]
         again = buffer.lookups().equals(log)
+        left_over = self.without_copies(buffer)
         memory = buffer.memory()
         row: dict[str, Any] = {
             **{k: v for k, v in described(settings).items() if k != "future"},
@@ -284,7 +285,7 @@ class Bench:
                 each["counts"]["wait_s"] / each["counts"]["dispatches"] for each in repetitions
             ])),
             **latencies(repetitions),
-            **self.link(repetitions),
+            **self.link(repetitions, left_over),
         }  # fmt: skip
         if miss == "load" and capacity == self.study.capacities[0]:
             row["profiler"] = self.profile(buffer, lookups)
@@ -309,16 +310,38 @@ class Bench:
         self.clean()
         return found
 
-    def link(self, repetitions: list[dict[str, Any]]) -> dict[str, Any]:
-        """Returns bytes received over bytes copied, the link's overhead taken out."""
+    def without_copies(self, buffer: ExpertBuffer) -> list[int]:
+        """Returns the bytes that the link carries where experts are not copied, all else is."""
+        if not self.is_cuda:
+            return []
+        buffer.leave_out_copies(left_out=True)
+        found = [self.timed(buffer)["link_bytes"] for _ in range(self.study.repetitions)]
+        buffer.leave_out_copies(left_out=False)
+        return [each for each in found if each is not None]
+
+    def link(self, repetitions: list[dict[str, Any]], left_over: list[int]) -> dict[str, Any]:
+        """Returns bytes received over bytes copied, the link's overhead taken out.
+
+        Args:
+            repetitions: Of the setting.
+            left_over: Bytes of runs of it in which no expert was copied; net of them are the
+                copies' own: commands, ids and rows cross the link too.
+        """
         if self.overhead is None:
             return {"link_error": None}
-        ratios = [
-            each["link_bytes"] / (each["counts"]["copied_bytes"] * self.overhead) - 1
+        known = [
+            (each["link_bytes"], each["counts"]["copied_bytes"] * self.overhead)
             for each in repetitions
             if each["link_bytes"] is not None and each["counts"]["copied_bytes"]
         ]
-        return {"link_error": float(np.median(ratios)) if ratios else None, "link_errors": ratios}
+        ratios = [received / copied - 1 for received, copied in known]
+        found = {"link_error": float(np.median(ratios)) if ratios else None, "link_errors": ratios}
+        if left_over:
+            found["link_bytes_without_copies"] = left_over
+            others = float(np.median(left_over))
+            found["link_errors_net"] = [(received - others) / copied - 1
+                                        for received, copied in known]  # fmt: skip
+        return found
 
     def measure_link(self) -> None:
         """Measures what the link adds to every byte copied."""

@@ -37,6 +37,7 @@ from moeprof.replay.cache.residency import (
     AT_ONCE,
     MISS_ACTIONS,
     NO_SLOT,
+    Fetched,
     MissRule,
     Planned,
     Residency,
@@ -309,6 +310,17 @@ class ExpertBuffer:
                 self._num_initial += 1
         self._num_copies = self._copied_bytes = 0
 
+    def leave_out_copies(self, *, left_out: bool) -> None:
+        """Starts anew with or without the copies of experts, all else being done as it is.
+
+        What a run without them still moves is not theirs: a control for counters of the link. Its
+        outputs are wrong.
+        """
+        if self._transfers is not None:
+            self._transfers.finish()
+            self._transfers.is_blank = left_out
+        self.reset()
+
     def begin_step(self, step: int | None = None) -> None:
         """Says that a forward pass of a stack begins; steps count from 0 unless given."""
         self._step = self._step + 1 if step is None else step
@@ -407,9 +419,10 @@ class ExpertBuffer:
             transfers.await_all(slots)
             streamed.run([step.expert for step in steps], [transfers.slots[n] for n in slots])
             mark = transfers.mark()
+        fetched = self._foreseen(place, planned)
         if asked[-1]:
             self._load_all(place, [planned[each] for each in asked[-1]], behind=mark)
-        self._fetch_ahead(place, planned, behind=mark, streamed=True)
+        self._load_ahead(fetched, streamed=True, behind=mark)
         if on_host:
             assert lane is not None
             experts = [step.expert for step in on_host]
@@ -427,26 +440,25 @@ class ExpertBuffer:
         self._num_copies += len(copies)
         self._copied_bytes += sum(block.numel() for _, block in copies)
 
-    def _fetch_ahead(
-        self,
-        place: BufferedSite,
-        planned: list[Planned],
-        *,
-        behind: Any = None,
-        streamed: bool = False,
+    def _foreseen(self, place: BufferedSite, planned: list[Planned]) -> list[Fetched]:
+        """Returns what is copied ahead after a dispatch, all of which was launched."""
+        if not self.settings.prefetch:
+            return []
+        assert self._residency is not None
+        return self._residency.fetch_ahead(place.site, [step.expert for step in planned])
+
+    def _load_ahead(
+        self, fetched: list[Fetched], *, streamed: bool = False, behind: Any = None
     ) -> None:
-        """Copies ahead what the next site may look up, one by one: nobody waits for all of it.
+        """Copies ahead, once all else was asked for; one by one, so that nobody waits for all.
 
         Args:
-            place: The site of the dispatch.
-            planned: Its lookups, all launched and all their copies asked for.
-            behind: Where it ran in pieces the mark of the last one, or None without.
-            streamed: It ran in pieces.
+            fetched: What.
+            streamed: The dispatch before it ran in pieces.
+            behind: If so the mark of the last one, or None without.
         """
-        if not self.settings.prefetch:
-            return
-        assert self._residency is not None and self._transfers is not None
-        for one in self._residency.fetch_ahead(place.site, [step.expert for step in planned]):
+        for one in fetched:
+            assert self._transfers is not None
             block = self._by_id[one.site].store.block(one.expert)
             if streamed:
                 waits_for = None if one.after == AT_ONCE else behind
@@ -508,9 +520,10 @@ class ExpertBuffer:
                 place, step.expert, self._view(place, step.slot), given[slice(*bounds[index])]
             )
             transfers.release(step.slot)
+        fetched = self._foreseen(place, planned)
         for step in waiting[next_load:]:
             self._load(place, step.expert, step.slot)
-        self._fetch_ahead(place, planned)
+        self._load_ahead(fetched)
         if on_host:
             assert lane is not None
             experts = [planned[index].expert for index in on_host]

@@ -63,7 +63,13 @@ class Computations:
 
 
 class Transfers(Protocol):
-    """Slots on a device and the copies into them."""
+    """Slots on a device and the copies into them.
+
+    Attributes:
+        is_blank: Nothing is copied, all else happens: a control that shows what else a run does.
+    """
+
+    is_blank: bool
 
     @property
     def slots(self) -> Sequence[Bytes]:
@@ -108,12 +114,15 @@ class HostTransfers:
 
     def __init__(self, slots: Sequence[Bytes]) -> None:
         self.slots = slots
+        self.is_blank = False
 
     def begin(self) -> None:
         """Does nothing."""
 
     def load(self, slot: int, block: Bytes) -> None:
         """Copies."""
+        if self.is_blank:
+            return
         self.slots[slot][: block.numel()].copy_(block)
 
     def await_load(self, slot: int) -> None:
@@ -146,6 +155,7 @@ class CudaTransfers:
 
     def __init__(self, slots: Sequence[Bytes]) -> None:
         self.slots = slots
+        self.is_blank = False
         device = slots[0].device
         self._copies = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self._stream = self._copies.cuda_stream
@@ -182,6 +192,8 @@ class CudaTransfers:
     def _copy(self, slot: int, block: Bytes) -> None:
         num_bytes = block.numel()
         assert num_bytes <= self._slot_bytes[slot]
+        if self.is_blank:
+            return
         copy_to_device(self._addresses[slot], block.data_ptr(), num_bytes, self._stream)
 
     def await_load(self, slot: int) -> None:

@@ -30,7 +30,8 @@ from analysis import command
 from analysis.prediction_quality import Judgement, read_judgements
 from analysis.token_major import token_major
 from moeprof.errors import MoeprofError
-from moeprof.live.verification import Predictions, measured_ms, read_predictions, spread_of
+from moeprof.live.step_percentiles import measured_ms, spread_of, visits_of
+from moeprof.live.verification import Predictions, read_predictions
 from moeprof.replay.buffer_plans import plan_buffer
 from moeprof.replay.cache.policies import POLICIES
 from moeprof.replay.calibration_file import Calibration, DecisionTimes, read_calibration
@@ -245,7 +246,7 @@ def _measured_rows(one: Judgement) -> Iterator[dict[str, Any]]:
     sizes = {row["setting"]: row["device_bytes"] for row in one.content["rows"]}
     for name, times in one.content["step_times"].items():
         steps = np.array(times["measured_ms"], float)
-        spread = spread_of(steps, PERCENTILE)
+        spread = spread_of(steps, PERCENTILE, visits_of(times))
         yield {
             "machine": one.machine,
             "setting": name,

@@ -20,6 +20,7 @@ from moeprof import live  # noqa: E402
 from moeprof.errors import TraceError, UsageError  # noqa: E402
 from moeprof.live import verification  # noqa: E402
 from moeprof.live.setting_runs import open_stack  # noqa: E402
+from moeprof.live.step_percentiles import spread_of, visits_of  # noqa: E402
 from moeprof.live.verification import VerifyOptions  # noqa: E402
 from moeprof.replay.expert_shapes import ExpertShape  # noqa: E402
 from moeprof.replay.serving_settings import parse_setting  # noqa: E402
@@ -89,6 +90,31 @@ def test_it_says_what_ran(verified: Any, trace: Any) -> None:
     assert "median over repetitions" in notes
 
 
+def test_every_visit_is_kept(verified: Any, tmp_path: Path) -> None:
+    visits, steps = verified.tables["visits"], verified.tables["step_times"]
+    assert set(visits["setting"]) == {setting.name for setting in SETTINGS}
+    # In two rounds of one repetition, there and back; what two repetitions know is not enough.
+    first = visits[visits["round"] == 1].sort_values("begun_s")["setting"].tolist()
+    assert first == [setting.name for setting in SETTINGS]
+    assert (visits["repetitions"] == 1).all() and (visits["probe_ms"] > 0).all()
+    assert visits.groupby("setting")["round"].apply(list).eq([[1, 2, 3]] * len(SETTINGS)).all()
+    notes = " ".join(verified.notes)
+    assert "12 visits in 3 rounds, 3 to 3 of each setting" in notes
+    assert "host probe: median " in notes
+    row = verified.table[(verified.table["setting"] == "lru:2")].iloc[1]
+    one = steps[steps["setting"] == "lru:2"]
+    times = one["measured_ms"].to_numpy().reshape(3, -1)
+    assert row["measured_spread"] == spread_of(times, 99, np.arange(3)) > spread_of(times, 99)
+    path = verification.write_verification(verified, tmp_path / "v.json", command="a test")
+    written = json.loads(path.read_text())["step_times"]["lru:2"]
+    assert written["rounds"] == [1, 2, 3]
+    assert [sorted(visit) for visit in written["visits"]] == [
+        ["begun_s", "probe_ms", "repetitions", "round"]
+    ] * 3
+    assert visits_of(written).tolist() == [0, 1, 2]
+    np.testing.assert_allclose(written["measured_ms"], times)
+
+
 def test_the_summary_is_made_of_the_table(verified: Any) -> None:
     table = verified.table
     median = verified.metric("verification/median error/model").value
@@ -131,26 +157,6 @@ def test_binomial_intervals(successes: int, trials: int, low: float, high: float
     assert verification.binomial_interval(successes, trials) == pytest.approx((low, high), abs=2e-3)
 
 
-def test_spread() -> None:
-    same = np.tile(np.arange(1.0, 11.0), (5, 1))
-    assert verification.spread_of(same, 50) == 0
-    assert verification.spread_of(same[:2], 50) == np.inf
-    generator = np.random.default_rng(0)
-    few, many = (np.exp(generator.normal(0, 0.2, (n, 30))) for n in (4, 100))
-    assert 0 < verification.spread_of(many, 50) < verification.spread_of(few, 50)
-
-
-def test_hiccups_are_no_property_of_a_setting() -> None:
-    steps = np.tile(np.arange(1.0, 101.0), (5, 1))
-    hiccups = steps.copy()
-    hiccups[1, 40:60] *= 3
-    hiccups[3, 80:] *= 2
-    for percentile in (50, 99):
-        found = verification.measured_ms(hiccups, percentile)
-        assert found == verification.measured_ms(steps, percentile)
-    assert np.percentile(hiccups, 99) > 1.5 * np.percentile(steps, 99)
-
-
 def test_predictions_are_kept_and_judged_later(
     trace: Any, machine: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -183,10 +189,10 @@ def test_settings_can_be_run_in_parts(trace: Any, machine: Any) -> None:
 def test_what_does_not_fit_is_said(
     trace: Any, machine: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def run(stack: Any, setting: Any) -> Any:
+    def run(stack: Any, setting: Any, **more: Any) -> Any:
         if setting.name == "lru:2":
             raise torch.cuda.OutOfMemoryError("too much")
-        return real(stack, setting)
+        return real(stack, setting, **more)
 
     real = verification.SettingRun
     monkeypatch.setattr(verification, "SettingRun", run)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import gc
+import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -176,25 +178,56 @@ def _model_sites(
     return sites, shape
 
 
+class ResidentExperts:
+    """All experts of a stack on the device, kept from one gating setting to the next.
+
+    Every gating runs the same weights: copying them for each visit of each would take longer than
+    the visits.
+    """
+
+    def __init__(self) -> None:
+        self._weights: dict[int, ExpertWeights] = {}
+
+    def of(self, stack: RoutedStack) -> Mapping[int, ExpertWeights]:
+        """Returns the experts by site, copied to the device if they are not there."""
+        try:
+            for site in stack.sites:
+                if site.site not in self._weights:
+                    weights = site.store.all_weights(stack.device).contiguous()
+                    self._weights[site.site] = weights
+        except torch.cuda.OutOfMemoryError:
+            self.let_go()
+            raise
+        return self._weights
+
+    def let_go(self) -> None:
+        """Frees the device of them."""
+        self._weights.clear()
+
+
 class SettingRun:
     """A stack under one setting, ready to be timed.
 
     Args:
         stack: The experts and their routing.
         setting: How they are run.
+        resident: Where gating settings find all experts and leave them; a setting with a buffer
+            lets go of them. Copied for this run alone when None.
     """
 
-    def __init__(self, stack: RoutedStack, setting: Setting) -> None:
+    def __init__(
+        self, stack: RoutedStack, setting: Setting, *, resident: ResidentExperts | None = None
+    ) -> None:
         self.setting = setting
         self._stack = stack
         self._buffer: ExpertBuffer | None = None
-        self._weights: dict[int, ExpertWeights] = {}
+        self._is_shared = resident is not None
+        self._resident = resident or ResidentExperts()
         if isinstance(setting, GatingSetting):
             self._kernel: Callable[..., torch.Tensor] = kernel_named(setting.kernel)
-            self._weights = {
-                site.site: site.store.all_weights(stack.device).contiguous() for site in stack.sites
-            }
+            self._resident.of(stack)
             return
+        self._resident.let_go()
         settings = BufferSettings(
             capacity=setting.capacity,
             policy=setting.policy,
@@ -208,29 +241,42 @@ class SettingRun:
         self._buffer = ExpertBuffer(stack.sites, settings, device=stack.device)
         self._buffer.reserve(max(one.ids.numel() for step in stack.steps for one in step.passes))
 
+    def warm_up(self, share: float = 1.0) -> None:
+        """Runs the first steps, so many of all: what is made once is there afterwards."""
+        self._run(self._stack.steps[: math.ceil(share * len(self._stack.steps))])
+
     def step_ms(self) -> list[float]:
         """Returns the time of every step, from caches as they are at the start."""
+        return self._run(self._stack.steps)
+
+    def _run(self, steps: Sequence[RoutedStep]) -> list[float]:
         if self._buffer is None:
             with made_current(self._stack.device):
-                return _gating_steps(self._stack, self._kernel, self._weights)
+                weights = self._resident.of(self._stack)
+                return _gating_steps(self._stack, steps, self._kernel, weights)
         self._buffer.reset()
         _settle(self._stack.device)
-        return [
-            result.wall_ms
-            for result in run_steps(self._buffer, self._stack.steps, self._stack.hidden)
-        ]
+        return [result.wall_ms for result in run_steps(self._buffer, steps, self._stack.hidden)]
 
     @property
     def copied_bytes(self) -> int:
         """Bytes copied to the device in the last repetition."""
         return 0 if self._buffer is None else self._buffer.counts().copied_bytes
 
-    def close(self) -> None:
-        """Lets go of the device's memory."""
+    def close(self, *, keep_memory: bool = False) -> None:
+        """Lets go of what was built.
+
+        Args:
+            keep_memory: Leave the memory to torch, for what is built next: to give tens of GiB
+                back to the driver and to have them again takes longer than to build a setting.
+        """
         if self._buffer is not None:
             self._buffer.close()
-        self._weights.clear()
-        if self._stack.device.type == "cuda":
+        if not self._is_shared:
+            self._resident.let_go()
+        # Whoever is given this memory next does not wait for the streams that still use it.
+        _settle(self._stack.device)
+        if self._stack.device.type == "cuda" and not keep_memory:
             torch.cuda.empty_cache()
 
 
@@ -242,12 +288,13 @@ def _settle(device: torch.device) -> None:
 @torch.no_grad()
 def _gating_steps(
     stack: RoutedStack,
+    steps: Sequence[RoutedStep],
     kernel: Callable[..., torch.Tensor],
-    weights: dict[int, ExpertWeights],
+    weights: Mapping[int, ExpertWeights],
 ) -> list[float]:
     _settle(stack.device)
     times = []
-    for step in stack.steps:
+    for step in steps:
         begun_s = time.perf_counter()
         stream = stack.hidden
         for each in step.passes:
@@ -274,18 +321,24 @@ def gating_layer(
 def timed_steps(
     run: SettingRun, *, repetitions: int, warmup: int = 1
 ) -> tuple[tuple[float, ...], ...]:
-    """Returns the times [repetitions][steps] in milliseconds.
+    """Returns the times [repetitions][steps] in milliseconds."""
+    with uncollected():
+        for _ in range(warmup):
+            run.warm_up()
+        return tuple(tuple(run.step_ms()) for _ in range(repetitions))
 
-    Python's collector is kept out of them: how long it takes depends on what else the process
-    holds, which is no property of the setting.
+
+@contextmanager
+def uncollected() -> Iterator[None]:
+    """Keeps Python's collector out of what is timed.
+
+    How long it takes depends on what else the process holds, which is no property of a setting.
     """
     was_enabled = gc.isenabled()
     gc.collect()
     gc.disable()
     try:
-        for _ in range(warmup):
-            run.step_ms()
-        return tuple(tuple(run.step_ms()) for _ in range(repetitions))
+        yield
     finally:
         if was_enabled:
             gc.enable()

@@ -3,14 +3,16 @@
 A setting's step takes the median over its repetitions: what the machine does besides is no property
 of the setting, and hits other steps in every repetition. Percentiles are taken over these medians,
 of predictions (`moeprof.replay.cost_model`) and measurements alike; those of all repetitions of all
-steps together stand beside them (``raw_ms``). Every setting is repeated until bootstrap draws of
-its repetitions say that both percentiles are known to `TOLERANCE`.
+steps together stand beside them (``raw_ms``). Settings are repeated in rounds over the whole run
+(`moeprof.live.rounds`), so that a slow stretch of the machine is not one setting's, until bootstrap
+draws of their visits say that both percentiles are known to `TOLERANCE`.
 
 Predictions can be written to a file before anything is measured, and read back to be judged.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import os
@@ -27,7 +29,9 @@ import torch
 from numpy.typing import NDArray
 
 from moeprof.errors import MoeprofError, TraceError, UsageError
-from moeprof.live.setting_runs import RoutedStack, SettingRun, open_stack, timed_steps
+from moeprof.live.rounds import RoundLimits, Rounds, Visited, run_in_rounds
+from moeprof.live.setting_runs import ResidentExperts, RoutedStack, SettingRun, open_stack
+from moeprof.live.step_percentiles import measured_ms, spread_of
 from moeprof.recording.hardware import hardware, versions
 from moeprof.replay.cost_model import PERCENTILES, Question, predict, prediction_rows, question_of
 from moeprof.replay.expert_shapes import ExpertShape, shape_of_trace
@@ -43,7 +47,6 @@ if TYPE_CHECKING:
     from moeprof.replay.calibration_file import Calibration
     from moeprof.trace.reader import Trace
 
-Floats = NDArray[np.float64]
 Progress = Callable[[str, int, int], None]
 
 NAME = "verification"
@@ -54,10 +57,9 @@ DEFAULT_CAPACITIES = ("12.5%", "25%", "50%", "75%")
 DEFAULT_AHEAD = (("25%", 2), ("12.5%", 4))
 TOLERANCE = 0.02
 
-_NUM_DRAWS = 200
-_LEAST_REPETITIONS = 3
 _TAIL = 0.05
 _BISECTIONS = 60
+_VISIT_COLUMNS = ("setting", "round", "begun_s", "probe_ms", "repetitions")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,6 +74,8 @@ class VerifyOptions:
         max_steps: At most so many steps.
         repetitions: Times that every setting runs them at least.
         most_repetitions: At most, where percentiles are not yet known to `TOLERANCE`.
+        rounds: Over which the least repetitions are spread; one repetition in each where there are
+            fewer repetitions than rounds.
         seed: Of the draws.
     """
 
@@ -82,6 +86,7 @@ class VerifyOptions:
     max_steps: int | None = None
     repetitions: int = 5
     most_repetitions: int = 20
+    rounds: int = 3
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -90,6 +95,8 @@ class VerifyOptions:
             raise UsageError(
                 f"{self.repetitions} to {self.most_repetitions} repetitions make no sense"
             )
+        if self.rounds < 1:
+            raise UsageError(f"{self.rounds} rounds make no sense")
 
     def question(self, trace: Trace) -> Question:
         """Returns what is predicted."""
@@ -220,6 +227,10 @@ def write_verification(
 ) -> Path:
     """Writes what `verify` returned, every repetition of every step included.
 
+    Under ``step_times`` every setting has its ``steps``, the times ``measured_ms`` [repetitions]
+    [steps], the round of each repetition (``rounds``) and its ``visits`` in order: round, seconds
+    since the first visit began, the host's probe in milliseconds, and repetitions.
+
     Args:
         result: From `verify`.
         path: Where to.
@@ -229,11 +240,15 @@ def write_verification(
     Raises:
         MoeprofError: The file exists.
     """
-    steps = result.tables["step_times"]
+    steps, visits = result.tables["step_times"], result.tables["visits"]
     times = {
         str(name): {
             "steps": own["step"].unique().tolist(),
             "measured_ms": [run["measured_ms"].tolist() for _, run in own.groupby("repetition")],
+            "rounds": own.groupby("repetition")["round"].first().tolist(),
+            "visits": visits[visits["setting"] == name]
+            .drop(columns="setting")
+            .to_dict(orient="records"),
         }
         for name, own in (steps.groupby("setting", sort=False) if len(steps) else ())
     }
@@ -312,7 +327,7 @@ def verify(
 
     The table has one row per setting and percentile: ``predicted_ms`` with its stated interval,
     ``measured_ms`` (of the steps' medians over repetitions) with the half width of its own 90 %
-    interval over repetitions (``measured_spread``), ``raw_ms`` (of all repetitions together),
+    interval over visits and repetitions (``measured_spread``), ``raw_ms`` (of all repetitions),
     ``error`` (predicted over measured, less 1), ``inside``, and the errors
     of the naive models. The routing is the trace's own; ``notes`` say whose weights ran.
 
@@ -326,8 +341,9 @@ def verify(
         weights: ``auto`` takes the model's where it can be opened, ``random`` never.
         share_host: All layers of random experts read one host copy.
         only: Names of the settings to run, of those predicted; all when None.
-        most_s: No further setting is begun once so many seconds have passed.
-        progress: Called with (setting, done, all).
+        most_s: About so many seconds are taken. Where they are few settings are repeated less, then
+            visited in fewer rounds, and only then left out.
+        progress: Called with (setting and round, visits done, visits planned).
 
     Raises:
         UsageError: An argument makes no sense.
@@ -368,18 +384,13 @@ def verify(
             f"{predictions.shape.expert_bytes}",
             hint="say the shape of the experts, for both",
         )
-    measured: dict[str, Floats | None] = {}
-    late: list[str] = []
-    for index, name in enumerate(names):
-        if most_s is not None and time.perf_counter() - begun_s > most_s:
-            late.append(name)
-            continue
-        if progress is not None:
-            progress(name, index, len(names))
-        measured[name] = _measured(stack, parse_setting(name), chosen, question.judged)
+    left_s = None if most_s is None else most_s - (time.perf_counter() - begun_s)
+    found = _measured(stack, names, chosen, question.judged, left_s, progress)
     stack.close()
+    measured, late = found.measured, found.late
     rows = [row for row in predictions.rows if row["setting"] in measured]
     table = _table(rows, measured)
+    visits = _visit_table(measured)
     return Result(
         name=NAME,
         title="Predicted against measured",
@@ -394,65 +405,53 @@ def verify(
             "median over repetitions",
             f"{len(measured)} of {len(predictions.settings)} predicted settings run"
             + (f", no time for {', '.join(late)}" if late else ""),
+            *_visit_notes(visits),
             "versions: " + ", ".join(f"{name} {one}" for name, one in versions().items()),
         ),
-        tables={"step_times": _step_table(measured, question)},
+        tables={"step_times": _step_table(measured, question), "visits": visits},
     )
 
 
 def _measured(
-    stack: RoutedStack, setting: Setting, options: VerifyOptions, judged: NDArray[np.int64]
-) -> Floats | None:
-    """Returns [repetitions, judged steps] in milliseconds; None where memory does not suffice."""
-    try:
-        run = SettingRun(stack, setting)
-        times = np.array(timed_steps(run, repetitions=options.repetitions))
-        while len(times) < options.most_repetitions and not _is_known(times[:, judged]):
-            more = timed_steps(run, repetitions=1, warmup=0)
-            times = np.concatenate([times, np.array(more)])
-        run.close()
-    except torch.cuda.OutOfMemoryError:
-        torch.cuda.empty_cache()
-        return None
-    return times[:, judged]
+    stack: RoutedStack,
+    names: Sequence[str],
+    options: VerifyOptions,
+    judged: NDArray[np.int64],
+    most_s: float | None,
+    progress: Progress | None,
+) -> Rounds:
+    """Runs settings in rounds; times are of the judged steps."""
+    resident = ResidentExperts()
 
+    def opened(name: str) -> SettingRun:
+        return SettingRun(stack, parse_setting(name), resident=resident)
 
-def _is_known(times: Floats) -> bool:
-    return all(spread_of(times, each) <= TOLERANCE for each in PERCENTILES)
+    def spread(visited: Visited) -> float:
+        times, visits = visited.of_steps(judged).times_ms, visited.visit_of
+        return max(spread_of(times, percentile, visits) for percentile in PERCENTILES)
 
-
-def spread_of(times: Floats, percentile: int) -> float:
-    """Returns half the width of the 90 % interval of a percentile, over the percentile.
-
-    Args:
-        times: [repetitions, steps]; repetitions are drawn with replacement.
-        percentile: Which, of the steps' medians over repetitions.
-    """
-    if len(times) < _LEAST_REPETITIONS:
-        return math.inf
-    generator = np.random.default_rng(0)
-    drawn = times[generator.integers(len(times), size=(_NUM_DRAWS, len(times)))]
-    found = np.percentile(np.median(drawn, axis=1), percentile, axis=1)
-    low, high = np.quantile(found, (_TAIL, 1 - _TAIL)).tolist()
-    return float((high - low) / 2 / measured_ms(times, percentile))
-
-
-def measured_ms(times: Floats, percentile: int) -> float:
-    """Returns a percentile of the steps' medians.
-
-    Args:
-        times: [repetitions, steps].
-        percentile: Which.
-    """
-    return float(np.percentile(np.median(times, axis=0), percentile))
+    limits = RoundLimits(
+        rounds=options.rounds,
+        repetitions=options.repetitions,
+        most_repetitions=options.most_repetitions,
+        tolerance=TOLERANCE,
+        most_s=most_s,
+    )
+    found = run_in_rounds(names, opened, limits, spread=spread, progress=progress)
+    resident.let_go()
+    of_judged = {
+        name: None if visited is None else visited.of_steps(judged)
+        for name, visited in found.measured.items()
+    }
+    return dataclasses.replace(found, measured=of_judged)
 
 
 def _table(
-    rows: Sequence[Mapping[str, Any]], measured: Mapping[str, Floats | None]
+    rows: Sequence[Mapping[str, Any]], measured: Mapping[str, Visited | None]
 ) -> pd.DataFrame:
     found = []
     for row in rows:
-        times = measured[row["setting"]]
+        visited = measured[row["setting"]]
         own: dict[str, Any] = {
             **row,
             "measured_ms": None,
@@ -464,13 +463,14 @@ def _table(
             "naive_bandwidth_error": None,
             "naive_mean_error": None,
         }
-        if times is not None:
+        if visited is not None:
+            times = visited.times_ms
             value = measured_ms(times, row["percentile"])
             low, high = row["low_ms"], row["high_ms"]
             own |= {
                 "measured_ms": value,
                 "raw_ms": float(np.percentile(times, row["percentile"])),
-                "measured_spread": spread_of(times, row["percentile"]),
+                "measured_spread": spread_of(times, row["percentile"], visited.visit_of),
                 "repetitions": len(times),
                 "error": row["predicted_ms"] / value - 1,
                 "inside": None if low is None else bool(low <= value <= high),
@@ -481,23 +481,54 @@ def _table(
     return pd.DataFrame(found)
 
 
-def _step_table(measured: Mapping[str, Floats | None], question: Question) -> pd.DataFrame:
+def _step_table(measured: Mapping[str, Visited | None], question: Question) -> pd.DataFrame:
     """Returns every repetition of every judged step."""
     frames = []
     steps = question.routed.steps[question.judged]
-    for name, times in measured.items():
-        if times is not None:
+    for name, visited in measured.items():
+        if visited is not None:
+            times = visited.times_ms
             frames.append(
                 pd.DataFrame(
                     {
                         "setting": name,
                         "repetition": np.repeat(np.arange(len(times)), len(steps)),
+                        "round": np.repeat(visited.round_of, len(steps)),
                         "step": np.tile(steps, len(times)),
                         "measured_ms": times.ravel(),
                     }
                 )
             )
     return pd.concat(frames, ignore_index=True) if frames else pd.DataFrame()
+
+
+def _visit_table(measured: Mapping[str, Visited | None]) -> pd.DataFrame:
+    """Returns every visit of every setting."""
+    rows = [
+        {
+            "setting": name,
+            "round": visit.round,
+            "begun_s": visit.begun_s,
+            "probe_ms": visit.probe_ms,
+            "repetitions": len(visit.times_ms),
+        }
+        for name, visited in measured.items()
+        for visit in (() if visited is None else visited.visits)
+    ]
+    return pd.DataFrame(rows, columns=list(_VISIT_COLUMNS))
+
+
+def _visit_notes(visits: pd.DataFrame) -> tuple[str, ...]:
+    """Returns how settings were visited, and how fast the host was meanwhile."""
+    if visits.empty:
+        return ()
+    each = visits.groupby("setting")["round"].count()
+    middle, low, high = np.percentile(visits["probe_ms"], (50, 5, 95)).tolist()
+    return (
+        f"{len(visits)} visits in {visits['round'].max()} rounds, {each.min()} to {each.max()} of "
+        "each setting",
+        f"host probe: median {middle:.2f} ms, 5-95 % {low:.2f}-{high:.2f}",
+    )
 
 
 def regrets(table: pd.DataFrame) -> pd.DataFrame:

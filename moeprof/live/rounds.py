@@ -1,0 +1,374 @@
+"""Which setting is measured when: in visits, in rounds spread over the whole run.
+
+A slow stretch of the machine then hits a visit of each of many settings and not one setting whole;
+neighbours in time are compared, forwards and backwards in turn, and a setting's visits disagree
+where the machine did. Leaves out what runs (`setting_runs`) and what it is judged by
+(`verification`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from moeprof.live.host_probe import probe_ms
+from moeprof.live.setting_runs import uncollected
+
+Floats = NDArray[np.float64]
+Numbers = NDArray[np.int64]
+Progress = Callable[[str, int, int], None]
+
+# Kernels are compiled in the first visit; later ones only make what belongs to their own buffer:
+# streams, views of the first slots, room for rows.
+_LATER_WARMUP = 1 / 8
+
+
+class Run(Protocol):
+    """What can be visited: `moeprof.live.setting_runs.SettingRun`."""
+
+    def warm_up(self, share: float) -> None:
+        """Runs that share of the steps."""
+
+    def step_ms(self) -> Sequence[float]:
+        """Returns the time of each step."""
+
+    def close(self, *, keep_memory: bool) -> None:
+        """Lets go of what was built."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RoundLimits:
+    """How much is measured.
+
+    Attributes:
+        rounds: In which every setting is visited, time permitting.
+        repetitions: Of each setting in these, time permitting; as many in every further visit as in
+            one of them.
+        most_repetitions: Of each setting.
+        tolerance: Settings known better than that are visited no more.
+        most_s: No visit is begun after so long, and none that is known to end later.
+    """
+
+    rounds: int
+    repetitions: int
+    most_repetitions: int
+    tolerance: float
+    most_s: float | None = None
+
+    @property
+    def num_rounds(self) -> int:
+        """Rounds that all settings are visited in."""
+        return min(self.rounds, self.repetitions)
+
+    @property
+    def of_visit(self) -> int:
+        """Repetitions of a visit."""
+        return -(-self.repetitions // self.num_rounds)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Visit:
+    """A setting, built and repeated.
+
+    Attributes:
+        round: From 1.
+        begun_s: Since the first visit began.
+        probe_ms: Of the host, just before the repetitions (`moeprof.live.host_probe`).
+        times_ms: [repetitions, steps].
+    """
+
+    round: int
+    begun_s: float
+    probe_ms: float
+    times_ms: Floats
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Visited:
+    """All visits of a setting, in order."""
+
+    visits: tuple[Visit, ...]
+
+    @property
+    def times_ms(self) -> Floats:
+        """[repetitions, steps]."""
+        return np.concatenate([visit.times_ms for visit in self.visits])
+
+    @property
+    def visit_of(self) -> Numbers:
+        """[repetitions] number of the visit of each."""
+        return np.repeat(np.arange(len(self.visits)), self._counts)
+
+    @property
+    def round_of(self) -> Numbers:
+        """[repetitions] round of each."""
+        return np.repeat([visit.round for visit in self.visits], self._counts)
+
+    def of_steps(self, steps: Numbers) -> Visited:
+        """Returns the same visits with the times of some steps.
+
+        Args:
+            steps: Their indices.
+        """
+        return Visited(
+            visits=tuple(
+                dataclasses.replace(visit, times_ms=visit.times_ms[:, steps])
+                for visit in self.visits
+            )
+        )
+
+    @property
+    def _counts(self) -> list[int]:
+        return [len(visit.times_ms) for visit in self.visits]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Rounds:
+    """What was measured.
+
+    Attributes:
+        measured: By setting, in the order given; None where memory did not suffice.
+        late: Settings for which there was no time.
+    """
+
+    measured: Mapping[str, Visited | None]
+    late: tuple[str, ...]
+
+
+def run_in_rounds(
+    names: Sequence[str],
+    opened: Callable[[str], Run],
+    limits: RoundLimits,
+    *,
+    spread: Callable[[Visited], float],
+    probe: Callable[[], float] = probe_ms,
+    empty: Callable[[], None] | None = None,
+    clock: Callable[[], float] = time.perf_counter,
+    progress: Progress | None = None,
+) -> Rounds:
+    """Measures settings in rounds: all in order, all in reverse order, and so on.
+
+    Then those that are not known to the tolerance are visited in further rounds, the least known
+    first. Where time is short every setting is repeated less in its visits, then visited in fewer
+    rounds, before any is left out.
+
+    Args:
+        names: Of the settings.
+        opened: Builds a setting; it or its run raises `torch.cuda.OutOfMemoryError` where memory
+            does not suffice. Tried once more after ``empty``.
+        limits: How much is measured.
+        spread: How well a setting is known, as a share.
+        probe: Speed of the host in milliseconds.
+        empty: Gives memory that torch keeps back to the driver. Called only where memory ran out:
+            visits build out of what the last ones left, and the driver is slow to give as much
+            again.
+        clock: In seconds.
+        progress: Called with (setting and round, visits done, visits planned).
+    """
+    return _Schedule(
+        names=tuple(names),
+        opened=opened,
+        limits=limits,
+        spread=spread,
+        probe=probe,
+        empty=empty or _empty,
+        clock=clock,
+        show=progress or (lambda *_: None),
+    ).run()
+
+
+def _empty() -> None:
+    # What failed to be built may lie in cycles.
+    gc.collect()
+    torch.cuda.empty_cache()
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Cost:
+    """What a visit takes: to build and to close, to warm up, and each repetition."""
+
+    built_s: float
+    warmed_s: float
+    repetition_s: float
+
+    def visit_s(self, repetitions: int) -> float:
+        return self.built_s + self.warmed_s + repetitions * self.repetition_s
+
+
+@dataclass(kw_only=True, eq=False)
+class _Schedule:
+    """The state of a run in rounds."""
+
+    names: tuple[str, ...]
+    opened: Callable[[str], Run]
+    limits: RoundLimits
+    spread: Callable[[Visited], float]
+    probe: Callable[[], float]
+    empty: Callable[[], None]
+    clock: Callable[[], float]
+    show: Progress
+    visits: dict[str, list[Visit]] = field(default_factory=dict)
+    costs: dict[str, _Cost] = field(default_factory=dict)
+    without_room: set[str] = field(default_factory=set)
+    last: str | None = None
+    begun_s: float = 0.0
+    num_done: int = 0
+
+    def run(self) -> Rounds:
+        """Runs all rounds."""
+        self.begun_s = self.clock()
+        gc.collect()
+        # What is there stays: each visit looks for garbage before it begins.
+        gc.freeze()
+        try:
+            number = self._all_rounds()
+            while self._further_round(number + 1):
+                number += 1
+        finally:
+            gc.unfreeze()
+        measured = {
+            name: Visited(visits=tuple(self.visits[name])) if name in self.visits else None
+            for name in self.names
+            if name in self.visits or name in self.without_room
+        }
+        late = tuple(name for name in self.names if name not in measured)
+        return Rounds(measured=measured, late=late)
+
+    def _all_rounds(self) -> int:
+        """Visits all settings in each of the least rounds that there is time for.
+
+        Returns:
+            The last round begun.
+        """
+        limits = self.limits
+        for number in range(1, limits.num_rounds + 1):
+            order = self._not_again(self._with_room()[:: 1 if number % 2 else -1])
+            # Half a round would know some settings better: further rounds choose which.
+            if number > 1 and self._left_s() < sum(self.costs[name].visit_s(1) for name in order):
+                return number - 1
+            for index, name in enumerate(order):
+                if self._left_s() <= 0:
+                    return number
+                later = self._with_room() * (limits.num_rounds - number)
+                planned = self.num_done + len(order) - index + len(later)
+                self.show(f"{name}, round {number} of {limits.num_rounds}", self.num_done, planned)
+                self._visit(name, number, others=[*order[index + 1 :], *later])
+        return limits.num_rounds
+
+    def _further_round(self, number: int) -> bool:
+        """Visits settings that are not known, the least known first; False where none was."""
+        spreads = {
+            name: self.spread(Visited(visits=tuple(self.visits[name])))
+            for name in self._with_room()
+            if name in self.visits and self._num_repetitions(name) < self.limits.most_repetitions
+        }
+        unknown = [name for name, each in spreads.items() if each > self.limits.tolerance]
+        unknown.sort(key=lambda name: (-spreads[name], len(self.visits[name])))
+        order = self._not_again(unknown)
+        before = self.num_done
+        for index, name in enumerate(order):
+            if self._left_s() < self.costs[name].visit_s(1):
+                continue
+            known = spreads[name]
+            said = f"known to {known:.1%}" if math.isfinite(known) else "not known"
+            planned = self.num_done + len(order) - index
+            self.show(f"{name}, round {number}, {said}", self.num_done, planned)
+            self._visit(name, number, others=order[index + 1 :])
+        return self.num_done > before
+
+    def _not_again(self, order: list[str]) -> list[str]:
+        """Returns the order with another setting first where its first was visited last.
+
+        Two visits in a row lie in the same stretch of the machine.
+        """
+        if len(order) > 1 and order[0] == self.last:
+            order[0], order[1] = order[1], order[0]
+        return order
+
+    def _visit(self, name: str, number: int, *, others: Sequence[str]) -> None:
+        for is_last in (False, True):
+            try:
+                self._visited(name, number, others)
+                return
+            except torch.cuda.OutOfMemoryError:
+                pass
+            # Outside of the handler: the error holds on to what was built.
+            if is_last:
+                self.without_room.add(name)
+            else:
+                self.empty()
+
+    def _visited(self, name: str, number: int, others: Sequence[str]) -> None:
+        begun_s = self.clock()
+        is_first = name not in self.visits
+        most = self.limits.most_repetitions - self._num_repetitions(name)
+        with uncollected():
+            run = self.opened(name)
+            try:
+                built_s = self.clock()
+                run.warm_up(1.0 if is_first else _LATER_WARMUP)
+                warmed_s = self.clock()
+                probed_ms = self.probe()
+                times: list[Sequence[float]] = []
+                repeating_s = self.clock()
+                while True:
+                    times.append(run.step_ms())
+                    repetition_s = (self.clock() - repeating_s) / len(times)
+                    if len(times) == min(self.limits.of_visit, most):
+                        break
+                    if not self._has_time(len(times) + 1, repetition_s, others):
+                        break
+                repeated_s = self.clock()
+            finally:
+                run.close(keep_memory=True)
+        self.costs[name] = _Cost(
+            built_s=built_s - begun_s + self.clock() - repeated_s + repeating_s - warmed_s,
+            # Next time it will be a later visit.
+            warmed_s=min(warmed_s - built_s, _LATER_WARMUP * repetition_s)
+            if is_first
+            else warmed_s - built_s,
+            repetition_s=repetition_s,
+        )
+        visit = Visit(
+            round=number,
+            begun_s=begun_s - self.begun_s,
+            probe_ms=probed_ms,
+            times_ms=np.array(times, np.float64),
+        )
+        self.visits.setdefault(name, []).append(visit)
+        self.last = name
+        self.num_done += 1
+
+    def _has_time(self, repetitions: int, repetition_s: float, others: Sequence[str]) -> bool:
+        """Says whether one repetition more fits, and as many of all that is yet to be visited."""
+        left_s = self._left_s()
+        if math.isinf(left_s):
+            return True
+        # A setting not seen yet takes what the others took, this one where it is the first.
+        seen = [cost.visit_s(repetitions) for cost in self.costs.values()]
+        unseen_s = float(np.mean(seen)) if seen else (repetitions + 1) * repetition_s
+        others_s = sum(
+            self.costs[other].visit_s(repetitions) if other in self.costs else unseen_s
+            for other in others
+        )
+        return repetition_s + others_s <= left_s
+
+    def _with_room(self) -> list[str]:
+        return [name for name in self.names if name not in self.without_room]
+
+    def _num_repetitions(self, name: str) -> int:
+        return sum(len(visit.times_ms) for visit in self.visits.get(name, ()))
+
+    def _left_s(self) -> float:
+        if self.limits.most_s is None:
+            return math.inf
+        return self.limits.most_s - (self.clock() - self.begun_s)

@@ -1,0 +1,254 @@
+"""Which setting is visited when, with runs and a clock that are stand-ins."""
+
+from __future__ import annotations
+
+import gc
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+
+from moeprof.live.rounds import RoundLimits, Rounds, Visited, run_in_rounds  # noqa: E402
+
+BUILT_S, CLOSED_S = 1.0, 0.5
+
+
+class Machine:
+    """Builds runs that only let a clock go on, and notes what is done.
+
+    Args:
+        step_s: Time of a repetition by setting.
+        fails: How often building a setting runs out of memory.
+        fails_running: The same for its repetitions.
+    """
+
+    def __init__(
+        self,
+        step_s: Mapping[str, float],
+        fails: Mapping[str, int] | None = None,
+        fails_running: Mapping[str, int] | None = None,
+    ) -> None:
+        self.step_s = step_s
+        self.fails = dict(fails or {})
+        self.fails_running = dict(fails_running or {})
+        self.now_s = 100.0
+        self.log: list[tuple[str, Any]] = []
+        self.open_runs = 0
+
+    def opened(self, name: str) -> _Run:
+        assert self.open_runs == 0 and not gc.isenabled()
+        self._fail(self.fails, name)
+        self.now_s += BUILT_S
+        self.open_runs += 1
+        return _Run(self, name)
+
+    def empty(self) -> None:
+        self.log.append(("empty", None))
+
+    def _fail(self, fails: dict[str, int], name: str) -> None:
+        if fails.get(name, 0):
+            fails[name] -= 1
+            raise torch.cuda.OutOfMemoryError("too much")
+
+    def of(self, kind: str) -> list[Any]:
+        return [what for each, what in self.log if each == kind]
+
+
+class _Run:
+    def __init__(self, machine: Machine, name: str) -> None:
+        self.machine, self.name = machine, name
+
+    def warm_up(self, share: float) -> None:
+        self.machine.log.append(("warm", (self.name, share)))
+        self.machine.now_s += share * self.machine.step_s[self.name]
+
+    def step_ms(self) -> list[float]:
+        self.machine._fail(self.machine.fails_running, self.name)
+        self.machine.log.append(("step", self.name))
+        self.machine.now_s += self.machine.step_s[self.name]
+        return [self.machine.step_s[self.name] * 1e3] * 2
+
+    def close(self, *, keep_memory: bool) -> None:
+        # Memory stays with torch between visits.
+        assert keep_memory
+        self.machine.now_s += CLOSED_S
+        self.machine.open_runs -= 1
+        self.machine.log.append(("close", self.name))
+
+
+def limits(**changes: Any) -> RoundLimits:
+    return RoundLimits(
+        **{"rounds": 3, "repetitions": 6, "most_repetitions": 20, "tolerance": 0.02, **changes}
+    )
+
+
+def measure(
+    machine: Machine,
+    names: Sequence[str],
+    given: RoundLimits,
+    *,
+    spread: Callable[[Visited], float] = lambda _: 0.0,
+    progress: Any = None,
+) -> Rounds:
+    return run_in_rounds(
+        names,
+        machine.opened,
+        given,
+        spread=spread,
+        probe=lambda: 2.0,
+        empty=machine.empty,
+        clock=lambda: machine.now_s,
+        progress=progress,
+    )
+
+
+def order_of(found: Rounds) -> list[tuple[int, str]]:
+    """Returns (round, setting) of all visits in order of time."""
+    visits = [
+        (visit.begun_s, visit.round, name)
+        for name, visited in found.measured.items()
+        for visit in (() if visited is None else visited.visits)
+    ]
+    return [(number, name) for _, number, name in sorted(visits)]
+
+
+def test_rounds_go_there_and_back() -> None:
+    machine = Machine(dict.fromkeys("abcd", 1.0))
+    found = measure(machine, "abcd", limits())
+    # Nothing twice in a row: d would begin the second round.
+    order = ["abcd", "cdba", "bacd"]
+    # The third begins with b: a ended the second.
+    assert order_of(found) == [(n, name) for n, each in enumerate(order, 1) for name in each]
+    assert list(found.measured) == list("abcd") and found.late == ()
+    visited = found.measured["a"]
+    assert visited is not None
+    assert visited.times_ms.shape == (6, 2)
+    assert visited.visit_of.tolist() == [0, 0, 1, 1, 2, 2]
+    assert visited.round_of.tolist() == [1, 1, 2, 2, 3, 3]
+    assert visited.of_steps(np.array([1])).times_ms.shape == (6, 1)
+    assert visited.visits[0].begun_s == 0 and visited.visits[0].probe_ms == 2.0
+    assert machine.open_runs == 0 and machine.of("empty") == []
+    assert gc.isenabled() and gc.get_freeze_count() == 0
+
+
+def test_only_first_visits_are_warmed_up_whole() -> None:
+    machine = Machine(dict.fromkeys("ab", 1.0))
+    measure(machine, "ab", limits())
+    shares = machine.of("warm")
+    assert shares[:2] == [("a", 1.0), ("b", 1.0)]
+    assert len(shares) == 6 and all(0 < share < 0.5 for _, share in shares[2:])
+
+
+def test_fewer_repetitions_than_rounds() -> None:
+    assert (limits(repetitions=2).num_rounds, limits(repetitions=2).of_visit) == (2, 1)
+    assert (limits(repetitions=5).num_rounds, limits(repetitions=5).of_visit) == (3, 2)
+    found = measure(Machine({"a": 1.0, "b": 1.0}), "ab", limits(repetitions=2))
+    assert [name for _, name in order_of(found)] == list("abab")
+
+
+def test_the_least_known_go_first() -> None:
+    known = {"a": 0.01, "b": 0.03, "c": 0.09, "d": 0.05}
+
+    def spread(visited: Visited) -> float:
+        name = "abcd"[int(visited.times_ms[0, 0] / 1e3) - 1]
+        return known[name] / (len(visited.visits) - 2)
+
+    said: list[tuple[str, int, int]] = []
+    machine = Machine({"a": 1.0, "b": 2.0, "c": 3.0, "d": 4.0})
+    found = measure(
+        machine, "abcd", limits(), spread=spread, progress=lambda *each: said.append(each)
+    )
+    further = [each for each in order_of(found) if each[0] > 3]
+    # Where it was visited last, d does not go first, and no setting that is known goes at all.
+    assert further == [(4, "c"), (4, "d"), (4, "b"), (5, "c"), (5, "d"), (6, "c"), (7, "c")]
+    assert said[0] == ("a, round 1 of 3", 0, 12)
+    assert said[5] == ("d, round 2 of 3", 5, 12)
+    assert said[12] == ("c, round 4, known to 9.0%", 12, 15)
+    assert [done for _, done, _ in said] == list(range(len(said)))
+    assert all(done < planned for _, done, planned in said)
+
+
+def test_there_is_an_end_to_what_cannot_be_known() -> None:
+    machine = Machine({"a": 1.0, "b": 1.0})
+    found = measure(machine, "ab", limits(most_repetitions=9), spread=lambda _: math.inf)
+    for visited in found.measured.values():
+        assert visited is not None and visited.times_ms.shape == (9, 2)
+        # The last visit only takes what is left.
+        assert visited.round_of.tolist() == [1, 1, 2, 2, 3, 3, 4, 4, 5]
+
+
+@pytest.mark.parametrize("most_s", [45.0, 60.0, 80.0, 100.0, 150.0])
+def test_short_time_is_shared(most_s: float) -> None:
+    names = "abcdefgh"
+    step_s = {name: 1.0 + 0.25 * index for index, name in enumerate(names)}
+    machine = Machine(step_s)
+    found = measure(machine, names, limits(most_s=most_s), spread=lambda _: math.inf)
+    assert found.late == () and None not in found.measured.values()
+    rounds = [set(visited.round_of.tolist()) for visited in found.measured.values() if visited]
+    least = min(map(len, rounds))
+    assert all(set(range(1, least + 1)) <= each for each in rounds)
+    assert machine.now_s - 100 <= most_s
+    repetitions = [len(visited.times_ms) for visited in found.measured.values() if visited]
+    # Less for all: not two repetitions of one where there is no time for every visit.
+    whole = sum(2 * BUILT_S + CLOSED_S + 1.125 * each + each for each in step_s.values())
+    if most_s < whole:
+        first = [n for visited in found.measured.values() if visited for n in [visited.visits[0]]]
+        assert all(len(visit.times_ms) == 1 for visit in first)
+    assert min(repetitions) >= least
+
+
+def test_rounds_come_before_repetitions() -> None:
+    # Time for three rounds of one repetition, not of the two that are asked for.
+    names = "abcd"
+    once = BUILT_S + CLOSED_S + 1.0
+    machine = Machine(dict.fromkeys(names, 1.0))
+    most_s = len(names) * (3 * once + 1.0 + 2 / 8) + 0.4
+    found = measure(machine, names, limits(most_s=most_s), spread=lambda _: math.inf)
+    for visited in found.measured.values():
+        assert visited is not None and visited.round_of.tolist() == [1, 2, 3]
+
+
+def test_who_is_left_out_is_named() -> None:
+    machine = Machine(dict.fromkeys("abcd", 1.0))
+    # Each takes 3.5 seconds.
+    found = measure(machine, "abcd", limits(most_s=7.5), spread=lambda _: math.inf)
+    assert list(found.measured) == list("abc") and found.late == ("d",)
+    assert [name for _, name in order_of(found)] == list("abc")
+    none = measure(machine, "abcd", limits(most_s=0.0))
+    assert none.measured == {} and none.late == tuple("abcd")
+
+
+def test_memory_is_given_back_once_where_it_runs_out() -> None:
+    machine = Machine(dict.fromkeys("abc", 1.0), fails={"b": 1}, fails_running={"c": 1})
+    found = measure(machine, "abc", limits())
+    assert machine.of("empty") == [None, None]
+    for name in "abc":
+        visited = found.measured[name]
+        assert visited is not None and visited.times_ms.shape == (6, 2)
+    # What ran out while it ran was closed, and built again.
+    assert machine.of("close").count("c") == 4 and machine.open_runs == 0
+
+
+def test_no_room_is_said_and_not_tried_again() -> None:
+    machine = Machine(dict.fromkeys("abc", 1.0), fails={"b": 99})
+    found = measure(machine, "abc", limits(), spread=lambda _: math.inf)
+    assert found.measured["b"] is None and found.late == ()
+    assert machine.fails["b"] == 97 and machine.of("empty") == [None]
+    assert {name for _, name in order_of(found)} == {"a", "c"}
+
+
+def test_what_was_measured_stays_where_memory_runs_out_later() -> None:
+    machine = Machine({"a": 1.0, "b": 1.0})
+
+    def progress(text: str, *_: int) -> None:
+        if text.startswith("b, round 2"):
+            machine.fails["b"] = 9
+
+    found = measure(machine, "ab", limits(), progress=progress)
+    visited = found.measured["b"]
+    assert visited is not None and visited.round_of.tolist() == [1, 1]
+    assert machine.fails["b"] == 7

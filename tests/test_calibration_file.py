@@ -34,6 +34,7 @@ def test_what_is_written_is_read(tmp_path: Path) -> None:
     calibration = hand_calibration(
         all_to_all=Curve(sizes=(1.0, 2.0), times_s=(exactly(0.1, 0.02), exactly(0.3))),
         exchange_ranks=2,
+        foresee_s=exactly(2e-5, 0.01),
         streamed=streamed_times(),
         trials=(trial(1.25), trial(0.5, kind="gating")),
         corrections=corrections(1.2, residuals=(0.1, -0.2)),
@@ -58,6 +59,18 @@ def test_files_from_before_a_field_was_there_are_read(tmp_path: Path, field: str
     assert content.pop(field) is None
     path.write_text(json.dumps(content))
     assert read_calibration(path) == hand_calibration()
+
+
+def test_files_from_before_copies_ahead_are_read(tmp_path: Path) -> None:
+    path = write_calibration(hand_calibration(foresee_s=exactly(1e-5)), tmp_path / "machine.json")
+    content = json.loads(path.read_text())
+    del content["foresee_s"]
+    path.write_text(json.dumps(content))
+    assert read_calibration(path) == hand_calibration()
+    content["foresee_s"] = {**content["known_s"], "median": -1.0}
+    path.write_text(json.dumps(content))
+    with pytest.raises(CalibrationError, match="negative"):
+        read_calibration(path)
 
 
 def test_nothing_is_overwritten_unless_asked(tmp_path: Path) -> None:

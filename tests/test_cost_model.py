@@ -164,6 +164,63 @@ def trace(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 
 @pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("miss", ["load", "host", "split"])
+def test_plans_hit_what_they_hit_without_copies_ahead(trace: Any, policy: str, miss: str) -> None:
+    routed = buffer_plans.read_routed_rows(trace, "decoder")
+    setting = BufferingSetting(capacity=3, policy=policy, miss=miss)
+    plain = buffer_plans.plan_buffer(trace, routed, setting)
+    assert plain.copies_per_step(routed).tolist() == routed.per_step(plain.loads).tolist()
+    for prefetch in (1, 4):
+        ahead = dataclasses.replace(setting, prefetch=prefetch)
+        plan = buffer_plans.plan_buffer(trace, routed, ahead)
+        assert plan.hit.tolist() == plain.hit.tolist()
+        assert plan.num_staging == plain.num_staging + prefetch
+        assert plan.num_slots == plain.num_slots
+        used = plan.ahead.used.astype(bool)
+        assert used.any() and not (used & (plan.hit | plan.loads | plan.on_host)).any()
+        assert np.bincount(plan.ahead.dispatch).max() <= prefetch
+        assert plan.copies_per_step(routed).sum() == plan.loads.sum() + len(plan.ahead.dispatch)
+        if miss == "load":
+            assert (plan.hit | plan.loads | plan.ahead.used).all()
+
+
+def test_copies_ahead_cost_what_they_copy(trace: Any) -> None:
+    machine = any_machine(foresee_s=exactly(0.0))
+    plain, ahead = (
+        predicted(trace, machine, parse_setting(text)) for text in ("lru:4", "lru:4:ahead=2")
+    )
+    assert (ahead.copied_bytes >= plain.copied_bytes).all()
+    assert ahead.copied_bytes.sum() > plain.copied_bytes.sum()
+    assert ahead.hit_rate == plain.hit_rate
+    assert ahead.device_bytes == plain.device_bytes + 2 * SHAPE.expert_bytes
+    # Where copies are for nothing next to experts, what is ahead is not waited for.
+    slow = dataclasses.replace(machine, device_expert=surface(1.0))
+    plain, ahead = (
+        predicted(trace, slow, parse_setting(text)) for text in ("lru:4", "lru:4:ahead=2")
+    )
+    assert ahead.modelled_ms.sum() < plain.modelled_ms.sum()
+    # Where they are all that counts every byte too many shows.
+    slow = dataclasses.replace(machine, to_device=flat(1.0))
+    plain, ahead = (
+        predicted(trace, slow, parse_setting(text)) for text in ("lru:4", "lru:4:ahead=2")
+    )
+    each = float(slow.to_device.at(SHAPE.block_bytes)) * 1e3 / SHAPE.block_bytes
+    assert ahead.modelled_ms.sum() == pytest.approx(ahead.copied_bytes.sum() * each, rel=1e-3)
+
+
+def test_a_calibration_from_before_refuses_copies_ahead(trace: Any) -> None:
+    setting = parse_setting("lru:4:ahead=2")
+    for run in (
+        lambda machine: predicted(trace, machine, setting),
+        lambda machine: moeprof.replay.cost(trace, machine, [setting], shape=SHAPE),
+    ):
+        with pytest.raises(UsageError, match="how long it takes to say what is copied") as refused:
+            run(any_machine())
+        assert "moeprof calibrate" in refused.value.hint
+        run(any_machine(foresee_s=exactly(1e-5)))
+
+
+@pytest.mark.parametrize("policy", POLICIES)
 @pytest.mark.parametrize("capacity", [1, 4, 0.29])
 def test_plans_are_those_of_the_replay(trace: Any, policy: str, capacity: Any) -> None:
     routed = buffer_plans.read_routed_rows(trace, "decoder")
@@ -491,13 +548,23 @@ def test_the_table(trace: Any) -> None:
 
 def test_settings_are_read_as_they_are_written() -> None:
     for text in ("gating:dynamic", "lru:32", "lru:25%", "lru:32:host", "lru:8:split<=4",
-                 "unbuffered"):  # fmt: skip
+                 "unbuffered", "lru:25%:ahead=2", "min:32:split:ahead=4",
+                 "lru:8:split<=4:ahead=1"):  # fmt: skip
         assert parse_setting(text).name == text
     assert parse_setting("lru:32") == BufferingSetting(capacity=32, policy="lru")
+    ahead = BufferingSetting(capacity="25%", policy="lru", miss="split", prefetch=4)
+    assert parse_setting("lru:25% : split : ahead=4") == ahead
+    assert parse_setting("lru:32:load:ahead=0") == parse_setting("lru:32")
     for text in ("lru", "lru:", "a:b:c:d", "lru:32:split<=x", "gating:fast", "best:32", "lru:0.5",
-                 "lru:3:fly"):  # fmt: skip
+                 "lru:3:fly", "lru:3:ahead=", "lru:3:ahead=x", "lru:3:ahead=-1", "lru:ahead=2",
+                 "ahead=2", "lru:3:ahead=2:split", "gating:dynamic:ahead=2",
+                 "unbuffered:ahead=2"):  # fmt: skip
         with pytest.raises(UsageError):
             parse_setting(text)
+    with pytest.raises(UsageError, match="all experts are on the device"):
+        BufferingSetting(capacity=None, prefetch=1)
+    with pytest.raises(UsageError, match="-1 experts cannot be copied ahead"):
+        BufferingSetting(capacity=3, prefetch=-1)
 
 
 def test_refusals(trace: Any, tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from moeprof.live import calibration_trials, part_times  # noqa: E402
 from moeprof.live.calibration_sizes import Regime  # noqa: E402
 from moeprof.live.calibration_trials import TrialBench, made_up  # noqa: E402
 from moeprof.live.constant_bench import ConstantBench, ExpertParts, streamed_times  # noqa: E402
-from moeprof.live.decision_times import decision_times  # noqa: E402
+from moeprof.live.decision_times import decision_times, foresee_time  # noqa: E402
 from moeprof.live.kernels.fused import _has_triton  # noqa: E402
 from moeprof.live.kernels.streamed import STREAMED_TOKENS  # noqa: E402
 from moeprof.live.part_times import PartTimes  # noqa: E402
@@ -111,6 +111,7 @@ def test_trials_cover_policies_miss_actions_and_kernels(calibrated: Any) -> None
     machine, _ = calibrated
     names = {trial.setting for trial in machine.trials}
     assert {"unbuffered", "lru:0.125", "min:0.5", "lru:0.25:host", "lru:0.25:split"} <= names
+    assert {"lru:0.125:ahead=4", "lru:0.5:ahead=2"} <= names
     assert {"gating:dynamic_loop", "gating:static_mask"} <= names
     assert len(machine.trials) == len(TINY.expert_bytes) * len(TINY.regimes) * len(names)
     assert {len(trial.modelled_ms) for trial in machine.trials} == {4, 3}
@@ -173,7 +174,9 @@ def test_parts_of_a_device_with_a_queue() -> None:
     assert len(calls) == 12
 
 
-@pytest.mark.parametrize("text", ["lru:3", "min:3:host", "gating:static_index", "unbuffered"])
+@pytest.mark.parametrize(
+    "text", ["lru:3", "min:3:host", "gating:static_index", "unbuffered", "lru:2:ahead=2"]
+)
 def test_runs_copy_what_the_plan_says(text: str, tmp_path: Path) -> None:
     trace = synthetic_trace(
         tmp_path / "t.moeprof", num_requests=3, num_sites=2, num_experts=8, output_tokens=6
@@ -188,7 +191,8 @@ def test_runs_copy_what_the_plan_says(text: str, tmp_path: Path) -> None:
     assert len(question.routed.steps) == len(stack.steps)
     if not text.startswith("gating"):
         plan = cost_model.plan_buffer(trace, question.routed, setting)
-        assert run.copied_bytes == int(plan.loads.sum()) * shape.block_bytes
+        copies = int(plan.copies_per_step(question.routed).sum())
+        assert run.copied_bytes == copies * shape.block_bytes
     run.close()
     assert stack.weights_source.startswith("random weights (the shape was given")
 
@@ -239,6 +243,18 @@ def test_a_device_that_streams_decides_about_pieces_too(tmp_path: Path) -> None:
         times = decision_times([made], "lru", streamed=streamed)
         assert times.dispatch_s + times.hit_s + times.miss_s + times.slot_s > 0
         assert np.isfinite(times.error)
+
+
+def test_saying_what_is_copied_ahead_is_timed(calibrated: Any, tmp_path: Path) -> None:
+    machine, _ = calibrated
+    assert 0 < machine.foresee_s.low <= machine.foresee_s.median <= machine.foresee_s.high
+    made = made_up(tmp_path, TINY, Regime(batch=1, num_layers=2, num_steps=6))
+    routed = read_routed_rows(made.trace, "decoder")
+    assert foresee_time([made]).num_repetitions == len(routed.site)
+    # A calibration without it tries none.
+    before = calibration_trials.trial_settings(dataclasses.replace(machine, foresee_s=None))
+    assert not any("ahead" in setting.name for setting in before)
+    assert len(calibration_trials.trial_settings(machine)) == len(before) + 2
 
 
 def test_what_each_run_needs_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:

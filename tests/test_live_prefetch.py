@@ -390,12 +390,12 @@ def test_a_copy_ahead_that_does_not_wait_is_noticed(monkeypatch: pytest.MonkeyPa
     """The stand-in sees what it is there for: copies ahead that wait for no reader."""
     monkeypatch.setattr(expert_buffer, "can_stream", lambda *_: True)
     monkeypatch.setattr(expert_buffer, "open_transfers", LateTransfers)
-    original = expert_buffer.ExpertBuffer._fetch_ahead
+    original = expert_buffer.ExpertBuffer._load_ahead
 
-    def forgetful(self: Any, place: Any, planned: Any, **options: Any) -> None:
-        original(self, place, planned, **{**options, "behind": None})
+    def forgetful(self: Any, fetched: Any, **options: Any) -> None:
+        original(self, fetched, **{**options, "behind": None})
 
-    monkeypatch.setattr(expert_buffer.ExpertBuffer, "_fetch_ahead", forgetful)
+    monkeypatch.setattr(expert_buffer.ExpertBuffer, "_load_ahead", forgetful)
     buffer = ExpertBuffer(
         half_sites(3, 8), BufferSettings(capacity=1, policy="layers", prefetch=1, staging=1),
         device="cpu",

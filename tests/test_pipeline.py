@@ -55,6 +55,7 @@ def uneven_machine() -> Any:
         combine_host_s=exactly(8e-5),
         combine_device=flat(10e-5),
         sync_s=exactly(12e-5),
+        foresee_s=exactly(14e-5),
     )
 
 
@@ -68,6 +69,8 @@ def account(trace: Any, setting: Any, machine: Any) -> list[float]:
     launch = machine.expert_host_s.median + machine.slot_host_s.median
     found = []
     arrived, finished = {}, {}
+    arrived_ahead = {}
+    is_ahead = bool(setting.prefetch)
     for step in range(len(routed.steps)):
         host = device = link = 0.0
         for dispatch in range(routed.step_starts[step], routed.step_starts[step + 1]):
@@ -78,6 +81,8 @@ def account(trace: Any, setting: Any, machine: Any) -> list[float]:
             fetched = device
             waiting = [at for at in range(first, end) if plan.loads[at]]
             for at in range(first, end + 1):
+                if at == end and is_ahead:
+                    host += machine.foresee_s.median
                 while waiting and (at == end or plan.after[waiting[0]] < at - first):
                     copied = waiting.pop(0)
                     host += machine.load_host_s.median
@@ -90,8 +95,16 @@ def account(trace: Any, setting: Any, machine: Any) -> list[float]:
                 start = max(device, host)
                 if plan.awaits[at] >= 0:
                     start = max(start, arrived[plan.awaits[at]])
+                if plan.ahead.awaits[at] >= 0:
+                    start = max(start, arrived_ahead[plan.ahead.awaits[at]])
                 host += launch
                 device = finished[at] = max(start + expert_s[at], host)
+            for copy in np.flatnonzero(plan.ahead.dispatch == dispatch):
+                host += machine.load_host_s.median
+                start = max(link, host)
+                if plan.ahead.after[copy] >= 0:
+                    start = max(start, finished[first + plan.ahead.after[copy]])
+                link = arrived_ahead[copy] = start + copy_s
             own = int(plan.on_host[first:end].sum())
             if own:
                 host = max(host, fetched + machine.fetch_s.median)
@@ -104,8 +117,52 @@ def account(trace: Any, setting: Any, machine: Any) -> list[float]:
     return found
 
 
+def two_sites_s(tmp_path: Path, text: str, **changes: Any) -> list[float]:
+    """Returns the time of passes of one token: 0 then 4, 1 then 5, again and again."""
+    steps = [[HandToken(request=0, position=i, experts=[[i % 2], [4 + i % 2]])] for i in range(5)]
+    made = hand_trace(tmp_path / "hand.moeprof", steps, num_experts=8)
+    given = {"streamed": streamed_times(), "foresee_s": exactly(0.0)} | changes
+    question = cost_model.question_of(made, shape=SHAPE, phase="all")
+    work = cost_model.work_of(question, parse_setting(text), hand_calibration(**given))
+    return pipeline.step_times(work)[0].tolist()
+
+
+def test_copies_ahead_by_hand(tmp_path: Path) -> None:
+    # Copies 10 s, pieces 2 s, a slot for each site: every lookup misses.
+    assert two_sites_s(tmp_path / "a", "lru:1") == [24] * 5
+    # From the third pass on it is known what follows. Pass 3: 0 is copied until 10 and read until
+    # 12, 4 copied ahead until 20 and read until 22, 1 copied ahead for the next pass until 30. From
+    # then on: read until 2, the next site's expert ahead until 10, the next pass's until 20.
+    assert two_sites_s(tmp_path / "b", "lru:1:ahead=1") == [24, 24, 30, 20, 20]
+    # 1 s to foresee hides behind the device, or delays what is copied ahead.
+    slow = two_sites_s(tmp_path / "c", "lru:1:ahead=1", foresee_s=exactly(1.0))
+    assert slow == [24, 24, 30, 21, 21]
+    # Likewise 1 s to ask for a copy that goes by itself, as those ahead do.
+    asked = two_sites_s(tmp_path / "d", "lru:1:ahead=1", load_host_s=exactly(1.0))
+    assert asked == [24, 24, 30, 21, 21]
+    # A device that is the host: twice foreseen, two experts of 4 s; two copies, in pass 3 three.
+    serial = two_sites_s(
+        tmp_path / "e", "lru:1:ahead=1", is_serial=True, foresee_s=exactly(1.0),
+        streamed=None,
+    )  # fmt: skip
+    assert serial == [30, 30, 40, 30, 30]
+
+
 @pytest.mark.parametrize(
-    "text", ["lru:2", "lru:5", "paper:4", "lru:4:host", "lru:4:split", "min:6"]
+    "text",
+    [
+        "lru:2",
+        "lru:5",
+        "paper:4",
+        "lru:4:host",
+        "lru:4:split",
+        "min:6",
+        "lru:3:ahead=1",
+        "paper:2:ahead=4",
+        "lru:2:split:ahead=2",
+        "lru:2:host:ahead=3",
+        "min:4:ahead=2",
+    ],
 )
 def test_expert_by_expert(trace: Any, text: str) -> None:
     setting, machine = parse_setting(text), uneven_machine()
@@ -203,14 +260,19 @@ def test_the_rule_is_the_live_buffer_s(
     assert is_streamed(tokens, shape, able).tolist() == [can, False]
 
 
-@pytest.mark.parametrize("text", ["lru:2", "paper:4", "lru:4:split", "min:3:host", "unbuffered"])
+@pytest.mark.parametrize(
+    "text",
+    ["lru:2", "paper:4", "lru:4:split", "min:3:host", "unbuffered", "lru:2:ahead=3",
+     "layers:2:ahead=1", "lru:4:split:ahead=2"],
+)  # fmt: skip
 @pytest.mark.parametrize("streamed", [True, False])
 def test_an_order_leaves_nothing_out(trace: Any, text: str, streamed: bool) -> None:
     routed = buffer_plans.read_routed_rows(trace, "decoder")
     plan = buffer_plans.plan_buffer(trace, routed, parse_setting(text))
     order = execution_order(routed, plan, np.full(len(routed.site), streamed))
     assert sorted(order.lookups.tolist()) == np.flatnonzero(plan.on_host == 0).tolist()
-    assert sorted(order.copied.tolist()) == np.flatnonzero(plan.loads).tolist()
+    is_ahead = order.copied < 0
+    assert sorted(order.copied[~is_ahead].tolist()) == np.flatnonzero(plan.loads).tolist()
     place = {lookup: index for index, lookup in enumerate(order.lookups.tolist())}
     piece_of = np.repeat(np.arange(len(order.lookup_starts) - 1), np.diff(order.lookup_starts))
     copy_of = {lookup: index for index, lookup in enumerate(order.copied.tolist())}
@@ -218,6 +280,26 @@ def test_an_order_leaves_nothing_out(trace: Any, text: str, streamed: bool) -> N
         if copy >= 0:
             # The piece waits for this copy, or for one behind it on the same stream.
             assert order.awaits[piece_of[place[lookup]]] >= copy_of[copy]
+    num_pieces = np.diff(order.piece_starts)
+    of_dispatch = np.repeat(np.arange(len(num_pieces)), np.diff(order.copy_starts))[is_ahead]
+    assert of_dispatch.tolist() == plan.ahead.dispatch.tolist()
+    assert (len(of_dispatch) > 0) == plan.ahead.used.any() == ("ahead" in text)
+    # After all pieces; where its slot was read in this dispatch it waits, streamed for the last.
+    assert order.before[is_ahead].tolist() == num_pieces[of_dispatch].tolist()
+    read = routed.starts[of_dispatch] + plan.ahead.after
+    waits = plan.ahead.after >= 0
+    expected = [
+        last - 1 if streamed else piece_of[place[lookup]] - order.piece_starts[dispatch]
+        for last, lookup, dispatch in zip(
+            num_pieces[of_dispatch][waits], read[waits].tolist(), of_dispatch[waits], strict=True
+        )
+    ]
+    assert order.after[is_ahead][waits].tolist() == expected
+    assert (order.after[is_ahead][~waits] < 0).all()
+    copies = np.flatnonzero(is_ahead)
+    for lookup, copy in enumerate(plan.ahead.awaits.tolist()):
+        if copy >= 0:
+            assert order.awaits[piece_of[place[lookup]]] >= copies[copy]
     assert (order.after < order.before).all()
     for first, end in zip(order.copy_starts[:-1], order.copy_starts[1:], strict=True):
         assert (np.diff(order.before[first:end]) >= 0).all()

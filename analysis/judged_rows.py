@@ -1,0 +1,168 @@
+"""How far off predictions were, row by row and together: errors, coverage, regret.
+
+Measured percentiles, errors and coverage are computed again from the times of the steps, as the
+predictions mean them (of the steps' medians over repetitions); beside them stands what they are for
+all repetitions of all steps together (raw). Leaves out what is held to which goal
+(`analysis.prediction_quality`).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from analysis.judgements import ERRORS, PREDICTED, PRINTED, Judgement
+from moeprof.live.step_percentiles import measured_ms, spread_of, visits_of
+from moeprof.live.verification import binomial_interval, regrets
+from moeprof.replay.cache.policies import POLICIES
+from moeprof.replay.serving_settings import GatingSetting, Setting, parse_setting
+
+QUANTILES = (0.25, 0.5, 0.75, 0.9, 1.0)
+MODELS_OF_TIME: Mapping[str, str] = MappingProxyType(
+    dict(zip(("model", "bytes over bandwidth", "the mean"), ERRORS, strict=True))
+)
+"""Columns of errors, moeprof's first."""
+
+
+def pooled_rows(judgements: Sequence[Judgement]) -> pd.DataFrame:
+    """Returns one row per trace, machine, setting and percentile, errors computed again.
+
+    What comes from a printed table stays as printed, its ``raw_ms`` NaN. ``inside`` is None where
+    no interval was stated, all that is measured NaN where the setting did not fit.
+    """
+    rows = []
+    for one in judgements:
+        times_of = one.content["step_times"]
+        for row in one.content["rows"]:
+            own = {
+                "trace": one.trace,
+                "routing": one.predictions.facts["trace"],
+                "model": one.predictions.facts["model"],
+                "machine": one.machine,
+                "setting": row["setting"],
+                **_described(parse_setting(row["setting"])),
+                "percentile": row["percentile"],
+                **{key: row[key] for key in PREDICTED},
+                "measured_ms": math.nan,
+                "raw_ms": math.nan,
+                "measured_spread": math.nan,
+                "repetitions": row["repetitions"],
+                "printed": one.is_printed,
+                "inside": None,
+                **dict.fromkeys(MODELS_OF_TIME.values(), math.nan),
+            }
+            if one.is_printed:
+                own |= {key: row[key] for key in PRINTED if key not in PREDICTED}
+            elif row["setting"] in times_of:
+                times = np.array(times_of[row["setting"]]["measured_ms"], float)
+                value = measured_ms(times, row["percentile"])
+                low, high = row["low_ms"], row["high_ms"]
+                own |= {
+                    "measured_ms": value,
+                    "raw_ms": float(np.percentile(times, row["percentile"])),
+                    "measured_spread": spread_of(
+                        times, row["percentile"], visits_of(times_of[row["setting"]])
+                    ),
+                    "inside": None if low is None else bool(low <= value <= high),
+                    "error": row["predicted_ms"] / value - 1,
+                    "naive_bandwidth_error": row["naive_bandwidth_ms"] / value - 1,
+                    "naive_mean_error": row["naive_mean_ms"] / value - 1,
+                }
+            rows.append(own)
+    return pd.DataFrame(rows)
+
+
+def _described(setting: Setting) -> dict[str, str | None]:
+    """Returns kind, policy and capacity."""
+    if isinstance(setting, GatingSetting):
+        return {"kind": "gating", "policy": None, "capacity": None}
+    if setting.capacity is None:
+        return {"kind": "unbuffered", "policy": None, "capacity": None}
+    ahead = ", copied ahead" if setting.prefetch else ""
+    return {
+        "kind": f"miss: {setting.miss}{ahead}",
+        "policy": setting.policy,
+        "capacity": str(setting.capacity),
+    }
+
+
+def quality_of(rows: pd.DataFrame) -> dict[str, Any]:
+    """Returns how good the predictions in these rows were: counts, errors, coverage.
+
+    Args:
+        rows: As `pooled_rows` gives them; those that were not measured are left out.
+    """
+    known = rows[rows["measured_ms"].notna()]
+    stated = known[known["inside"].notna()]
+    inside = int(stated["inside"].astype(bool).sum())
+    low, high = binomial_interval(inside, len(stated)) if len(stated) else (None, None)
+    errors = {
+        name: {
+            f"{each:g}": float(known[column].abs().quantile(each)) if len(known) else None
+            for each in QUANTILES
+        }
+        for name, column in MODELS_OF_TIME.items()
+    }
+    return {
+        "predictions": len(known),
+        "stated": len(stated),
+        "inside": inside,
+        "coverage": inside / len(stated) if len(stated) else None,
+        "coverage_low": low,
+        "coverage_high": high,
+        "below": int((stated["measured_ms"] < stated["low_ms"]).sum()),
+        "above": int((stated["measured_ms"] > stated["high_ms"]).sum()),
+        "raw_stated": int(stated["raw_ms"].notna().sum()),
+        "raw_inside": int(
+            ((stated["low_ms"] <= stated["raw_ms"]) & (stated["raw_ms"] <= stated["high_ms"])).sum()
+        ),
+        "raw_median_error": float((known["predicted_ms"] / known["raw_ms"] - 1).abs().median())
+        if known["raw_ms"].notna().any()
+        else None,
+        "median_signed_error": float(known["error"].median()) if len(known) else None,
+        "absolute_errors": errors,
+    }
+
+
+def regret_rows(rows: pd.DataFrame) -> pd.DataFrame:
+    """Returns the regret of every choice: per routing, machine, percentile and memory.
+
+    Settings of one trace compete also where they were predicted in several files.
+    """
+    found = []
+    for (routing, machine), own in rows.groupby(["routing", "machine"], sort=True):
+        table = regrets(own)
+        table.insert(0, "routing", routing)
+        table.insert(1, "machine", machine)
+        found.append(table)
+    return pd.concat(found, ignore_index=True) if found else pd.DataFrame(columns=["regret"])
+
+
+def regret_of(rows: pd.DataFrame) -> dict[str, Any]:
+    """Returns how many choices there were, and their regret; also without knowing the future.
+
+    Args:
+        rows: As `pooled_rows` gives them.
+    """
+    return {
+        **_summed(regret_rows(rows)),
+        "without_future": _summed(regret_rows(rows[~rows["policy"].map(_sees_future)])),
+    }
+
+
+def _sees_future(policy: object) -> bool:
+    # Gatings have no policy, which pandas may turn into NaN.
+    return isinstance(policy, str) and POLICIES[policy].sees_future
+
+
+def _summed(chosen: pd.DataFrame) -> dict[str, Any]:
+    return {
+        "choices": len(chosen),
+        "median": float(chosen["regret"].median()) if len(chosen) else None,
+        "worst": float(chosen["regret"].max()) if len(chosen) else None,
+    }

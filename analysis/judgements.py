@@ -1,0 +1,242 @@
+"""Files of `moeprof verify` and the predictions that they judge, read and held to each other.
+
+Every row judged must be a row predicted, and predicted earlier than it was measured; what a file
+says must be what its steps say. Of some runs only the printed table was kept
+(`analysis.printed_verifications`): those are held to the predictions by the digits that were
+printed. Leaves out how good predictions were (`analysis.judged_rows`).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from analysis.printed_verifications import DIGITS, check_error
+from moeprof.errors import MoeprofError
+from moeprof.live.step_percentiles import measured_ms, visits_of
+from moeprof.live.verification import NAME, Predictions, read_predictions
+
+PREDICTED = (
+    "predicted_ms", "low_ms", "high_ms", "naive_bandwidth_ms", "naive_mean_ms", "hit_rate",
+    "copied_bytes_per_step", "device_bytes",
+)  # fmt: skip
+"""What a row says of its prediction."""
+
+CARRIED_FACT = "carried_for"
+"""Among the facts of predictions that another machine's trials made."""
+
+_PRINTED_PREDICTIONS = ("predicted_ms", "low_ms", "high_ms")
+ERRORS = ("error", "naive_bandwidth_error", "naive_mean_error")
+PRINTED = (*_PRINTED_PREDICTIONS, "measured_ms", "measured_spread", "inside", *ERRORS)
+"""What a row of a printed table has."""
+
+_NEEDED = ("kind", "command", "date", "hardware", "versions", "notes", "rows")
+_CLOSE = 1e-9
+_HINT = "write it again: moeprof verify TRACE --predictions FILE -o FILE"
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Judgement:
+    """A file of measurements and the predictions that it judges.
+
+    Attributes:
+        name: Of the file.
+        content: The file.
+        predicted: Name of the file of predictions.
+        predictions: Written before.
+    """
+
+    name: str
+    content: Mapping[str, Any]
+    predicted: str
+    predictions: Predictions
+
+    @property
+    def machine(self) -> str:
+        """Where it was measured."""
+        hardware = self.content["hardware"]
+        return str(hardware["device_name"] or hardware.get("cpu_name"))
+
+    @property
+    def is_printed(self) -> bool:
+        """Whether only a printed table was kept."""
+        return "printed" in self.content
+
+    @property
+    def trace(self) -> str:
+        """What the predictions are called, less the machine that they are for."""
+        return trace_named(self.predicted, self.machine)
+
+
+def trace_named(predicted: str, machine: str) -> str:
+    """Returns ``qwen3`` for predicted-qwen3-h200.json and an NVIDIA H200.
+
+    Args:
+        predicted: Name of a file of predictions.
+        machine: That they are for.
+    """
+    name = Path(predicted).stem.removeprefix("predicted-")
+    rest, _, last = name.rpartition("-")
+    return rest if rest and last in machine.lower().split() else name
+
+
+def read_judgements(verified: Iterable[Path], predicted: Iterable[Path]) -> list[Judgement]:
+    """Reads files of measurements, each with the predictions that it judges.
+
+    Args:
+        verified: From ``moeprof verify -o``.
+        predicted: From ``moeprof verify --predict-only -o``.
+
+    Raises:
+        MoeprofError: A file is damaged, judges what was not predicted before, or what another
+            judges as well, or predictions were carried over from another machine.
+    """
+    known = {path.name: read_predictions(path) for path in predicted}
+    for name, predictions in known.items():
+        if CARRIED_FACT in predictions.facts:
+            raise MoeprofError(
+                f"{name} is carried over from another machine",
+                hint="such predictions are judged apart: --carried FILE",
+            )
+    found = []
+    seen: dict[tuple[str, str, str], str] = {}
+    for path in sorted(verified):
+        content = _read(path)
+        name = _predictions_of(path, content, known)
+        if "printed" in content:
+            content = _filled(path, content, known[name])
+        one = Judgement(name=path.name, content=content, predicted=name, predictions=known[name])
+        _check_dates(one)
+        for setting in dict.fromkeys(row["setting"] for row in content["rows"]):
+            key = (one.predictions.facts["trace"], one.machine, setting)
+            if key in seen:
+                raise MoeprofError(
+                    f"{setting} of {key[0]} was measured on {one.machine} in {seen[key]} and in "
+                    f"{path.name}",
+                    hint="every setting counts once; name the files to pool",
+                )
+            seen[key] = path.name
+        found.append(one)
+    if not found:
+        raise MoeprofError("there is nothing to pool", hint=_HINT)
+    return found
+
+
+def _read(path: Path) -> Mapping[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise MoeprofError(f"{path} cannot be read: {error}", hint=_HINT) from error
+    if not isinstance(content, dict) or content.get("kind") != f"moeprof {NAME}":
+        raise MoeprofError(f"{path} is not from moeprof verify", hint=_HINT)
+    is_printed = "printed" in content
+    needed = _NEEDED if is_printed else (*_NEEDED, "step_times")
+    lacking = [field for field in needed if field not in content]
+    if lacking:
+        raise MoeprofError(f"{path} lacks {', '.join(lacking)}", hint=_HINT)
+    try:
+        if is_printed and "step_times" in content:
+            raise ValueError("a printed table has no times of steps")
+        for row in content["rows"]:
+            if is_printed:
+                _check_printed_row(row)
+                continue
+            _check_row(row, content["step_times"].get(row["setting"]))
+    except (KeyError, TypeError, ValueError) as error:
+        raise MoeprofError(f"{path} is damaged: {error!r}", hint=_HINT) from None
+    return content
+
+
+def _check_row(row: Mapping[str, Any], times: Mapping[str, Any] | None) -> None:
+    """Raises ValueError where a row is not what its steps say."""
+    what = f"{row['setting']} p{row['percentile']}"
+    if (times is None) != (row["measured_ms"] is None):
+        raise ValueError(f"{what} has a time and no steps, or steps and no time")
+    if times is None:
+        return
+    steps = np.array(times["measured_ms"], float)
+    visits_of(times)
+    if steps.shape != (row["repetitions"], len(times["steps"])) or not np.isfinite(steps).all():
+        raise ValueError(f"{what} has {steps.shape} times, not one per repetition and step")
+    if not math.isclose(measured_ms(steps, row["percentile"]), row["measured_ms"], rel_tol=1e-6):
+        raise ValueError(f"{what} says {row['measured_ms']} ms, its steps say otherwise")
+
+
+def _check_printed_row(row: Mapping[str, Any]) -> None:
+    """Raises where a row lacks a number, or its error is not what its times say."""
+    numbers = [float(row[key]) for key in PRINTED if key != "inside"]
+    if not (np.isfinite(numbers).all() and isinstance(row["inside"], bool)):
+        raise ValueError(f"{row['setting']} p{row['percentile']} has no numbers")
+    check_error(row, "error", row["predicted_ms"])
+
+
+def _filled(path: Path, content: Mapping[str, Any], predictions: Predictions) -> Mapping[str, Any]:
+    """Returns a printed file with what was predicted to every digit, and no times of steps."""
+    said = {(row["setting"], row["percentile"]): row for row in predictions.rows}
+    rows = []
+    try:
+        for row in content["rows"]:
+            own = said[row["setting"], row["percentile"]]
+            check_error(row, "naive_bandwidth_error", own["naive_bandwidth_ms"])
+            check_error(row, "naive_mean_error", own["naive_mean_ms"])
+            rows.append({**row, **{key: own[key] for key in PREDICTED}, "repetitions": None})
+    except MoeprofError as error:
+        raise MoeprofError(f"{path} is damaged: {error.message}", hint=error.hint) from None
+    return {**content, "rows": rows, "step_times": {}}
+
+
+def _predictions_of(
+    path: Path, content: Mapping[str, Any], known: Mapping[str, Predictions]
+) -> str:
+    """Returns the file whose rows these are."""
+    same = _is_same_printed if "printed" in content else _is_same
+    for name, predictions in known.items():
+        rows = {(row["setting"], row["percentile"]): row for row in predictions.rows}
+        if all(same(row, rows.get((row["setting"], row["percentile"]))) for row in content["rows"]):
+            return name
+    raise MoeprofError(
+        f"{path} judges what none of {', '.join(known) or 'no predictions'} says",
+        hint="give the predictions that it was run with: --predicted FILE",
+    )
+
+
+def _is_same(row: Mapping[str, Any], other: Mapping[str, Any] | None) -> bool:
+    if other is None:
+        return False
+    for key in PREDICTED:
+        one, two = row[key], other[key]
+        if (one is None) != (two is None):
+            return False
+        if one is not None and not math.isclose(one, two, rel_tol=_CLOSE, abs_tol=_CLOSE):
+            return False
+    return True
+
+
+def _is_same_printed(row: Mapping[str, Any], other: Mapping[str, Any] | None) -> bool:
+    return other is not None and all(
+        other[key] is not None and float(f"{other[key]:.{DIGITS}g}") == row[key]
+        for key in _PRINTED_PREDICTIONS
+    )
+
+
+def _check_dates(one: Judgement) -> None:
+    facts = one.predictions.facts
+    dates = [facts["calibrated"], facts["date"], one.content["date"]]
+    try:
+        calibrated, predicted, measured = map(datetime.fromisoformat, dates)
+        in_order = calibrated <= predicted < measured
+    except (TypeError, ValueError) as error:
+        raise MoeprofError(f"{one.name} or {one.predicted} has no date: {error}") from None
+    if not in_order:
+        raise MoeprofError(
+            f"{one.name} was measured {dates[2]}, {one.predicted} predicted {dates[1]} from what "
+            f"was calibrated {dates[0]}: not in this order",
+            hint="predictions are kept before anything is measured",
+        )

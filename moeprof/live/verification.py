@@ -32,6 +32,7 @@ from moeprof.errors import MoeprofError, TraceError, UsageError
 from moeprof.live.rounds import RoundLimits, Rounds, Visited, run_in_rounds
 from moeprof.live.setting_runs import ResidentExperts, RoutedStack, SettingRun, open_stack
 from moeprof.live.step_percentiles import measured_ms, spread_of
+from moeprof.live.transfers import made_current
 from moeprof.recording.hardware import hardware, versions
 from moeprof.replay.cost_model import PERCENTILES, Question, predict, prediction_rows, question_of
 from moeprof.replay.expert_shapes import ExpertShape, shape_of_trace
@@ -437,6 +438,7 @@ def _measured(
         tolerance=TOLERANCE,
         most_s=most_s,
     )
+    _open_libraries(stack)
     found = run_in_rounds(names, opened, limits, spread=spread, progress=progress)
     resident.let_go()
     of_judged = {
@@ -444,6 +446,17 @@ def _measured(
         for name, visited in found.measured.items()
     }
     return dataclasses.replace(found, measured=of_judged)
+
+
+@torch.no_grad()
+def _open_libraries(stack: RoutedStack) -> None:
+    """Has libraries take the memory that they keep.
+
+    A first product in some later visit would cut it out of the tens of GiB that torch keeps
+    between visits. These could then neither be had whole by a setting nor be given back.
+    """
+    with made_current(stack.device):
+        stack.hidden @ stack.hidden.T
 
 
 def _table(

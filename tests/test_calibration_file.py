@@ -35,6 +35,7 @@ def test_what_is_written_is_read(tmp_path: Path) -> None:
         all_to_all=Curve(sizes=(1.0, 2.0), times_s=(exactly(0.1, 0.02), exactly(0.3))),
         exchange_ranks=2,
         foresee_s=exactly(2e-5, 0.01),
+        host_probes_ms=(2.0, 2.5),
         streamed=streamed_times(),
         trials=(trial(1.25), trial(0.5, kind="gating")),
         corrections=corrections(1.2, residuals=(0.1, -0.2)),
@@ -52,11 +53,11 @@ def test_what_is_written_is_read(tmp_path: Path) -> None:
     assert [each.name for each in tmp_path.iterdir()] == ["machine.json"]
 
 
-@pytest.mark.parametrize("field", ["exchange_ranks", "foresee_s", "trials_of"])
+@pytest.mark.parametrize("field", ["exchange_ranks", "foresee_s", "host_probes_ms", "trials_of"])
 def test_files_from_before_a_field_was_there_are_read(tmp_path: Path, field: str) -> None:
     path = write_calibration(hand_calibration(), tmp_path / "machine.json")
     content = json.loads(path.read_text())
-    assert content.pop(field) is None
+    assert not content.pop(field)
     path.write_text(json.dumps(content))
     assert read_calibration(path) == hand_calibration()
 
@@ -120,6 +121,7 @@ def _damaged(change: Any) -> Any:
         (_damaged(lambda c: c["sync_s"].update(median="fast")), "damaged"),
         (_damaged(lambda c: c["to_device"].update(sizes=[1, 2])), "do not ascend"),
         (_damaged(lambda c: c["trials"][0].update(modelled_ms=[1.0])), "not as many"),
+        (_damaged(lambda c: c.update(host_probes_ms=[1.0, 0.0])), "took no time"),
     ],
 )
 def test_damaged_files_are_one_line(tmp_path: Path, damage: Any, message: str) -> None:

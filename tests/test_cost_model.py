@@ -438,6 +438,22 @@ def test_settings_whose_host_computes_have_their_own_leftovers(trace: Any) -> No
     assert width(trace, alone, "lru:4:host") > 1.3
 
 
+def test_a_host_that_was_watched_varies_as_it_did(trace: Any) -> None:
+    slow = {"expert_host_s": exactly(1.0), "corrections": corrections()}
+    probes = np.exp(np.random.default_rng(0).normal(0, 0.1, 200)).tolist()
+    watched = any_machine(host_probes_ms=tuple(probes), **slow)
+    assert cost_model.host_spread(watched) == pytest.approx(0.1, rel=0.15)
+    found = np.log(width(trace, watched, "lru:2"))
+    assert found == pytest.approx(2 * 1.645 * cost_model.host_spread(watched), rel=0.2)
+    # A hiccup is none of its speed, a slow stretch is.
+    hiccup = any_machine(host_probes_ms=(1.0,) * 19 + (9.0,), **slow)
+    assert cost_model.host_spread(hiccup) == cost_model.LEAST_HOST_SPREAD
+    stretch = any_machine(host_probes_ms=(1.0,) * 15 + (2.0,) * 5, **slow)
+    assert cost_model.host_spread(stretch) == pytest.approx(np.log(2) / 2)
+    few = any_machine(host_probes_ms=(1.0,) * (cost_model.LEAST_PROBES - 1), **slow)
+    assert cost_model.host_spread(few) == cost_model.HOST_SPREAD
+
+
 def test_hosts_vary_where_they_are_waited_for(trace: Any) -> None:
     # 1 s to launch an expert, or 1 s for a copy; all else takes microseconds.
     host_bound = {"expert_host_s": exactly(1.0), "corrections": corrections()}
@@ -446,10 +462,15 @@ def test_hosts_vary_where_they_are_waited_for(trace: Any) -> None:
     by_link = width(trace, any_machine(**link_bound), "lru:2")
     assert np.log(by_host) == pytest.approx(2 * 1.645 * cost_model.HOST_SPREAD, rel=0.2)
     assert np.log(by_link) < 0.01
-    # What has one factor for all it does is off by as much.
-    for text in ("unbuffered", "gating:dynamic"):
-        whole = width(trace, any_machine(**host_bound), text)
-        assert np.log(whole) == pytest.approx(2 * 1.645 * cost_model.HOST_SPREAD, rel=0.2)
+    # What has one factor for all it does is off by as much, where it waits for the host.
+    unbuffered = width(trace, any_machine(**host_bound), "unbuffered")
+    assert np.log(unbuffered) == pytest.approx(2 * 1.645 * cost_model.HOST_SPREAD, rel=0.2)
+    machine = any_machine(**host_bound)
+    for host_s, expected in ((1e-6, 0.0), (1e3, cost_model.HOST_SPREAD)):
+        kernel = dataclasses.replace(machine.gating["dynamic"], host_dispatch_s=host_s)
+        bound = dataclasses.replace(machine, gating={"dynamic": kernel})
+        found = np.log(width(trace, bound, "gating:dynamic"))
+        assert found == pytest.approx(2 * 1.645 * expected, rel=0.2, abs=1e-6)
     # The host alone computes and launches where the device is the host: it was calibrated itself.
     for text in ("lru:2", "unbuffered", "gating:dynamic"):
         serial = any_machine(is_serial=True, **host_bound)

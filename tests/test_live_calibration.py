@@ -115,6 +115,8 @@ def test_trials_cover_policies_miss_actions_and_kernels(calibrated: Any) -> None
     assert {"gating:dynamic_loop", "gating:static_mask"} <= names
     assert len(machine.trials) == len(TINY.expert_bytes) * len(TINY.regimes) * len(names)
     assert {len(trial.modelled_ms) for trial in machine.trials} == {4, 3}
+    # The host is probed before every trial, and between the constants.
+    assert len(machine.host_probes_ms) > len(machine.trials)
     for trial in machine.trials:
         assert len(trial.measured_ms) == TINY.trial_repetitions
         assert (trial.ratios() > 0).all() and np.isfinite(trial.ratios()).all()

@@ -33,6 +33,7 @@ from moeprof.live.ceilings import measure_ceilings
 from moeprof.live.constant_bench import ConstantBench, streamed_times
 from moeprof.live.decision_times import decision_times, foresee_time
 from moeprof.live.exchange_times import exchange_curve
+from moeprof.live.host_probe import probe_ms
 from moeprof.live.kernel_bench import KernelBench
 from moeprof.live.kernels import KERNELS
 from moeprof.live.measured_curves import ascending, surface
@@ -138,6 +139,11 @@ def _measured(
     kernel_bench, trial_bench = KernelBench(device, sizes), TrialBench(device, sizes)
     parts = 4 + len(policy_names) + len(kernels) + len(sizes.expert_bytes)
     count = itertools.count()
+    probes: list[float] = []
+
+    def probe() -> None:
+        probes.append(probe_ms())
+
     show("rates of the device", next(count), parts)
     ceilings = measure_ceilings(
         bench.device, dtype=getattr(torch, sizes.dtype), repeats=sizes.repeats
@@ -146,7 +152,11 @@ def _measured(
     moved = ceilings.copy_bytes_per_s * ceilings.copy.median_ms
     computed = ceilings.matrix_flops_per_s * ceilings.matrix.median_ms
     show("experts and copies", next(count), parts)
-    by_size = [bench.of_expert(size) for size in sizes.expert_bytes]
+    by_size = []
+    for size in sizes.expert_bytes:
+        probe()
+        by_size.append(bench.of_expert(size))
+    probe()
     show("dispatches", next(count), parts)
     constants = bench.of_dispatch()
     machine = Calibration(
@@ -172,17 +182,20 @@ def _measured(
     decisions = {}
     for name in policy_names:
         show(f"decisions of {name}", next(count), parts)
+        probe()
         decisions[name] = decision_times(regimes, name, streamed=machine.streamed is not None)
     gating = {}
     for name in kernels:
         show(f"gating {name}", next(count), parts)
+        probe()
         gating[name] = kernel_bench.of_kernel(name, machine)
     machine = dataclasses.replace(machine, decisions=decisions, gating=gating)
     tried: list[TriedSetting] = []
     for size in sizes.expert_bytes:
         show(f"trials at {size / (1 << 20):.2f} MiB an expert", next(count), parts)
-        tried += trial_bench.trials(regimes, size, machine)
+        tried += trial_bench.trials(regimes, size, machine, between=probe)
     show("done", parts, parts)
+    machine = dataclasses.replace(machine, host_probes_ms=tuple(probes))
     return _corrected(machine, tried)
 
 

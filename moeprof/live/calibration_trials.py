@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import gc
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -77,9 +77,14 @@ class TrialBench(Bench):
     """Runs trials on one device."""
 
     def trials(
-        self, regimes: Sequence[MadeUp], size: int, machine: Calibration
+        self,
+        regimes: Sequence[MadeUp],
+        size: int,
+        machine: Calibration,
+        *,
+        between: Callable[[], None] = lambda: None,
     ) -> list[TriedSetting]:
-        """Runs settings on made-up routing, at one size of experts."""
+        """Runs settings on made-up routing, at one size of experts; ``between`` before each."""
         shape = self.sizes.shape(size)
         # Page-locked memory takes seconds to be had: one copy for all regimes.
         most = max(regimes, key=lambda made: made.regime.num_layers)
@@ -92,19 +97,24 @@ class TrialBench(Bench):
         gc.freeze()
         try:
             for made in regimes:
-                found += self._regime_trials(whole, made, machine)
+                found += self._regime_trials(whole, made, machine, between)
         finally:
             gc.unfreeze()
             whole.close()
         return found
 
     def _regime_trials(
-        self, whole: RoutedStack, made: MadeUp, machine: Calibration
+        self,
+        whole: RoutedStack,
+        made: MadeUp,
+        machine: Calibration,
+        between: Callable[[], None],
     ) -> list[TriedSetting]:
         stack = self._stack_of(whole, made)
         question = trial_question(made, whole.shape, self.sizes)
         found = []
         for setting in trial_settings(machine):
+            between()
             try:
                 found.append(self._trial(stack, question, setting, machine))
             except torch.cuda.OutOfMemoryError:

@@ -351,6 +351,8 @@ class Calibration:
             from the end of a copy to the start of a computation.
         foresee_s: Host time in which a dispatch learns, and says which experts are copied ahead;
             None where it was not measured.
+        host_probes_ms: Times of a fixed piece of work on the host, taken all through the
+            calibration: how steady its speed is. Empty where they were not taken.
         streamed: Dispatches that run in pieces; None where the machine cannot.
         decisions: By policy.
         gating: By kernel.
@@ -388,6 +390,7 @@ class Calibration:
     sync_s: Measured
     handover_s: Measured
     foresee_s: Measured | None = None
+    host_probes_ms: tuple[float, ...] = ()
     streamed: StreamedTimes | None = None
     decisions: Mapping[str, DecisionTimes] = field(default_factory=dict)
     gating: Mapping[str, GatingTimes] = field(default_factory=dict)
@@ -465,6 +468,13 @@ def read_calibration(path: str | os.PathLike[str]) -> Calibration:
         raise CalibrationError(f"{source} is damaged: {what}", hint=_HINT) from None
 
 
+def _probes(content: Sequence[float]) -> tuple[float, ...]:
+    found = tuple(float(each) for each in content)
+    if not all(math.isfinite(each) and each > 0 for each in found):
+        raise ValueError("a probe of the host took no time")
+    return found
+
+
 def _calibration(content: Mapping[str, Any]) -> Calibration:
     exchange, streamed, fitted = (
         content[name] for name in ("all_to_all", "streamed", "corrections")
@@ -483,6 +493,8 @@ def _calibration(content: Mapping[str, Any]) -> Calibration:
     return Calibration(
         **parts,
         foresee_s=None if foresee is None else _measured(foresee),
+        # Nor do files from before the host was probed have that.
+        host_probes_ms=_probes(content.get("host_probes_ms", ())),
         streamed=None if streamed is None else _streamed(streamed),
         decisions={name: DecisionTimes(**one) for name, one in content["decisions"].items()},
         gating={name: GatingTimes(**one) for name, one in content["gating"].items()},

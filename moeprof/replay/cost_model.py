@@ -10,8 +10,8 @@ A measurement takes the median of every step over its repetitions, then percenti
 hiccup of the machine is no property of a setting. Predictions are of that.
 
 The interval. 200 draws; in each of them the factors of all kinds of work are drawn together from
-the errors of their fit, the host is as fast or slow as hosts vary (`HOST_SPREAD`), the whole
-setting is off by a factor drawn from what the trials leave over
+the errors of their fit, the host is as fast or slow as it was seen to vary (`host_spread`), the
+whole setting is off by a factor drawn from what the trials leave over
 (Student's t, one more setting to come), and the median of every step by a factor drawn from those
 of the trials. The percentiles of each draw are taken as a measurement would take them; the
 prediction is the median of the draws, the interval their 5th to 95th percentile. Without at least
@@ -58,14 +58,22 @@ HOST_PARTS = ("known", "decide", "load", "launch", "host_expert", "lane", "combi
 """Kinds of work (`pipeline.PARTS`) that the host does."""
 
 HOST_SPREAD = 0.2
-"""Standard deviation of the log of a host's speed, between when it is calibrated and when it runs.
+"""Standard deviation of the log of a host's speed where nobody watched it.
 
 Virtual machines share processors: on three of one kind the launch of an expert took 57, 58 and 89
 microseconds; copies took the same within 3 %.
 """
 
+LEAST_HOST_SPREAD = 0.03
+"""The same at least, however steady a host was while it was calibrated."""
+
+LEAST_PROBES = 10
+"""Probes of the host's speed from which its spread is known."""
+
 
 _LOW, _HIGH = 0.05, 0.95
+# Of a normal distribution so much lies below its mean less a standard deviation.
+_SIXTH = 0.1587
 _MS = 1e3
 _NO_POLICY = "none"
 
@@ -278,6 +286,21 @@ def whole_of(setting: Setting) -> str | None:
     return UNBUFFERED if setting.capacity is None else None
 
 
+def host_spread(machine: Calibration) -> float:
+    """Returns the standard deviation of the log of the host's speed from one moment to another.
+
+    Half the distance between the outer sixths of the probes taken all through the calibration, so
+    that slow stretches count and single hiccups do not; `HOST_SPREAD` where there are too few.
+    Nothing where the device is the host: its trials are of the same work.
+    """
+    if machine.is_serial:
+        return 0.0
+    if len(machine.host_probes_ms) < LEAST_PROBES:
+        return HOST_SPREAD
+    low, high = np.quantile(np.log(machine.host_probes_ms), (_SIXTH, 1 - _SIXTH))
+    return max(LEAST_HOST_SPREAD, float(high - low) / 2)
+
+
 def _knowledge_of(setting: Setting, machine: Calibration, expert_bytes: int) -> _Knowledge:
     """Returns what is known; of the nearest size of experts that was tried."""
     found = machine.corrections
@@ -290,7 +313,7 @@ def _knowledge_of(setting: Setting, machine: Calibration, expert_bytes: int) -> 
             "the calibration corrects other parts than this moeprof models",
             hint="measure this machine again: moeprof calibrate -o FILE",
         )
-    host_spread = 0.0 if machine.is_serial else HOST_SPREAD
+    speed = host_spread(machine)
     whole = whole_of(setting)
     if whole is not None:
         if whole not in found.kernels:
@@ -300,8 +323,9 @@ def _knowledge_of(setting: Setting, machine: Calibration, expert_bytes: int) -> 
         return _Knowledge(
             log_factors=nothing,
             error=np.zeros((len(PARTS), len(PARTS))),
+            host_error=speed,
             scale=float(np.exp(own.log_factor)),
-            scale_error=math.hypot(own.error, host_spread),
+            scale_error=own.error,
             leftovers=found.gating,
         )
     assert isinstance(setting, BufferingSetting)
@@ -314,7 +338,7 @@ def _knowledge_of(setting: Setting, machine: Calibration, expert_bytes: int) -> 
     return _Knowledge(
         log_factors=np.array(found.log_factors),
         error=np.linalg.cholesky(np.array(found.covariance)),
-        host_error=host_spread,
+        host_error=speed,
         leftovers=left,
     )
 

@@ -410,7 +410,9 @@ def buffering_rows(buffering: Mapping[str, Any]) -> pd.DataFrame:
         *(
             row
             for row in study["settings"]
-            if row["capacity"] == first and row.get("miss", LOAD) == LOAD
+            if row["capacity"] == first
+            and row.get("miss", LOAD) == LOAD
+            and not row.get("prefetch")
         ),
     ]
     rows = []
@@ -469,7 +471,8 @@ def buffering_matrix(buffering: Mapping[str, Any]) -> pd.DataFrame:
             rows.append(
                 {
                     "study": STUDIES.get(name, name),
-                    "policy": row["policy"],
+                    "policy": row["policy"]
+                    + (f", {row['prefetch']} ahead" if row.get("prefetch") else ""),
                     "miss": row["miss"],
                     "capacity": row["capacity"],
                     "experts_per_layer": study["experts_per_layer_here"],

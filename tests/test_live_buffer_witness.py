@@ -194,6 +194,8 @@ def test_the_script_runs_on_a_cpu(tmp_path: Path) -> None:
     assert set(results["studies"]) == {"qwen3-30b-a3b"}
     misses = {row["miss"] for row in results["studies"]["qwen3-30b-a3b"]["settings"]}
     assert misses == {"load", "split", "host"}
+    ahead = [row["prefetch"] for row in results["studies"]["qwen3-30b-a3b"]["settings"]]
+    assert {0, 2} == set(ahead)
     for study in results["studies"].values():
         assert study["settings"], "nothing fitted into the time"
         for row in study["settings"]:
@@ -205,6 +207,8 @@ def test_the_script_runs_on_a_cpu(tmp_path: Path) -> None:
                 assert not control["comparison_holds"]
             assert row["slots_broken"] == 0
             assert row["copies"] * study["block_bytes"] == row["copied_bytes"]
+            assert row["copies_as_planned"] is (None if row["miss"] != "load" else True)
+            assert (row["copies_ahead"] > 0) == (row["prefetch"] > 0)
             assert len(row["repetitions"][0]["wall_ms"]) == study["steps"]
         wrong = study["wrong_slot_map"]
         assert wrong["held_before"] and wrong["outputs_differ_after"]

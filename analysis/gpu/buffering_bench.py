@@ -43,6 +43,8 @@ from moeprof.live.routed_runs import (
     starting_rows,
 )
 from moeprof.live.setting_runs import geometry_of, open_stack
+from moeprof.replay.buffer_plans import plan_buffer, read_routed_rows
+from moeprof.replay.serving_settings import BufferingSetting
 
 KEYS = ["step", "stack", "site", "layer", "expert", "hit"]
 GIB = 2**30
@@ -61,6 +63,8 @@ class Study:
         policies: Policies, most wanted first.
         capacities: Slots per cache, most wanted first.
         misses: (policy, capacity, miss action) besides.
+        aheads: (policy, capacity, experts copied ahead) besides; on one device, which is what
+            copies ahead are planned for.
         devices: Devices that experts are spread over.
         device: Which of them runs here.
         max_steps: Most steps of the trace.
@@ -77,6 +81,7 @@ class Study:
     policies: tuple[str, ...]
     capacities: tuple[int, ...]
     misses: tuple[tuple[str, int, str], ...]
+    aheads: tuple[tuple[str, int, int], ...] = ()
     devices: int = 1
     device: int = 0
     max_steps: int | None = None
@@ -114,10 +119,11 @@ class Bench:
         )
         say(f"{study.name}: {len(self.sites)} layers, {host / GIB:.1f} GiB of experts on the host, "
             f"{len(self.steps)} steps, made in {self.build_s:.0f} s")  # fmt: skip
+        besides = [one[:2] for one in (*study.misses, *study.aheads)]
         self.predicted = moeprof.replay.buffering(
             self.trace,
-            policies=list(dict.fromkeys([*study.policies, *(m[0] for m in study.misses)])),
-            capacities=list(dict.fromkeys([*study.capacities, *(m[1] for m in study.misses)])),
+            policies=list(dict.fromkeys([*study.policies, *(each for each, _ in besides)])),
+            capacities=list(dict.fromkeys([*study.capacities, *(each for _, each in besides)])),
             semantics="sequential",
             devices=study.devices,
         )
@@ -170,12 +176,15 @@ class Bench:
         if self.is_cuda:
             torch.cuda.empty_cache()
 
-    def settings(self, capacity: int | None, policy: str, miss: str) -> BufferSettings:
+    def settings(
+        self, capacity: int | None, policy: str, miss: str, prefetch: int = 0
+    ) -> BufferSettings:
         """Returns the settings of a buffer here."""
         return BufferSettings(
             capacity=capacity,
             policy=policy,
             miss=miss,
+            prefetch=prefetch,
             future=self.trace,
             device_index=self.study.device,
             num_devices=self.study.devices,
@@ -233,14 +242,27 @@ class Bench:
             "link_reason": link.reason,
         }
 
-    def run(self, policy: str, capacity: int, miss: str) -> dict[str, Any]:
+    def planned_copies(
+        self, policy: str, capacity: int, prefetch: int, lookups: pd.DataFrame
+    ) -> pd.Series[int]:
+        """Returns the experts that every step copies: those missed, or as copies ahead make it."""
+        if not prefetch:
+            misses: pd.Series[int] = (~lookups["hit"]).groupby(lookups["step"]).sum()
+            return misses
+        assert self.study.devices == 1
+        routed = read_routed_rows(self.trace, self.study.stack, max_steps=self.study.max_steps)
+        setting = BufferingSetting(capacity=capacity, policy=policy, prefetch=prefetch)
+        plan = plan_buffer(self.trace, routed, setting)
+        return pd.Series(plan.copies_per_step(routed), index=routed.steps)
+
+    def run(self, policy: str, capacity: int, miss: str, prefetch: int = 0) -> dict[str, Any]:
         """Runs one setting and holds it to its prediction."""
         everywhere = self.predicted.lookups(policy, capacity)
         everywhere = everywhere[
             (everywhere["stack"] == self.study.stack) & (everywhere["step"] <= self.last_step)
         ]
         lookups = everywhere[everywhere["device"] == self.study.device]
-        settings = self.settings(capacity, policy, miss)
+        settings = self.settings(capacity, policy, miss, prefetch)
         buffer, grown = self.buffer(settings)
         checked: dict[str, Any]
         if miss == "load":
@@ -258,6 +280,8 @@ class Bench:
         log = buffer.lookups()
         equal = log[KEYS].to_numpy().tolist() == lookups[KEYS].to_numpy().tolist()
         broken = buffer.audit()
+        counts = buffer.counts()
+        copies = self.planned_copies(policy, capacity, prefetch, lookups)
         del outputs
         allocations = device_allocations()
         repetitions = [self.timed(buffer) for _ in range(self.study.repetitions)]
@@ -273,7 +297,11 @@ class Bench:
             "hit_rate": float(log["hit"].mean()),
             "worst_layer_miss_rate": float(1 - log.groupby("site")["hit"].mean().min()),
             "misses": int((~log["hit"]).sum()),
-            "copies": int(log["copied"].sum()),
+            "copies": counts.copies,
+            # Where the host computes what is missed, it is not copied for that.
+            "copies_as_planned": bool(counts.copies == copies.sum()) if miss == "load" else None,
+            "copies_ahead": counts.prefetches,
+            "copies_ahead_used": counts.prefetch_used,
             "copied_bytes": repetitions[0]["counts"]["copied_bytes"],
             "allocations_in_steady_state": device_allocations() - allocations,
             "memory": {**asdict(memory), "saved_bytes": memory.saved_bytes},
@@ -288,7 +316,7 @@ class Bench:
             **self.link(repetitions, left_over),
         }  # fmt: skip
         if miss == "load" and capacity == self.study.capacities[0]:
-            row["profiler"] = self.profile(buffer, lookups)
+            row["profiler"] = self.profile(buffer, copies)
         if self.study.devices > 1:
             row["replay_by_device"] = by_device(everywhere, self.study.devices)
         buffer.close()
@@ -354,8 +382,8 @@ class Bench:
         self.overhead = float(np.median(known)) if known else None
         say(f"  bytes received per byte copied: {found}")
 
-    def profile(self, buffer: ExpertBuffer, lookups: Any) -> dict[str, Any]:
-        """Counts copies with the profiler, step by step, and compares with predicted misses."""
+    def profile(self, buffer: ExpertBuffer, planned: pd.Series[int]) -> dict[str, Any]:
+        """Counts copies with the profiler, step by step, and compares with predicted copies."""
         if not self.is_cuda:
             return {"reason": "no device"}
         decode = [index for index, step in enumerate(self.steps) if step.phase == "decode"]
@@ -373,14 +401,13 @@ class Bench:
         block_bytes = self.sites[0].store.shape.block_bytes
         profile = profiled(run)
         seen = copies_by_step(profile, least_bytes=block_bytes)
-        misses = (~lookups["hit"]).groupby(lookups["step"]).sum()
         rows = [
             {
                 "step": each.step,
                 "copies": each.copies,
                 "bytes": each.num_bytes,
-                "predicted_copies": int(misses.get(each.step, 0)),
-                "predicted_bytes": int(misses.get(each.step, 0)) * block_bytes,
+                "predicted_copies": int(planned.get(each.step, 0)),
+                "predicted_bytes": int(planned.get(each.step, 0)) * block_bytes,
             }
             for each in seen
         ]
@@ -399,7 +426,7 @@ class Bench:
 
         With the policy that hits most, since only a hit reads what the map says.
         """
-        loaded = [row for row in rows if row["miss"] == "load"]
+        loaded = [row for row in rows if row["miss"] == "load" and not row["prefetch"]]
         best = max(loaded, key=lambda row: row["hit_rate"])
         policy, capacity = best["policy"], best["capacity"]
         buffer, _ = self.buffer(self.settings(capacity, policy, "load"))
@@ -437,12 +464,14 @@ class Bench:
                 ("H", row["lookups_equal_replay"]),
                 ("S", row["slots_broken"] == 0),
                 ("P", row.get("profiler", {}).get("holds")),
+                ("C", row["copies_as_planned"]),
                 ("A", row["allocations_in_steady_state"] == 0),
                 ("M", row["requested_as_predicted"]),
             )
         )  # fmt: skip
         link = "" if row["link_error"] is None else f"{100 * row['link_error']:+6.2f}%"
         name = row["policy"] if row["miss"] == "load" else f"{row['policy']}+{row['miss']}"
+        name += f"+{row['prefetch']}" if row["prefetch"] else ""
         return (
             f"  {name:<12} {row['capacity']:>4} {100 * row['hit_rate']:6.1f}% {row['copies']:>7} "
             f"{row['decode_p50_ms']:9.2f} {row['decode_p95_ms']:9.2f} {row['decode_p99_ms']:9.2f} "
@@ -458,9 +487,10 @@ class Bench:
         baseline = self.unbuffered()
         begun = time.perf_counter()
         first, *others = study.capacities
-        wanted = [
+        wanted: list[tuple[Any, ...]] = [
             *((policy, first, "load") for policy in study.policies),
             *study.misses,
+            *((policy, capacity, "load", prefetch) for policy, capacity, prefetch in study.aheads),
             *((policy, capacity, "load") for capacity in others for policy in study.policies),
         ]
         rows, skipped = [], []
@@ -580,10 +610,12 @@ def failed_checks(study: dict[str, Any]) -> list[str]:
             "lookups": row["lookups_equal_replay"],
             "slots": row["slots_broken"] == 0,
             "profiler": row.get("profiler", {}).get("holds", True),
+            "copies": row.get("copies_as_planned") is not False,
             "allocations": row["allocations_in_steady_state"] == 0,
             "memory": row["requested_as_predicted"] is not False,
         }
         name = f"{row['policy']} {row['capacity']} {row['miss']}"
+        name += f" ahead={row['prefetch']}" if row.get("prefetch") else ""
         failed += [f"{name}: {check}" for check, good in holds.items() if not good]
         control = row.get("wrong_expert_on_host")
         if control is not None and control["dispatches"] and control["comparison_holds"]:

@@ -14,15 +14,17 @@ Three studies (``--studies``):
 * ``zoo-lm``: the built-in language model with its own weights, under its own recorded routing. Rows
   are random: attention and gates are not run.
 
-For every policy and capacity: outputs equal to the bit to those without a buffer, lookups equal to
-the ``sequential`` replay row by row, copies counted by the profiler equal to the predicted misses
-of each step, bytes over the link, memory, and the latency of every step of every repetition. Where
-experts run on the host, outputs are compared row by row with a tolerance for rounding, and shown to
-fail it with wrong experts (`analysis.gpu.buffering_outputs`).
+For every policy and capacity, and for a setting that copies experts ahead of their lookup: outputs
+equal to the bit to those without a buffer, lookups equal to the ``sequential`` replay row by row,
+copies counted by the profiler equal to the predicted ones of each step (the misses, or what the
+plan with copies ahead says), bytes over the link, memory, and the latency of every step of every
+repetition. Where experts run on the host, outputs are compared row by row with a tolerance for
+rounding, and shown to fail it with wrong experts (`analysis.gpu.buffering_outputs`).
 
 The column ``checks`` reads B (outputs), H (lookups), S (slots hold what the map says), P (the
-profiler), A (no device memory taken in steady state) and M (bytes requested on the device equal
-the prediction); ``!`` where one of them fails, ``-`` where it was not looked at.
+profiler), C (the copies asked for equal those predicted), A (no device memory taken in steady
+state) and M (bytes requested on the device equal the prediction); ``!`` where one of them fails,
+``-`` where it was not looked at. ``lru+2`` copies up to 2 experts ahead after each dispatch.
 
     python analysis/gpu/buffering_live.py --trace qwen3.moeprof --out DIR
     python analysis/gpu/buffering_live.py --studies zoo-lm,mt-decoder --out DIR
@@ -75,6 +77,7 @@ def studies(options: argparse.Namespace) -> list[Study]:
             policies=("lru", "paper", "lfu", "min", "s3fifo", "arc"),
             capacities=(32, 64, 16),
             misses=(("lru", 32, "split"), ("pinned", 32, "host")),
+            aheads=(("lru", 32, 2),),
             seconds=120.0,
             share_host=options.share_host,
             **common,
@@ -101,6 +104,7 @@ def studies(options: argparse.Namespace) -> list[Study]:
             policies=("lru", "paper", "lfu", "min"),
             capacities=(16, 24, 8),
             misses=(("lru", 16, "split"), ("pinned", 16, "host")),
+            aheads=(("lru", 16, 2),),
             seconds=20.0,
             **common,
         ),
@@ -122,10 +126,11 @@ def tiny(every: dict[str, Study], options: argparse.Namespace) -> dict[str, Stud
         QWEN: replace(
             every[QWEN], trace=options.trace or ZOO_TRACE, geometry=gated, max_steps=steps,
             policies=("paper", "min"), capacities=(8, 16),
-            misses=(("lru", 8, "split"), ("pinned", 8, "host")),
+            misses=(("lru", 8, "split"), ("pinned", 8, "host")), aheads=(("lru", 8, 2),),
         ),
         MT: replace(every[MT], geometry=plain, max_steps=steps, policies=("paper", "min")),
-        ZOO: replace(every[ZOO], max_steps=steps, policies=("lru",), capacities=(24,)),
+        ZOO: replace(every[ZOO], max_steps=steps, policies=("lru",), capacities=(24,),
+                     aheads=()),
     }  # fmt: skip
 
 

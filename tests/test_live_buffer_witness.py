@@ -31,6 +31,8 @@ from moeprof.live.routed_runs import (  # noqa: E402
     starting_rows,
 )
 from moeprof.recording.devices import Device, DeviceSample, NullMeter  # noqa: E402
+from moeprof.replay.buffer_plans import plan_buffer, read_routed_rows  # noqa: E402
+from moeprof.replay.serving_settings import BufferingSetting  # noqa: E402
 from moeprof.trace.synthetic import synthetic_trace  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -235,10 +237,13 @@ def test_on_a_gpu_copies_bits_and_memory_hold(tmp_path: Path) -> None:
     predicted = moeprof.replay.buffering(
         trace, policies=["lru", "min", "pinned"], capacities=[3], semantics="sequential", jobs=1
     )
+    routed = read_routed_rows(trace, "decoder")
     for policy in ("lru", "min", "pinned"):
-        for miss in ("load", "split"):
+        for miss, prefetch in (("load", 0), ("split", 0), ("load", 2)):
             before = torch.cuda.memory_stats()["requested_bytes.all.current"]
-            settings = BufferSettings(capacity=3, policy=policy, miss=miss, future=trace)
+            settings = BufferSettings(
+                capacity=3, policy=policy, miss=miss, prefetch=prefetch, future=trace
+            )
             buffer = ExpertBuffer(sites, settings, device="cuda")
             grown = torch.cuda.memory_stats()["requested_bytes.all.current"] - before
             memory = buffer.memory()
@@ -260,8 +265,14 @@ def test_on_a_gpu_copies_bits_and_memory_hold(tmp_path: Path) -> None:
                 buffer.reset()
                 profile = profiled(functools.partial(_in_ranges, buffer, steps, hidden))
                 seen = copies_by_step(profile, least_bytes=sites[0].store.shape.block_bytes)
-                misses = (~lookups["hit"]).groupby(lookups["step"]).sum()
-                assert [each.copies for each in seen] == [int(misses[s.step]) for s in steps]
+                setting = BufferingSetting(capacity=3, policy=policy, prefetch=prefetch)
+                plan = plan_buffer(trace, routed, setting)
+                copies = plan.copies_per_step(routed).tolist()
+                assert [each.copies for each in seen] == copies
+                if not prefetch:
+                    misses = (~lookups["hit"]).groupby(lookups["step"]).sum()
+                    assert copies == [int(misses[s.step]) for s in steps]
+            assert (buffer.counts().prefetch_used > 0) == (prefetch > 0)
             buffer.close()
 
 

@@ -67,11 +67,11 @@ def test_from_the_machine_to_the_verdict(run: Run, tmp_path: Path) -> None:
 
     asked = ("verify", "t.moeprof", "--calibration", "cpu.json", *SHAPE,
              "--settings", "lru:2,min:25%,gating:dynamic_loop")  # fmt: skip
-    code, out, err = run(*asked, "--predict-only", "-o", "p.json")
+    code, out, err = run(*asked, "--rounds", "2", "--predict-only", "-o", "p.json")
     assert (code, out) == (0, "p.json\n"), err
     predicted = json.loads((tmp_path / "p.json").read_text())
     assert predicted["settings"] == ["lru:2", "min:25%", "gating:dynamic_loop"]
-    assert predicted["options"]["shape"]["d_ff"] == 8
+    assert predicted["options"]["shape"]["d_ff"] == 8 and predicted["options"]["rounds"] == 2
 
     code, out, err = run(
         "verify", "t.moeprof", "--predictions", "p.json", "--device", "cpu", "-o", "v.json"
@@ -85,7 +85,11 @@ def test_from_the_machine_to_the_verdict(run: Run, tmp_path: Path) -> None:
     )
     assert all(row["measured_ms"] > 0 for row in written["rows"])
     times = written["step_times"]["lru:2"]
-    assert len(times["measured_ms"]) >= 5
+    # Five repetitions at least: three in each of two rounds.
+    assert len(times["measured_ms"]) == len(times["rounds"]) >= 6
+    assert [visit["round"] for visit in times["visits"]][:2] == [1, 2]
+    assert times["visits"][0]["repetitions"] == 3 and times["visits"][0]["probe_ms"] > 0
+    assert "host probe: median " in err
     assert {len(each) for each in times["measured_ms"]} == {len(times["steps"])}
     assert written["hardware"] and written["versions"] and written["command"]
 

@@ -177,6 +177,29 @@ def test_what_is_damaged_or_was_not_predicted_is_refused(tmp_path, change, said)
         pooled([path], predicted)
 
 
+def test_repetitions_of_a_visit_are_not_taken_for_independent(tmp_path):
+    (path,), predicted = made.made_up(tmp_path, traces=["a"], machines=["H100"])
+
+    def spread():
+        rows = pooled([path], predicted)["rows"]
+        return {(row["setting"], row["percentile"]): row["measured_spread"] for row in rows}
+
+    def visited(counts):
+        visits = [{"round": n, "repetitions": count} for n, count in enumerate(counts, 1)]
+        return lambda content: content["step_times"]["unbuffered"].update(visits=visits)
+
+    before = spread()
+    edited(path, visited([2, 2]))
+    after = spread()
+    for percentile in made.PERCENTILES:
+        assert after.pop(("unbuffered", percentile)) > before.pop(("unbuffered", percentile))
+    # Of files and settings without visits nothing changes.
+    assert after == before
+    edited(path, visited([2, 1]))
+    with pytest.raises(MoeprofError, match="visits of 3 repetitions, not 4"):
+        pooled([path], predicted)
+
+
 def test_predictions_later_than_their_calibration_only(tmp_path):
     predictions = made.predicted_file(
         tmp_path, "a", {("unbuffered", 50): 10.0}, date="2025-12-31T00:00:00+00:00"

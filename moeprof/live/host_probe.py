@@ -17,7 +17,7 @@ _WIDTH = 64
 
 
 def probe_ms() -> float:
-    """Returns the median time of the work in milliseconds, about 2 in all on a current host."""
+    """Returns the median time of the work in milliseconds; about 2 on a current host."""
     matrix = torch.full((_WIDTH, _WIDTH), 1 / _WIDTH)
     times = []
     for _ in range(_NUM_RUNS):

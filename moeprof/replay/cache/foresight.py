@@ -70,7 +70,9 @@ class Foresight:
         stack = self._stack[site]
         before, earlier = self._last.get(stack, (None, _NOBODY))
         if before is not None and self._next[before] == site:
-            self._counts[before][earlier[:, None], active] += 1
+            counts = self._counts[before]
+            # Flat, which is half the time of a row and a column.
+            counts.reshape(-1)[earlier[:, None] * counts.shape[1] + active] += 1
         self._last[stack] = (site, active)
 
     def ranked(self, site: int) -> list[int]:
@@ -83,8 +85,8 @@ class Foresight:
         """
         known, active = self._last[self._stack[site]]
         assert known == site
-        scores = self._counts[site][active].sum(axis=0)
-        seen = np.flatnonzero(scores)
-        order = np.argsort(-scores[seen], kind="stable")
-        found: list[int] = seen[order].tolist()
+        chosen = self._counts[site].take(active, axis=0)
+        scores = np.add.reduce(chosen, axis=0, dtype=np.int32)
+        (seen,) = scores.nonzero()
+        found: list[int] = seen[(-scores[seen]).argsort(kind="stable")].tolist()
         return found

@@ -182,7 +182,7 @@ def _tokens_per_step(question: Question) -> float:
 
 
 def _loading(found: Sequence[Prediction]) -> Iterator[tuple[BufferingSetting, Prediction]]:
-    """Yields buffers that copy what they miss, then; a hit rate says nothing about others."""
+    """Yields buffers that copy each miss as it comes; a hit rate says nothing about others."""
     for one in found:
         setting = one.setting
         if (

@@ -238,6 +238,10 @@ def test_default_settings(machine: Any) -> None:
     names = [setting.name for setting in verification.default_settings(machine)]
     assert len(names) == len(set(names))
     assert {"unbuffered", "lru:25%", "min:75%", "lru:25%:split", "gating:dynamic"} <= set(names)
+    assert not any("ahead" in name for name in names)
+    able = dataclasses.replace(machine, foresee_s=machine.known_s)
+    more = [setting.name for setting in verification.default_settings(able)]
+    assert set(more) - set(names) == {"lru:25%:ahead=2", "lru:12.5%:ahead=4"}
     policies = {name.split(":")[0] for name in names if name.endswith("%")}
     assert policies == {"lru", "paper", "min"}
 

@@ -10,6 +10,7 @@ import verified_files as made
 
 pytest.importorskip("torch")
 
+from analysis import judgements
 from analysis import prediction_quality as quality
 from moeprof.errors import MoeprofError
 from moeprof.live.verification import binomial_interval
@@ -141,6 +142,60 @@ def test_times_that_spread_are_not_known(tmp_path):
     assert goals_of(found)["Percentiles measured to 2%"]["met"] is False
     assert found["regret"]["median"] is None
     assert goals_of(found)["Regret of the setting recommended at equal memory"]["met"] is None
+
+
+def test_a_trace_is_named_without_its_machine():
+    for name, machine, said in (
+        ("predicted-qwen3-h100.json", "NVIDIA H100 80GB HBM3", "qwen3"),
+        ("predicted-twin-mt-h200.json", "NVIDIA H200", "twin-mt"),
+        ("predicted-twin-mt.json", "NVIDIA H200", "twin-mt"),
+        ("predicted-qwen3-h100.json", "NVIDIA H200", "qwen3-h100"),
+        ("predicted-h200.json", "NVIDIA H200", "h200"),
+    ):
+        assert judgements.trace_named(name, machine) == said
+
+
+def test_each_machine_has_predictions_of_its_own(tmp_path):
+    times = {"lru:25%": made.step_times(10, 0)}
+    files = []
+    for machine, said in (("H100", 10.0), ("H200", 12.0)):
+        predictions = made.predicted_file(
+            tmp_path, "a", {("lru:25%", each): said for each in made.PERCENTILES}, machine=machine
+        )
+        files.append((made.verified_file(predictions, machine, times), predictions))
+    found = pooled(*zip(*files, strict=True))
+    assert (found["counts"]["settings"], found["counts"]["machines"]) == (1, 2)
+    assert {(row["trace"], row["machine"], row["predicted_ms"]) for row in found["rows"]} == {
+        ("a", "H100", 10.0), ("a", "H200", 12.0),
+    }  # fmt: skip
+    assert [each["machine"] for each in found["regret"]["by_machine"]] == ["H100", "H200"]
+    # What another file predicted of the same routing is measured once too.
+    other = made.predicted_file(tmp_path, "a-more", {("lru:25%", 50): 11.0})
+    content = json.loads(other.read_text())
+    content["facts"]["trace"] = "a.moeprof"
+    other.write_text(json.dumps(content))
+    again = made.verified_file(other, "H200", times)
+    with pytest.raises(MoeprofError, match=r"lru:25% of a.moeprof was measured on H200 in"):
+        pooled([files[1][0], again], [files[1][1], other])
+
+
+def test_visits_widen_what_is_known_and_probes_are_kept(tmp_path):
+    predictions = made.predicted_file(tmp_path, "a", {("lru:25%", each): 10.0 for each in (50, 99)})
+    times = {"lru:25%": made.step_times(10, 0)}
+    path = made.verified_file(predictions, "H100", times)
+    alone = pooled([path], [predictions])
+    assert alone["sources"][0]["host_probe_ms"] is None
+    path = made.verified_file(predictions, "H100", times, probes_ms=(1.0, 2.0, 2.5, 9.0))
+    found = pooled([path], [predictions])
+    assert found["sources"][0]["host_probe_ms"] == {
+        "visits": 4, "least": 1.0, "median": 2.25, "most": 9.0,
+    }  # fmt: skip
+    for one, two in zip(alone["rows"], found["rows"], strict=True):
+        assert one["measured_ms"] == two["measured_ms"]
+        assert one["measured_spread"] < two["measured_spread"]
+    edited(path, lambda c: c["step_times"]["lru:25%"]["visits"].pop())
+    with pytest.raises(MoeprofError, match=r"damaged.*visits of 3 repetitions"):
+        pooled([path], [predictions])
 
 
 def test_nothing_measured_is_no_goal_reached(tmp_path):

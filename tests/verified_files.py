@@ -45,6 +45,7 @@ def predicted_file(
     *,
     half_width: float = 0.1,
     date: str = PREDICTED,
+    machine: str | None = None,
 ) -> Path:
     """Writes predictions: intervals of ``half_width`` each way, naive ones 2 and 3 times as high.
 
@@ -54,6 +55,8 @@ def predicted_file(
         predicted_ms: By setting and percentile.
         half_width: As a share.
         date: Of the predictions.
+        machine: That was calibrated, and ends the name of the file; an H100 that does not when
+            None.
     """
     sizes = settings_of()
     rows = [
@@ -78,11 +81,47 @@ def predicted_file(
         "rows": rows,
         "facts": {
             "trace": f"{trace}.moeprof", "model": f"model {trace}", "num_lookups": 10,
-            "calibrated_on": "H100", "calibrated": CALIBRATED, "shape": shape, "date": date,
+            "calibrated_on": machine or "H100", "calibrated": CALIBRATED, "shape": shape,
+            "date": date,
         },
     }  # fmt: skip
-    path = folder / f"predicted-{trace}.json"
+    path = folder / f"predicted-{trace}{'' if machine is None else '-' + machine.lower()}.json"
     path.write_text(json.dumps(content))
+    return path
+
+
+def carried_file(
+    predictions: Path,
+    times: float,
+    *,
+    trials_on: str = "H100",
+    is_unchanged: bool = False,
+    date: str = PREDICTED,
+) -> Path:
+    """Writes predictions that were carried over: so many times as long as the machine's own.
+
+    Args:
+        predictions: The machine's own, from `predicted_file`; the file lies beside.
+        times: Times as long.
+        trials_on: Name of the other machine.
+        is_unchanged: All of its calibration is the other's.
+        date: Of the predictions.
+    """
+    made = json.loads(predictions.read_text())
+    facts = made["facts"]
+    facts |= {
+        "carried_for": predictions.name, "judged_on": facts["calibrated_on"],
+        "trials_on": trials_on, "trials_date": CALIBRATED, "date": date,
+    }  # fmt: skip
+    if is_unchanged:
+        facts["calibrated_on"] = trials_on
+    for row in made["rows"]:
+        for name in ("predicted_ms", "low_ms", "high_ms"):
+            row[name] *= times
+    ends = "unchanged" if is_unchanged else "constants"
+    name = predictions.stem.replace("predicted", "carried")
+    path = predictions.with_name(f"{name}-{ends}.json")
+    path.write_text(json.dumps(made))
     return path
 
 
@@ -93,6 +132,7 @@ def verified_file(
     *,
     date: str = MEASURED,
     part: str = "",
+    probes_ms: Sequence[float] = (),
 ) -> Path:
     """Writes measurements of predictions; None for a setting that did not fit.
 
@@ -102,6 +142,7 @@ def verified_file(
         times_ms: By setting.
         date: Of the measurement.
         part: Ends the name of the file.
+        probes_ms: Of the host before each repetition, which is then a visit.
     """
     made = json.loads(predictions.read_text())
     rows: list[dict[str, Any]] = []
@@ -133,7 +174,14 @@ def verified_file(
         "notes": [f"routing of {made['facts']['trace']}, random weights"],
         "findings": [], "metrics": [], "rows": rows,
         "step_times": {
-            name: {"steps": list(range(NUM_STEPS)), "measured_ms": times}
+            name: {
+                "steps": list(range(NUM_STEPS)), "measured_ms": times,
+                **({"visits": [
+                    {"round": 1 + index, "begun_s": 1.0 * index, "probe_ms": probe,
+                     "repetitions": 1}
+                    for index, probe in enumerate(probes_ms)
+                ]} if probes_ms else {}),
+            }
             for name, times in times_ms.items()
             if times is not None
         },

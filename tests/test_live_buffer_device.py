@@ -4,15 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 
 torch = pytest.importorskip("torch")
 
 from moeprof.errors import MoeprofError  # noqa: E402
 from moeprof.live import expert_store, transfers  # noqa: E402
+from moeprof.live.expert_buffer import BufferSettings, ExpertBuffer  # noqa: E402
 from moeprof.live.experts import random_experts  # noqa: E402
+from moeprof.replay.cache import policies  # noqa: E402
+from moeprof.replay.cache.foresight import Foresight  # noqa: E402
+from moeprof.replay.cache.residency import CacheSpec, MissRule, Residency  # noqa: E402
 
 
 class Device:
@@ -218,3 +224,93 @@ def test_a_host_that_waits_on_another_stream_waits_for_the_one_before(device: De
         other.work.append(lambda: done.append("second"))
     computations.finish()
     assert done == ["first", "second"]
+
+
+class Bufferless:
+    """An expert buffer of two sites over slots that only hold names, and what it read of them."""
+
+    num_experts = 6
+    capacity = 2
+
+    def __init__(self, device: Device, policy: str, prefetch: int) -> None:
+        self.seen: list[tuple[str, str]] = []
+        self.device = device
+        staging = 1 if policy == "layers" else 0
+        slots: Any = [LazySlot() for _ in range(2 * self.capacity + staging + prefetch)]
+        self.moved = transfers.CudaTransfers(slots)
+        self.residency = Residency(
+            [
+                CacheSpec(sites=((site, self.num_experts),), capacity=self.capacity, pool=0,
+                          machine=lambda: self.machine(policy))
+                for site in (0, 1)
+            ],
+            [len(slots)],
+            prefetch=prefetch,
+            foresight=Foresight([[(site, self.num_experts) for site in (0, 1)]]),
+        )  # fmt: skip
+        self.buffer: Any = object.__new__(ExpertBuffer)
+        self.buffer.settings = BufferSettings(capacity=self.capacity, prefetch=prefetch)
+        self.buffer._transfers, self.buffer._residency = self.moved, self.residency
+        self.buffer._host_lane = None
+        self.buffer._num_copies = self.buffer._copied_bytes = 0
+        self.buffer._num_ahead = self.buffer._ahead_bytes = 0
+        self.buffer._by_id = {
+            site: SimpleNamespace(
+                site=site,
+                store=SimpleNamespace(block=lambda expert, site=site: Block(f"{site}:{expert}")),
+                run=lambda expert, slot, _rows, site=site: self.read(site, expert, slot),
+            )
+            for site in (0, 1)
+        }
+        # What is read of a slot is the slot.
+        self.buffer._views = {(site, n): slot for site in (0, 1) for n, slot in enumerate(slots)}
+
+    def machine(self, policy: str) -> Any:
+        sizes = [1] * self.num_experts
+        if policy == "layers":
+            return policies.Static(sizes, self.capacity, kept=range(self.capacity))
+        return policies.SIMPLE_MACHINES[policy](sizes, self.capacity)
+
+    def read(self, site: int, expert: int, slot: LazySlot) -> None:
+        self.device.now.work.append(lambda: self.seen.append((f"{site}:{expert}", slot.held)))
+
+    def dispatch(self, site: int, experts: list[int], *, in_pieces: bool) -> None:
+        """Runs a dispatch; the host learns the experts, and so waits for all computations."""
+        self.device.now.synchronize()
+        place = self.buffer._by_id[site]
+        planned = self.residency.plan(site, experts, [1] * len(experts), MissRule())
+        if not in_pieces:
+            rows: Any = [None] * len(experts)
+            bounds = [(place, place + 1) for place in range(len(experts))]
+            self.buffer._run_planned(place, rows, planned, bounds)
+            return
+
+        def run(own: list[int], blocks: list[LazySlot]) -> None:
+            for expert, slot in zip(own, blocks, strict=True):
+                self.read(site, expert, slot)
+
+        self.buffer._run_pieces(place, SimpleNamespace(run=run), planned, None)
+
+
+@pytest.mark.parametrize("eager", [True, False])
+@pytest.mark.parametrize("policy", ["lru", "lifo", "layers"])
+@pytest.mark.parametrize("prefetch", [1, 3])
+def test_copies_ahead_keep_the_order_of_streams(
+    device: Device, policy: str, prefetch: int, eager: bool
+) -> None:
+    """Copies run as early as their events allow, or as late; some dispatches run in pieces."""
+    generator = np.random.default_rng(prefetch)
+    made = Bufferless(device, policy, prefetch)
+    wanted = []
+    for index in range(60):
+        site = index % 2
+        first = int(generator.integers(3))
+        experts = sorted({(first + site) % 6, (first + 3) % 6, int(generator.integers(6))})
+        made.dispatch(site, experts, in_pieces=bool(generator.random() < 0.7))
+        wanted += [f"{site}:{expert}" for expert in experts]
+        if eager:
+            made.moved.finish()
+    device.now.synchronize()
+    assert sorted(name for name, _ in made.seen) == sorted(wanted)
+    assert [held for _, held in made.seen] == [name for name, _ in made.seen]
+    assert made.buffer._num_ahead > 10

@@ -18,6 +18,16 @@ from analysis.live_parts import (
     rows_table,
 )
 from analysis.live_prediction_drawings import draw_memory_latency, draw_predictions
+from analysis.live_prediction_words import (
+    carried_findings,
+    carried_notes,
+    carried_rows,
+    coverage_words,
+    earlier_findings,
+    machine_rows,
+    median_error,
+    probe_notes,
+)
 from moeprof.replay.result import SEVERITY_COST, SEVERITY_FACT, Finding, Metric, Result
 from moeprof.reporting.document import Described
 from moeprof.reporting.layout import FigureData
@@ -60,19 +70,13 @@ def prediction_rows(data: Mapping[str, Any]) -> pd.DataFrame:
     return pd.DataFrame(data["rows"])
 
 
-def coverage_words(each: Mapping[str, Any]) -> str:
-    """Returns the share inside its interval with the exact interval of that share."""
-    if each["coverage"] is None:
-        return "no interval stated"
-    return (
-        f"{percent(each['coverage'])} of {each['stated']} ({percent(each['coverage_low'])} to "
-        f"{percent(each['coverage_high'])})"
-    )
-
-
-def _median_error(each: Mapping[str, Any], name: str) -> float:
-    value: float = each["absolute_errors"][name]["0.5"]
-    return value
+def prediction_tables(data: Mapping[str, Any]) -> dict[str, pd.DataFrame]:
+    """Returns what is written as CSV: predictions, and those carried over where there are any."""
+    carried = (data.get("carried") or {"rows": ()})["rows"]
+    return {
+        "predictions": prediction_rows(data),
+        **({"carried-predictions": pd.DataFrame(carried)} if carried else {}),
+    }
 
 
 def predictions_part(data: Mapping[str, Any]) -> Described:
@@ -84,7 +88,7 @@ def predictions_part(data: Mapping[str, Any]) -> Described:
         _metric("predictions/coverage", whole["coverage"], whole["coverage_low"],
                 whole["coverage_high"], note="exact binomial interval of 90%"),
         *(
-            _metric(f"predictions/median error/{name}", _median_error(whole, name))
+            _metric(f"predictions/median error/{name}", median_error(whole, name))
             for name in ("model", *naive)
         ),
         _metric("predictions/regret/median", regret["median"]),
@@ -107,11 +111,11 @@ def predictions_part(data: Mapping[str, Any]) -> Described:
         for goal in missed
     ]
     if whole["predictions"]:
-        others = " and ".join(f"{percent(_median_error(whole, n))} ({n})" for n in naive)
+        others = " and ".join(f"{percent(median_error(whole, n))} ({n})" for n in naive)
         findings.append(
             Finding(
                 text=f"Over {whole['predictions']} predictions of {counts['settings']} settings "
-                f"the cost model is off by {100 * _median_error(whole, 'model'):.1f}% (median), "
+                f"the cost model is off by {100 * median_error(whole, 'model'):.1f}% (median), "
                 f"naive models by {others}; {coverage_words(whole)} lie inside their stated 90% "
                 "interval.",
                 severity=SEVERITY_COST + 1,
@@ -131,6 +135,7 @@ def predictions_part(data: Mapping[str, Any]) -> Described:
             )
         )
     findings += _where_it_is_off(data)
+    findings += [*carried_findings(data), *earlier_findings(data)]
     missing = data["not_measured"]
     result = Result(
         name="predictions",
@@ -155,6 +160,8 @@ def predictions_part(data: Mapping[str, Any]) -> Described:
             "is the time of the recommended over that of the best measured, less 1."
             + _without_future(regret),
             *_printed_note(data),
+            *probe_notes(data),
+            *carried_notes(data),
             f"{counts['not_to_tolerance']} of {whole['predictions']} percentiles are not known to "
             f"{percent(counts['tolerance'])} (half of the 90% interval over repetitions).",
             f"{len(missing)} predicted settings were not measured: "
@@ -173,7 +180,9 @@ def predictions_part(data: Mapping[str, Any]) -> Described:
         labels=labels,
         figures=[_coverage_figure(data), _error_figure(data)],
         tables=[
+            rows_table("By machine", machine_rows(data)),
             rows_table("By machine, model, percentile and kind", _group_rows(data)),
+            rows_table("From another machine's trials, held to no goal", carried_rows(data)),
             rows_table(
                 "Every choice at equal memory",
                 pd.DataFrame(regret["rows"]).rename(columns={"regret": "regret_share"}),
@@ -223,7 +232,7 @@ def predictions_part(data: Mapping[str, Any]) -> Described:
 def _where_it_is_off(data: Mapping[str, Any]) -> list[Finding]:
     """Returns to which side measurements fall by machine, and where a naive model is closer."""
     sides = [
-        f"{each['of']}: off by {100 * _median_error(each, 'model'):.1f}% (median; "
+        f"{each['of']}: off by {100 * median_error(each, 'model'):.1f}% (median; "
         f"{100 * each['median_signed_error']:+.1f}% with its sign), of "
         f"{each['stated']} measured {each['below']} faster and {each['above']} slower than the "
         f"stated interval{_slower(data, each['of'])}"
@@ -232,19 +241,29 @@ def _where_it_is_off(data: Mapping[str, Any]) -> list[Finding]:
     ]
     closer = [
         f"{each['of']}, {name} {100 * value['0.5']:.1f}% against the model's "
-        f"{100 * _median_error(each, 'model'):.1f}%"
+        f"{100 * median_error(each, 'model'):.1f}%"
         for each in data["groups"]
         if each["by"] == "machine and model"
         for name, value in each["absolute_errors"].items()
-        if name != "model" and value["0.5"] < _median_error(each, "model")
+        if name != "model" and value["0.5"] < median_error(each, "model")
     ]
-    calibrated = " and ".join(dict.fromkeys(each["calibrated_on"] for each in data["sources"]))
     made = []
     if sides:
-        made.append(f"{'; '.join(sides)}. All were predicted from a calibration of {calibrated}.")
+        made.append(f"{'; '.join(sides)}. {_calibration_words(data)}")
     if closer:
         made.append(f"A naive model is closer on {'; '.join(closer)}.")
     return [Finding(text=text, severity=SEVERITY_FACT + 3, section="predictions") for text in made]
+
+
+def _calibration_words(data: Mapping[str, Any]) -> str:
+    """Returns whose calibration predictions come from."""
+    sources = data["sources"]
+    if all(each["calibrated_on"] == each["machine"] for each in sources):
+        return "Each machine was predicted from its own calibration."
+    calibrated = list(dict.fromkeys(each["calibrated_on"] for each in sources))
+    if len(calibrated) == 1:
+        return f"All were predicted from a calibration of {calibrated[0]}."
+    return f"They were predicted from calibrations of {' and '.join(calibrated)}."
 
 
 def _slower(data: Mapping[str, Any], machine: str) -> str:
@@ -312,7 +331,7 @@ def _group_rows(data: Mapping[str, Any]) -> pd.DataFrame:
             "coverage_share_high": each["coverage_high"],
             "median_signed_share": each["median_signed_error"],
             **{
-                f"{name.replace(' ', '_')}_error_share": _median_error(each, name)
+                f"{name.replace(' ', '_')}_error_share": median_error(each, name)
                 for name in each["absolute_errors"]
             },
         }
@@ -359,7 +378,7 @@ def _error_figure(data: Mapping[str, Any]) -> FigureData:
         "layers",
         "Median error, the cost model beside naive ones",
         alt="; ".join(
-            f"{each['of']} {100 * _median_error(each, 'model'):.1f}%" for each in known
+            f"{each['of']} {100 * median_error(each, 'model'):.1f}%" for each in known
         ),
         how="Lower is better: the median over predictions of |predicted over measured, less 1|.",
         panels=[
@@ -372,7 +391,7 @@ def _error_figure(data: Mapping[str, Any]) -> FigureData:
                 "categories": [str(each["of"]).removeprefix("NVIDIA ") for each in known],
                 "series": [
                     {"key": key, "label": name, "low": None, "high": None,
-                     "values": [_median_error(each, name) for each in known]}
+                     "values": [median_error(each, name) for each in known]}
                     for key, name in zip(keys, data["all"]["absolute_errors"], strict=True)
                 ],
             }
@@ -391,7 +410,7 @@ def prediction_readme_rows(data: Mapping[str, Any]) -> list[tuple[str, str, str,
         return []
     goals = {goal["quantity"]: goal for goal in data["goals"]}
     naive = [name for name in whole["absolute_errors"] if name != "model"]
-    others = ", ".join(f"{name} {percent(_median_error(whole, name))}" for name in naive)
+    others = ", ".join(f"{name} {percent(median_error(whole, name))}" for name in naive)
     rows = [
         (
             f"Step times predicted before they were measured: {counts['settings']} settings, "
@@ -402,7 +421,7 @@ def prediction_readme_rows(data: Mapping[str, Any]) -> list[tuple[str, str, str,
         ),
         (
             "median error of these (naive models: " + ", ".join(naive) + ")",
-            f"{100 * _median_error(whole, 'model'):.1f}% ({others})",
+            f"{100 * median_error(whole, 'model'):.1f}% ({others})",
             "5%" + _missed(goals, "Median error"),
             _COMMAND,
         ),
@@ -652,7 +671,7 @@ PREDICTIONS = Addition(
     part=predictions_part,
     goals=prediction_goals,
     readme_rows=prediction_readme_rows,
-    rows=lambda data: {"predictions": prediction_rows(data)},
+    rows=prediction_tables,
     drawings={"predictions.png": draw_predictions},
 )
 LATENCY = Addition(

@@ -16,6 +16,7 @@ pytest.importorskip("torch")
 
 from analysis import live_results as analysis
 from analysis import prediction_quality as quality
+from analysis.earlier_predictions import reduced
 from analysis.live_evidence import ADDITIONAL_FILES, FILES, RESULTS, read_evidence
 from analysis.live_parallel_parts import step_rows
 from analysis.live_prediction_drawings import draw_memory_latency, draw_predictions
@@ -170,6 +171,73 @@ def test_the_page_says_what_was_found(evidence):
         assert len(re.search(r'aria-label="([^"]*)"', picture).group(1)) > 20
     classes = {metric["figure_class"] for metric in parts["latency"]["sections"][0]["metrics"]}
     assert classes == {"estimate"}
+
+
+def next_round(folder):
+    """Returns predictions of two machines by themselves, carried over to one, a round before."""
+    old = quality.pooled(quality.read_judgements(*made.made_up(folder, traces=["a"], off=1.5)))
+    (folder / "next").mkdir()
+    verified, predicted = [], []
+    for machine, ms in (("H100", 10.0), ("H200", 12.0)):
+        said = {(name, each): ms for name in ("lru:25%", "min:25%") for each in made.PERCENTILES}
+        predicted.append(made.predicted_file(folder / "next", "a", said, machine=machine))
+        times = {name: made.step_times(ms, index) for index, name in enumerate(dict(said))}
+        verified.append(
+            made.verified_file(
+                predicted[-1], machine, {name: times[name, 50] for name, _ in times},
+                date="2026-01-04T00:00:00+00:00", probes_ms=(2.0, 2.0, 3.0, 2.0),
+            )
+        )  # fmt: skip
+    late = made.predicted_file(folder / "next", "late", {("lru:25%", 50): 1.0}, machine="H200")
+    files = [
+        made.carried_file(predicted[1], 1.02), made.carried_file(late, 1.0),
+        made.carried_file(predicted[1], 1.5, is_unchanged=True),
+    ]  # fmt: skip
+    found = quality.pooled(
+        quality.read_judgements(verified, [*predicted, late]),
+        quality.read_carried(files),
+        reduced({**old, "command": "python -m x"}),
+    )
+    return json.loads(json.dumps({"command": "python -m x", **found}))
+
+
+def test_machines_what_carries_over_and_the_round_before_are_shown(evidence, tmp_path):
+    data = next_round(tmp_path)
+    page = analysis.results_page(dataclasses.replace(evidence, additions={"predictions": data}))
+    (part,) = [part for part in page.json_data["traces"] if part["id"] == "predictions"]
+    (section,) = part["sections"]
+    said = " ".join(finding["text"] for finding in section["findings"])
+    assert "Each machine was predicted from its own calibration." in said
+    assert "H200 predicted from its own constants and trials on H100: " in said
+    assert "from the calibration of H100, unchanged: 0% of 4" in said
+    assert "from its own calibration, on the same runs: " in said
+    assert "An earlier round, 2026-01-03 00:00:00 UTC to 2026-01-03 00:00:00 UTC" in said
+    assert "(moeprof 0, torch 2), came to 0% of 24" in said and "It missed " in said
+    assert "Median error of a predicted percentile" in said.partition("It missed ")[2]
+    notes = " ".join(section["notes"])
+    assert "a on H200 2.00 to 3.00 ms (median 2.00 over 8 visits)" in notes
+    assert "not measured there: carried-late-h200-constants.json (H200)." in notes
+    tables = {table["title"]: table["rows"] for table in section["tables"]}
+    assert [row["machine"] for row in tables["By machine"]] == ["H100", "H200"]
+    carried = tables["From another machine's trials, held to no goal"]
+    assert [(row["predicted_from"], row["trials_on"]) for row in carried] == [
+        ("its own calibration", "H200"),
+        ("constants of the machine, trials of the other", "H100"),
+        ("calibration of the other, unchanged", "H100"),
+    ]
+    assert carried[2]["median_signed_share"] > 0.3 > carried[1]["median_signed_share"]
+    # What carries over is no prediction of the machine: it is in no goal and in no other figure.
+    plain = {**data, "carried": None, "earlier": None}
+    assert analysis.ADDITIONS["predictions"].goals(plain) == analysis.ADDITIONS[
+        "predictions"
+    ].goals(data)
+    rows = analysis.ADDITIONS["predictions"].rows
+    assert set(rows(data)) == {"predictions", "carried-predictions"}
+    assert set(rows(plain)) == {"predictions"} and len(rows(data)["carried-predictions"]) == 8
+    bare = analysis.results_page(dataclasses.replace(evidence, additions={"predictions": plain}))
+    assert "An earlier round" not in bare.html and "unchanged: " not in bare.html
+    draw_predictions(data, tmp_path / "two.png")
+    assert (tmp_path / "two.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_rows_of_the_readme(evidence, bare, additions):

@@ -46,7 +46,8 @@ class CalibrationSizes:
         cold_bytes: Experts that take turns take so much at least, so that no cache of the device
             holds them.
         repeats: Repetitions of each part.
-        trial_repetitions: Repetitions of each trial; two where that would take seconds.
+        trial_repetitions: Repetitions of each trial, in two turns: two where that would take
+            seconds, more where they are quick.
     """
 
     expert_bytes: tuple[int, ...]

@@ -21,7 +21,7 @@ from moeprof import live  # noqa: E402
 from moeprof.errors import UsageError  # noqa: E402
 from moeprof.live import calibration_trials, part_times  # noqa: E402
 from moeprof.live.calibration_sizes import Regime  # noqa: E402
-from moeprof.live.calibration_trials import TrialBench, made_up  # noqa: E402
+from moeprof.live.calibration_trials import TrialBench, made_up, trial_question  # noqa: E402
 from moeprof.live.constant_bench import ConstantBench, ExpertParts, streamed_times  # noqa: E402
 from moeprof.live.decision_times import decision_times, foresee_time  # noqa: E402
 from moeprof.live.kernels.fused import _has_triton  # noqa: E402
@@ -360,7 +360,8 @@ def test_what_was_measured_decides_what_is_fitted_again(calibrated: Any, tmp_pat
     for name, own in found.corrections.kernels.items():
         before = machine.corrections.kernels[name].log_factor
         assert own.log_factor == pytest.approx(before + np.log(2))
-    question = cost_model.question_of(synthetic_trace(tmp_path / "t.moeprof"), phase="all")
+    shape = TINY.shape(TINY.expert_bytes[0])
+    question = trial_question(made_up(tmp_path, TINY, TINY.regimes[0]), shape, TINY)
     once, twice = (
         cost_model.predict(question, parse_setting("lru:50%"), each).step_ms.sum()
         for each in (machine, found)

@@ -740,6 +740,11 @@ def _replay(
     type=click.IntRange(min=1),
     help="Processes whose all-to-all is timed; a GPU each, none on a CPU. 1: do not.",
 )
+@click.option(
+    "--trials-from",
+    type=click.Path(),
+    help="Measure constants only; take what trials say from another machine's file.",
+)
 @click.option("--force", is_flag=True, help="Replace an existing file.")
 @_talkative
 @click.pass_context
@@ -754,6 +759,7 @@ def calibrate(
     policies: list[str] | None,
     kernels: list[str] | None,
     ranks: int | None,
+    trials_from: str | None,
     force: bool,
 ) -> int:
     """Measure what this machine does, once, for predictions.
@@ -771,7 +777,7 @@ def calibrate(
         from moeprof.live.calibration import device_named, sizes_for
         from moeprof.live.exchange_times import visible_ranks
     from moeprof.replay.cache.sizes import byte_count
-    from moeprof.replay.calibration_file import write_calibration
+    from moeprof.replay.calibration_file import read_calibration, write_calibration
 
     place = device_named(device)
     sizes = sizes_for(place)
@@ -780,6 +786,8 @@ def calibrate(
     given: dict[str, Any] = {"policies": policies, "kernels": kernels}
     if expert_bytes is not None:
         given["expert_bytes"] = [byte_count(text) for text in expert_bytes]
+    if trials_from is not None:
+        given["trials_from"] = read_calibration(trials_from)
     num_ranks = visible_ranks(place) if ranks is None else ranks
     with _progress(talk) as show:
         found = measure(
@@ -794,8 +802,9 @@ def calibrate(
     copy = found.device_copy_bytes_per_s.median / 1e9
     link = found.to_device.sizes[-1] / found.to_device.times_s[-1].median / 1e9
     rate = found.matrix_flops_per_s.median / 1e12
+    whose = "" if found.trials_of is None else f" of {found.trials_of.machine}"
     talk.say(f"{found.name}: {copy:,.1f} GB/s on the device, {link:,.1f} GB/s to it, "
-             f"{rate:,.2f} TFLOP/s, {len(found.trials)} trials")  # fmt: skip
+             f"{rate:,.2f} TFLOP/s, {len(found.trials)} trials{whose}")  # fmt: skip
     talk.say(f"Next: moeprof verify TRACE --calibration {target}")
     click.echo(str(target))
     return 0

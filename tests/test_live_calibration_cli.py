@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -15,6 +16,7 @@ torch = pytest.importorskip("torch")
 from test_live_calibration import TINY  # noqa: E402
 
 from moeprof import cli  # noqa: E402
+from moeprof.errors import UsageError  # noqa: E402
 from moeprof.live import calibration  # noqa: E402
 from moeprof.replay.calibration_file import read_calibration  # noqa: E402
 from moeprof.trace.synthetic import synthetic_trace  # noqa: E402
@@ -109,6 +111,31 @@ def test_ranks_exchange_when_asked(
     assert read_calibration(tmp_path / "calibration.json").all_to_all is None
 
 
+def test_trials_of_another_machine(run: Run, tmp_path: Path) -> None:
+    code, _, err = calibrated(run, "-o", "other.json", "--expert-bytes", "3KiB")
+    assert code == 0, err
+    other = read_calibration(tmp_path / "other.json")
+    arguments = ("-o", "own.json", "--expert-bytes", "3KiB", "--trials-from", "other.json")
+    code, _, err = calibrated(run, *arguments)
+    assert code == 0, err
+    assert f"{len(other.trials)} trials of {other.name}" in err and "trials at" not in err
+    own = read_calibration(tmp_path / "own.json")
+    assert other.trials_of is None and own.trials_of is not None
+    assert (own.trials_of.machine, own.trials_of.date) == (other.name, other.date)
+    assert (own.trials, own.corrections, own.by_size) == (
+        other.trials, other.corrections, other.by_size,
+    )  # fmt: skip
+    assert own.command.endswith("--trials-from other.json")
+    assert own.device_copy_bytes_per_s != other.device_copy_bytes_per_s
+    with pytest.raises(UsageError, match=f"trials are those of {re.escape(other.name)}"):
+        calibration.refitted(own, TINY)
+
+    content = json.loads((tmp_path / "other.json").read_text())
+    (tmp_path / "other.json").write_text(json.dumps({**content, "corrections": None}))
+    code, _, err = calibrated(run, *arguments, "--force")
+    assert code == 3 and "has no trials" in err
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
@@ -120,6 +147,7 @@ def test_ranks_exchange_when_asked(
         (("calibrate", "--device", "tpu"), 2, "no device 'tpu'"),
         (("calibrate", "--device", "cpu", "--expert-bytes", "12"), 2, "no number of bytes"),
         (("calibrate", "--device", "cpu", "--policies", "best"), 2, "no policy 'best'"),
+        (("calibrate", "--device", "cpu", "--trials-from", "bad.json"), 3, "cannot be read"),
         (("calibrate", "--device", "cpu", "-o", "bad.json"), 1, "bad.json exists"),
     ],
 )

@@ -41,7 +41,12 @@ from moeprof.live.transfers import made_current
 from moeprof.recording.hardware import hardware, versions
 from moeprof.replay.cache import policies
 from moeprof.replay.calibration_file import Calibration, Measured
-from moeprof.replay.corrections import TriedBuffer, fit_by_size, fit_corrections
+from moeprof.replay.corrections import (
+    TriedBuffer,
+    fit_by_size,
+    fit_corrections,
+    with_trials_of,
+)
 from moeprof.replay.serving_settings import UNBUFFERED, BufferingSetting
 
 Progress = Callable[[str, int, int], None]
@@ -57,6 +62,7 @@ def calibrate(
     policies: Sequence[str] = DEFAULT_POLICIES,
     kernels: Sequence[str] = tuple(KERNELS),
     num_ranks: int | None = None,
+    trials_from: Calibration | None = None,
     command: str = "moeprof.live.calibrate",
     progress: Progress | None = None,
 ) -> Calibration:
@@ -72,12 +78,15 @@ def calibrate(
         num_ranks: Processes that exchange rows, each on a GPU of its own (on a CPU all on it); no
             exchange is measured when None. A script that gives it starts under
             ``if __name__ == "__main__":``.
+        trials_from: Another machine's calibration: what its trials say is taken over, and only
+            constants are measured here.
         command: What to write into the file as the command.
         progress: Called with (what is measured, parts done, parts in all).
 
     Raises:
         UsageError: An argument makes no sense.
         MoeprofError: The device is not there.
+        CalibrationError: The other machine's trials say nothing about this one.
     """
     target = device_named(device)
     chosen = sizes or sizes_for(target)
@@ -96,7 +105,12 @@ def calibrate(
     exchange = None if num_ranks is None else exchange_curve(num_ranks, device=target)
     with tempfile.TemporaryDirectory() as folder, torch.no_grad(), made_current(target):
         regimes = [made_up(Path(folder), chosen, regime) for regime in chosen.regimes]
-        found = _measured(target, chosen, regimes, policies, kernels, command, show)
+        machine, tried = _measured(
+            target, chosen, regimes, policies, kernels, command, show, trials=trials_from is None
+        )
+    found = (
+        _corrected(machine, tried) if trials_from is None else with_trials_of(machine, trials_from)
+    )
     return dataclasses.replace(found, all_to_all=exchange, exchange_ranks=num_ranks)
 
 
@@ -133,11 +147,14 @@ def _measured(
     kernels: Sequence[str],
     command: str,
     show: Progress,
-) -> Calibration:
-    """Returns constants, then trials."""
+    *,
+    trials: bool,
+) -> tuple[Calibration, list[TriedSetting]]:
+    """Returns constants, and trials where these are wanted."""
     bench = ConstantBench(device, sizes)
     kernel_bench, trial_bench = KernelBench(device, sizes), TrialBench(device, sizes)
-    parts = 4 + len(policy_names) + len(kernels) + len(sizes.expert_bytes)
+    tried_sizes = sizes.expert_bytes if trials else ()
+    parts = 4 + len(policy_names) + len(kernels) + len(tried_sizes)
     count = itertools.count()
     probes: list[float] = []
 
@@ -191,12 +208,11 @@ def _measured(
         gating[name] = kernel_bench.of_kernel(name, machine)
     machine = dataclasses.replace(machine, decisions=decisions, gating=gating)
     tried: list[TriedSetting] = []
-    for size in sizes.expert_bytes:
+    for size in tried_sizes:
         show(f"trials at {size / (1 << 20):.2f} MiB an expert", next(count), parts)
         tried += trial_bench.trials(regimes, size, machine, between=probe)
     show("done", parts, parts)
-    machine = dataclasses.replace(machine, host_probes_ms=tuple(probes))
-    return _corrected(machine, tried)
+    return dataclasses.replace(machine, host_probes_ms=tuple(probes)), tried
 
 
 def _corrected(machine: Calibration, tried: Sequence[TriedSetting]) -> Calibration:
@@ -228,6 +244,11 @@ def refitted(machine: Calibration, sizes: CalibrationSizes | None = None) -> Cal
     Raises:
         UsageError: These are not its trials.
     """
+    if machine.trials_of is not None:
+        raise UsageError(
+            f"the trials are those of {machine.trials_of.machine}, by other constants",
+            hint="fit the calibration of that machine again",
+        )
     given = sizes or (CPU_SIZES if machine.is_serial else GPU_SIZES)
     others = UsageError(
         "the calibration has other trials than these sizes ask for",

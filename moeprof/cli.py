@@ -745,6 +745,13 @@ def _replay(
     type=click.Path(),
     help="Measure constants only; take what trials say from another machine's file.",
 )
+@click.option(
+    "--pool",
+    "pooled_files",
+    type=click.Path(),
+    multiple=True,
+    help="Measure nothing; put calibrations of one kind of machine together. Say it for each.",
+)
 @click.option("--force", is_flag=True, help="Replace an existing file.")
 @_talkative
 @click.pass_context
@@ -760,6 +767,7 @@ def calibrate(
     kernels: list[str] | None,
     ranks: int | None,
     trials_from: str | None,
+    pooled_files: tuple[str, ...],
     force: bool,
 ) -> int:
     """Measure what this machine does, once, for predictions.
@@ -779,6 +787,8 @@ def calibrate(
     from moeprof.replay.cache.sizes import byte_count
     from moeprof.replay.calibration_file import read_calibration, write_calibration
 
+    if pooled_files:
+        return _pool_calibrations(talk, pooled_files, target, force=force)
     place = device_named(device)
     sizes = sizes_for(place)
     if dtype is not None:
@@ -805,6 +815,22 @@ def calibrate(
     whose = "" if found.trials_of is None else f" of {found.trials_of.machine}"
     talk.say(f"{found.name}: {copy:,.1f} GB/s on the device, {link:,.1f} GB/s to it, "
              f"{rate:,.2f} TFLOP/s, {len(found.trials)} trials{whose}")  # fmt: skip
+    talk.say(f"Next: moeprof verify TRACE --calibration {target}")
+    click.echo(str(target))
+    return 0
+
+
+def _pool_calibrations(talk: Talk, files: Sequence[str], target: Path, *, force: bool) -> int:
+    """Writes what calibrations say together."""
+    from dataclasses import replace
+
+    from moeprof.live.calibration import pooled
+    from moeprof.replay.calibration_file import read_calibration, write_calibration
+
+    command = shlex.join(["moeprof", *sys.argv[1:]])
+    found = replace(pooled([read_calibration(path) for path in files]), command=command)
+    write_calibration(found, target, force=force)
+    talk.say(f"{found.name}: {len(files)} calibrations, {len(found.trials)} trials")
     talk.say(f"Next: moeprof verify TRACE --calibration {target}")
     click.echo(str(target))
     return 0

@@ -400,3 +400,32 @@ def test_trials_are_not_those_of_other_sizes(calibrated: Any, change: Any) -> No
     machine, _ = calibrated
     with pytest.raises(UsageError, match="has other trials"):
         live.refitted(machine, dataclasses.replace(TINY, **change))
+
+
+def test_calibrations_of_one_machine_are_pooled(calibrated: Any) -> None:
+    machine, _ = calibrated
+    once = live.refitted(machine, TINY)
+    # Nothing new is learned from the same twice, but of how sure it is.
+    same = live.pooled([machine, machine], TINY)
+    assert len(same.trials) == 2 * len(once.trials)
+    for trial, own in zip(same.trials, 2 * once.trials, strict=True):
+        assert (trial.setting, trial.measured_ms) == (own.setting, own.measured_ms)
+        np.testing.assert_allclose(trial.modelled_ms, own.modelled_ms)
+    assert same.host_probes_ms == 2 * machine.host_probes_ms
+    assert same.to_device.times_s[0].median == pytest.approx(machine.to_device.times_s[0].median)
+    # All took twice as long at another time, in trials only: predictions lie between.
+    doubled = tuple(
+        dataclasses.replace(trial, measured_ms=tuple((2 * np.array(trial.measured_ms)).tolist()))
+        for trial in machine.trials
+    )
+    later = dataclasses.replace(machine, trials=doubled)
+    found = live.pooled([machine, later], TINY)
+    assert len(found.trials) == 2 * len(machine.trials)
+    assert found.corrections.kernels["unbuffered"].log_factor == pytest.approx(
+        once.corrections.kernels["unbuffered"].log_factor + np.log(2) / 2, abs=0.2
+    )
+    assert found.corrections.buffering.spread > once.corrections.buffering.spread
+    with pytest.raises(UsageError, match="no calibrations"):
+        live.pooled([], TINY)
+    with pytest.raises(UsageError, match="other trials"):
+        live.pooled([machine, dataclasses.replace(later, trials=doubled[:-1])], TINY)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from moeprof.live.application import AppliedGating, apply_gating
     from moeprof.live.buffered_models import buffer_experts
-    from moeprof.live.calibration import calibrate, refitted
+    from moeprof.live.calibration import calibrate, pooled, refitted
     from moeprof.live.calibration_sizes import CPU_SIZES, GPU_SIZES, CalibrationSizes
     from moeprof.live.exchange_times import exchange_curve
     from moeprof.live.expert_buffer import BufferSettings, ExpertBuffer
@@ -56,6 +56,7 @@ __all__ = [
     "exchange_curve",
     "experts_of_rank",
     "force_routing",
+    "pooled",
     "random_experts",
     "read_routing",
     "rebatched_routing",
@@ -98,6 +99,7 @@ _HOMES = {
     "random_experts": "experts",
     "read_routing": "routing_sources",
     "rebatched_routing": "routing_controls",
+    "pooled": "calibration",
     "refitted": "calibration",
     "routing_of": "routing_schedules",
     "run_ranks": "rank_processes",

@@ -47,6 +47,7 @@ from moeprof.replay.corrections import (
     fit_corrections,
     with_trials_of,
 )
+from moeprof.replay.pooled_constants import pooled_constants
 from moeprof.replay.serving_settings import UNBUFFERED, BufferingSetting
 
 Progress = Callable[[str, int, int], None]
@@ -244,27 +245,57 @@ def refitted(machine: Calibration, sizes: CalibrationSizes | None = None) -> Cal
     Raises:
         UsageError: These are not its trials.
     """
-    if machine.trials_of is not None:
+    return _corrected(machine, _tried_again(machine, machine, sizes))
+
+
+def pooled(
+    calibrations: Sequence[Calibration], sizes: CalibrationSizes | None = None
+) -> Calibration:
+    """Returns what calibrations of one kind of machine say together; nothing is measured.
+
+    Constants as `pooled_constants` has them; the trials of all, modelled by these, correct them.
+    So predictions know how far such machines, and the same one at other times, are apart.
+
+    Args:
+        calibrations: In order of time.
+        sizes: Those that they were measured with; of their device when None.
+
+    Raises:
+        CalibrationError: They are of different machines or sizes.
+        UsageError: There is none, or one has other trials than these sizes ask for.
+    """
+    if not calibrations:
+        raise UsageError("there are no calibrations to pool", hint="give two or more")
+    machine = pooled_constants(calibrations)
+    tried = [one for each in calibrations for one in _tried_again(each, machine, sizes)]
+    return _corrected(machine, tried)
+
+
+def _tried_again(
+    source: Calibration, machine: Calibration, sizes: CalibrationSizes | None
+) -> list[TriedSetting]:
+    """Returns the trials of ``source``, modelled by the constants of ``machine``."""
+    if source.trials_of is not None:
         raise UsageError(
-            f"the trials are those of {machine.trials_of.machine}, by other constants",
+            f"the trials are those of {source.trials_of.machine}, by other constants",
             hint="fit the calibration of that machine again",
         )
-    given = sizes or (CPU_SIZES if machine.is_serial else GPU_SIZES)
+    given = sizes or (CPU_SIZES if source.is_serial else GPU_SIZES)
     others = UsageError(
         "the calibration has other trials than these sizes ask for",
         hint="give the sizes that it was measured with",
     )
-    shapes = [given.shape(size) for size in machine.device_expert.expert_bytes]
+    shapes = [given.shape(size) for size in source.device_expert.expert_bytes]
     ran = tuple(shape.expert_bytes for shape in shapes)
-    if given.dtype != machine.dtype or ran != machine.device_expert.expert_bytes:
+    if given.dtype != source.dtype or ran != source.device_expert.expert_bytes:
         raise others
-    trials = iter(machine.trials)
+    trials = iter(source.trials)
     tried: list[TriedSetting] = []
     with tempfile.TemporaryDirectory() as folder:
         regimes = [made_up(Path(folder), given, regime) for regime in given.regimes]
         for shape, made in itertools.product(shapes, regimes):
             question = trial_question(made, shape, given)
-            for setting in trial_settings(machine):
+            for setting in trial_settings(source):
                 trial = next(trials, None)
                 if trial is None or trial.setting != setting.name:
                     raise others
@@ -273,4 +304,4 @@ def refitted(machine: Calibration, sizes: CalibrationSizes | None = None) -> Cal
                 tried.append(tried_setting(trial.measured_ms, question, setting, machine))
     if next(trials, None) is not None:
         raise others
-    return _corrected(machine, tried)
+    return tried

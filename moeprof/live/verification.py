@@ -201,10 +201,17 @@ def make_predictions(
             "num_lookups": question.routed.num_lookups,
             "calibrated_on": calibration.name,
             "calibrated": calibration.date,
+            **_whose_trials(calibration),
             "shape": asdict(question.shape),
             "date": datetime.now(UTC).isoformat(timespec="seconds"),
         },
     )
+
+
+def _whose_trials(calibration: Calibration) -> dict[str, str]:
+    """Returns whose trials correct the constants, where they are another machine's."""
+    source = calibration.trials_of
+    return {} if source is None else {"trials_on": source.machine, "trials_date": source.date}
 
 
 def write_predictions(

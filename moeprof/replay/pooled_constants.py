@@ -1,0 +1,112 @@
+"""One set of constants from several calibrations of the same kind of machine.
+
+A machine whose host other people use too is another machine an hour later. What it was measured to
+do at several times says more than the last time alone: constants are the geometric means, and their
+errors no less than what the times differ by. Leaves out trials, which have to be modelled again by
+the constants of all (`moeprof.live.calibration.pooled`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from moeprof.errors import CalibrationError
+from moeprof.replay.calibration_file import Calibration, Measured
+
+_SAME = ("dtype", "is_serial")
+_HINT = "pool calibrations of one kind of machine, measured with the same sizes"
+# What is told of one of them, or put together otherwise.
+_TOLD = ("device", "versions", "date", "command", "host_probes_ms", "trials", "corrections",
+         "by_size", "trials_of", "all_to_all", "exchange_ranks")  # fmt: skip
+
+
+def pooled_constants(calibrations: Sequence[Calibration]) -> Calibration:
+    """Returns what several calibrations say together, without trials.
+
+    Policies, kernels and constants that only some of them know are taken from those. Device,
+    versions, date and exchange between ranks are those of the last one.
+
+    Args:
+        calibrations: Of one kind of machine, in order of time; at least one.
+
+    Raises:
+        CalibrationError: They are of different machines or sizes.
+    """
+    last = calibrations[-1]
+    for one in calibrations:
+        if one.name != last.name:
+            raise CalibrationError(f"{one.name} is not {last.name}", hint=_HINT)
+        if any(getattr(one, name) != getattr(last, name) for name in _SAME):
+            raise CalibrationError("the calibrations are of other weights or devices", hint=_HINT)
+    fields = {
+        field.name: _together([getattr(one, field.name) for one in calibrations])
+        for field in dataclasses.fields(Calibration)
+        if field.name not in (*_TOLD, *_SAME)
+    }
+    probes = [probe for one in calibrations for probe in one.host_probes_ms]
+    return dataclasses.replace(
+        last, **fields, host_probes_ms=tuple(probes), trials=(), corrections=None, by_size={},
+        trials_of=None,
+    )  # fmt: skip
+
+
+def _together(values: Sequence[Any]) -> Any:
+    """Returns the middle of values of one field."""
+    known = [value for value in values if value is not None]
+    if not known:
+        return None
+    first = known[0]
+    if isinstance(first, Measured):
+        return _measured(known)
+    if dataclasses.is_dataclass(first) and not isinstance(first, type):
+        return type(first)(
+            **{
+                field.name: _together([getattr(value, field.name) for value in known])
+                for field in dataclasses.fields(first)
+            }
+        )
+    if isinstance(first, Mapping):
+        names = list(dict.fromkeys(name for value in known for name in value))
+        return {
+            name: _together([value[name] for value in known if name in value]) for name in names
+        }
+    if isinstance(first, tuple):
+        if len({len(value) for value in known}) > 1:
+            raise CalibrationError("the calibrations were measured at other sizes", hint=_HINT)
+        return tuple(_together(list(each)) for each in zip(*known, strict=True))
+    if isinstance(first, float) and not _is_same(known):
+        # Parts of a fit: one that is zero at one time is half of what it was at another.
+        return float(np.mean(known))
+    if not _is_same(known):
+        raise CalibrationError("the calibrations were measured at other sizes", hint=_HINT)
+    return first
+
+
+def _is_same(values: Sequence[Any]) -> bool:
+    return all(value == values[0] for value in values)
+
+
+def _measured(values: Sequence[Measured]) -> Measured:
+    """Returns the geometric mean, as far off as the calibrations are from each other."""
+    count = len(values)
+    if count == 1:
+        return values[0]
+    medians = np.array([value.median for value in values])
+    error = math.sqrt(sum(value.error**2 for value in values)) / count
+    median = float(np.mean(medians))
+    if (medians > 0).all():
+        logs = np.log(medians)
+        median = float(np.exp(logs.mean()))
+        error = max(error, float(logs.std(ddof=1)) / math.sqrt(count))
+    return Measured(
+        median=median,
+        low=min(value.low for value in values),
+        high=max(value.high for value in values),
+        error=error,
+        num_repetitions=sum(value.num_repetitions for value in values),
+    )

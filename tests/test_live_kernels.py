@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 
 import pytest
@@ -75,6 +76,17 @@ def by_definition(hidden, ids, weights, experts):
 def error(out, reference):
     norm = torch.linalg.vector_norm
     return float(norm(out.double() - reference) / norm(reference).clamp(min=1e-30))
+
+
+def small_plan(*, pairs):
+    """Tiles that small layers fill several of; where pairs may run, tiles of their own."""
+    from moeprof.live.kernels.tiles import ManyPlan, PairTiles, ProductTiles
+
+    single = ProductTiles(32, 16, num_stages=2, num_warps=4, programs=1, flatten=not pairs)
+    tall = dataclasses.replace(single, flatten=False)
+    # 64 columns are the least that the matrix unit takes as its M side.
+    short = dataclasses.replace(tall, columns=64, depth=32, registers=200)
+    return ManyPlan(single, single, PairTiles(tall, tall, short, short) if pairs else None)
 
 
 def test_queues_take_first_choices_before_second_ones():
@@ -166,37 +178,160 @@ def test_few_tokens_stream_the_active_experts(num_tokens, num_experts, top_k, ac
     [(70, 40, 2, "relu"), (180, 4, 2, "silu"), (300, 3, 1, "gelu")],
 )
 def test_many_tokens_run_in_tiles_of_two_heights(num_tokens, num_experts, top_k, activation, gated):
-    from moeprof.live.kernels.many import ProductTiles, run_many
+    from moeprof.live.kernels.many import run_many
 
     given = layer(
         num_tokens, num_experts, top_k, dtype=HALF, gated=gated, bias=True, activation=activation
     )
-    tiles = ProductTiles(32, 16, num_stages=2, num_warps=4, programs=1, flatten=True)
-    out = run_many(*given, tiles_in=tiles, tiles_out=tiles)
+    plan = small_plan(pairs=False)
+    out = run_many(*given, plan=plan)
     assert error(out, by_definition(*given)) < TOLERANCE
-    assert torch.equal(out, run_many(*given, tiles_in=tiles, tiles_out=tiles))
+    assert torch.equal(out, run_many(*given, plan=plan))
+
+
+def ids_of(counts):
+    """Expert ids [T, 2] that give expert e counts[e] rows, in an order drawn from a seed."""
+    rows = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts))
+    rows = rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))]
+    padded = torch.full((len(rows) + len(rows) % 2,), -1, dtype=torch.int64)
+    padded[: len(rows)] = rows
+    return padded.reshape(-1, 2).to(DEVICE)
+
+
+# Rows of each expert: none, one, both short heights and one more, part of a tall tile, one whole,
+# one more than that, and several.
+EVERY_HEIGHT = [0, 1, 16, 17, 32, 33, 0, 128, 129, 300, 3, 5, 7]
 
 
 @needs_triton
-@pytest.mark.parametrize("kernel", ["few", "many"])
+@pytest.mark.parametrize(
+    ("counts", "single"),
+    [
+        (EVERY_HEIGHT, False),
+        ([40, 50, 60, 128], True),
+        ([40, 1], False),  # Half of the active experts fill their tall tile in part: still pairs.
+        ([40, 41, 1], True),
+        ([0, 0, 0, 1], False),
+        ([200], False),
+        ([0, 0], False),
+        ([1, 0, 2] * 300, False),
+    ],
+)
+def test_the_device_chooses_pairs_and_each_row_is_in_one_tile(counts, single):
+    from moeprof.live.kernels.sorting import sort_rows
+    from moeprof.live.kernels.tiles import HIGH, LOW, TALL
+
+    # Slots behind the rows are empty, so that there is always a token.
+    ids = torch.cat([ids_of(counts), torch.full((3, 2), -1, device=DEVICE)])
+    hidden = torch.randn(len(ids), 16, device=DEVICE, dtype=HALF)
+    sent = sort_rows(hidden, ids, len(counts), pairs=True)
+    assert sent.counts.tolist() == counts
+    assert sent.single_counts.tolist() == (counts if single else [0] * len(counts))
+    slots = (ids.flatten() >= 0).nonzero().flatten()
+    assert torch.equal(sent.rows[sent.place[slots].long()], hidden[slots // 2])
+    heights = {"tall": TALL, "low": LOW, "high": HIGH}
+    totals = dict(zip(heights, sent.tables.totals.tolist(), strict=True))
+    if single:
+        assert not any(totals.values())
+        return
+    assert totals == {
+        "tall": sum(-(-count // TALL) for count in counts if count > HIGH),
+        "low": sum(0 < count <= LOW for count in counts),
+        "high": sum(LOW < count <= HIGH for count in counts),
+    }
+    covered = []
+    for name, height in heights.items():
+        for expert, first, left, _ in getattr(sent.tables, name)[: totals[name]].tolist():
+            covered += [(row, expert) for row in range(first, first + min(left, height))]
+    owners = [expert for expert, count in enumerate(counts) for _ in range(count)]
+    assert sorted(covered) == list(enumerate(owners))
+
+
+@needs_triton
+@pytest.mark.parametrize(
+    ("gated", "bias", "activation"),
+    [(False, True, "relu"), (True, True, "gelu_tanh"), (True, False, "silu")],
+)
+def test_pairs_compute_the_definition(gated, bias, activation):
+    from moeprof.live.kernels.many import run_many
+
+    ids = ids_of(EVERY_HEIGHT)
+    # Neither tiles of 32 and 64 columns nor steps of 16 and 32 end where a matrix does.
+    hidden, _, weights, experts = layer(
+        len(ids), len(EVERY_HEIGHT), 2, width=24, dtype=HALF, gated=gated, bias=bias,
+        activation=activation,
+    )  # fmt: skip
+    given = hidden, ids, weights, experts
+    out = run_many(*given, plan=small_plan(pairs=True))
+    assert error(out, by_definition(*given)) < TOLERANCE
+    single = run_many(*given, plan=small_plan(pairs=False))
+    assert error(out, single.double()) < TOLERANCE
+
+
+@needs_triton
+@pytest.mark.parametrize("counts", [[200], [0, 0, 0, 90, 0], [3, 30] * 6, [64] * 4])
+def test_pairs_of_any_routing(counts):
+    from moeprof.live.kernels.many import run_many
+
+    ids = ids_of(counts)
+    hidden, _, weights, experts = layer(
+        len(ids), len(counts), 1, dtype=HALF, gated=False, bias=True
+    )
+    weights = weights.expand(-1, 2).contiguous()
+    out = run_many(hidden, ids, weights, experts, plan=small_plan(pairs=True))
+    assert error(out, by_definition(hidden, ids, weights, experts)) < TOLERANCE
+    again = run_many(hidden, ids, weights, experts, plan=small_plan(pairs=True))
+    assert torch.equal(out, again)
+
+
+@needs_triton
+@pytest.mark.parametrize("gated", [False, True])
+def test_pairs_are_considered_from_a_mean_number_of_rows_on(gated, monkeypatch):
+    from moeprof.live.kernels import tiles
+
+    monkeypatch.setattr(tiles, "PAIR_FROM_ROWS", 10)
+    plan = tiles.GATED_PLAN if gated else tiles.PLAN
+    assert tiles.plan_for(80, 8, gated=gated) == plan
+    assert tiles.plan_for(79, 8, gated=gated) == dataclasses.replace(plan, pair=None)
+    monkeypatch.setattr(tiles, "PAIR_FROM_ROWS", None)
+    assert tiles.plan_for(1 << 20, 8, gated=gated).pair is None
+
+
+def test_programs_of_a_pair_fit_a_multiprocessor_together():
+    from moeprof.live.kernels import tiles
+
+    for plan, gated in ((tiles.PLAN, False), (tiles.GATED_PLAN, True)):
+        for name in ("in", "out"):
+            tall, short = (getattr(plan.pair, f"{kind}_{name}") for kind in ("tall", "short"))
+            matrices = 2 if gated and name == "in" else 1
+            steps = [
+                (height + matrices * each.columns) * each.depth * 2 * each.num_stages
+                for each, height in ((tall, tiles.TALL), (short, tiles.HIGH))
+            ]
+            # 1 KiB is the driver's, and some bytes of each are barriers.
+            assert sum(size + 1024 + 256 for size in steps) <= 228 * 1024
+            assert short.columns % 64 == 0  # What the matrix unit takes as its M side.
+
+
+@needs_triton
+@pytest.mark.parametrize("kernel", ["few", "many", "pairs"])
 def test_kernels_take_empty_slots_and_one_expert_for_all(kernel):
     from moeprof.live.kernels import few, many
 
     stream = few.StreamTiles(columns=16, depth=16, num_stages=2, num_warps=4)
-    product = many.ProductTiles(32, 16, num_stages=2, num_warps=4, programs=1, flatten=False)
-    tiles = stream if kernel == "few" else product
-    run = few.run_few if kernel == "few" else many.run_many
+    options = {"tiles_in": stream, "tiles_out": stream}
+    run = few.run_few
+    if kernel != "few":
+        options, run = {"plan": small_plan(pairs=kernel == "pairs")}, many.run_many
     hidden, ids, weights, experts = layer(40, 6, 2, dtype=HALF, gated=False, bias=True)
     some = ids.masked_fill(torch.rand(ids.shape, device=ids.device) < 0.4, -1)
     one = torch.full_like(ids, -1)
     one[:, 1] = 5
     for chosen in (some, one):
-        out = run(hidden, chosen, weights, experts, tiles_in=tiles, tiles_out=tiles)
+        out = run(hidden, chosen, weights, experts, **options)
         reference = by_definition(hidden, chosen, weights, experts)
         assert error(out, reference) < TOLERANCE
-    nothing = run(
-        hidden, torch.full_like(ids, -1), weights, experts, tiles_in=tiles, tiles_out=tiles
-    )
+    nothing = run(hidden, torch.full_like(ids, -1), weights, experts, **options)
     assert not nothing.any()
 
 
@@ -237,6 +372,38 @@ def test_what_users_run_on_a_gpu(num_tokens):
         captured = dynamic(hidden, ids, weights, experts)
     graph.replay()
     assert torch.equal(captured, out)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("counts", [EVERY_HEIGHT, [5000, 700, *[7] * 200], [60] * 64])
+def test_plans_of_pairs_on_a_gpu(counts, bias, gated):
+    from moeprof.live.kernels import tiles
+    from moeprof.live.kernels.many import run_many
+
+    ids = ids_of(counts)
+    hidden, _, weights, experts = layer(
+        len(ids), len(counts), 2, width=264, d_ff=520, dtype=HALF, gated=gated, bias=bias
+    )
+    plan = tiles.GATED_PLAN if gated else tiles.PLAN
+    reference = dynamic_loop(
+        hidden.double(), ids, weights.double(), experts.to(dtype=torch.float64)
+    )
+    out = run_many(hidden, ids, weights, experts, plan=plan)
+    assert error(out, reference) < TOLERANCE
+    other = torch.cuda.Stream()
+    other.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(other):
+        elsewhere = run_many(hidden, ids, weights, experts, plan=plan)
+    torch.cuda.current_stream().wait_stream(other)
+    assert torch.equal(elsewhere, out)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = [run_many(hidden, ids, weights, experts, plan=plan) for _ in range(3)]
+    for _ in range(5):
+        graph.replay()
+        assert all(torch.equal(each, out) for each in captured)
 
 
 def test_an_unknown_kernel_is_named():

@@ -1,9 +1,9 @@
 """Dynamic gating as moeprof runs it: a few Triton kernels that read each active expert once.
 
 Up to `FEW_TOKENS` tokens, two launches stream the weights of the active experts (`few`); beyond,
-rows are brought into expert order and two persistent grouped products follow (`many`). Nothing
-waits for the device and nothing is sized by what the router chose: both can be captured as CUDA
-graphs.
+rows are brought into expert order and two persistent grouped products follow (`many`), or pairs of
+them side by side (`pairs`), which the device decides. Nothing waits for the device and nothing is
+sized by what the router chose: all can be captured as CUDA graphs.
 """
 
 from __future__ import annotations

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 import triton
 import triton.language as tl
 
@@ -29,3 +30,10 @@ def activated(value, ACTIVATION: tl.constexpr) -> Any:
 def next_power(value: int, least: int = 16) -> int:
     """Returns the least power of two that is no less than ``value`` and ``least``."""
     return max(least, 1 << (max(value, 1) - 1).bit_length())
+
+
+def processors(device: torch.device) -> int:
+    """Returns how many multiprocessors a device has; 1 for a CPU."""
+    if device.type != "cuda":
+        return 1
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)

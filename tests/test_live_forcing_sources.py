@@ -363,6 +363,7 @@ def test_buffers_stay_where_they_are_and_hold_nothing_stale(trace, device):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode:UserWarning")
 def test_a_captured_graph_reads_what_was_loaded_and_nothing_waits(trace):
     routing = routing_of(trace, device="cuda")
     buffers = routing.buffers()

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,7 +26,6 @@ FILES: Mapping[str, str] = MappingProxyType(
         "kernels": "gating_kernels.json",
         "buffering": "buffering_live.json",
         "checks": "buffering_checks.json",
-        "printed": "buffering_printed.json",
         "twin": "twin_lm.json",
         "twin_mt": "twin_mt.json",
     }
@@ -38,7 +36,6 @@ _NEEDED: Mapping[str, tuple[str, ...]] = MappingProxyType(
         "kernels": ("check", "ceilings", "routing", "rows"),
         "buffering": ("studies",),
         "checks": ("studies",),
-        "printed": ("beside", "note", "printed"),
         "twin": ("config", "text", "learned", "held_out", "recorded", "routing"),
         "twin_mt": ("config", "text", "learned", "held_out", "recorded", "routing", "beside"),
     }
@@ -115,8 +112,7 @@ class Evidence:
         headline: The founding paper's language model, whole.
         kernels: Gating kernels against the floor.
         buffering: Live expert buffering.
-        checks: Live expert buffering at more settings, in a run whose times were disturbed.
-        printed: Of a further run, its printed table: the profiler's count of copies.
+        checks: Live expert buffering in a run whose times were disturbed: its checks alone.
         twin: The model whose routing drove the paper's language model.
         twin_mt: The same for its translation model.
         additions: Those of `ADDITIONAL_FILES` that are there, by name.
@@ -126,7 +122,6 @@ class Evidence:
     kernels: Mapping[str, Any]
     buffering: Mapping[str, Any]
     checks: Mapping[str, Any]
-    printed: Mapping[str, Any]
     twin: Mapping[str, Any]
     twin_mt: Mapping[str, Any]
     additions: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
@@ -182,10 +177,24 @@ def spread(times_ms: Sequence[float]) -> tuple[float, float, float]:
     return float(median), float(low), float(high)
 
 
+def measured_rows(data: Mapping[str, Any], field: str, named: str) -> list[Mapping[str, Any]]:
+    """Returns the rows of a result, those that an earlier run measured better from there.
+
+    Args:
+        data: With the rows, and perhaps ``earlier``: an earlier run, why some of it is kept, and
+            that.
+        field: Which rows.
+        named: What tells whose a row is.
+    """
+    kept = data.get("earlier", {}).get(field, [])
+    names = {row[named] for row in kept}
+    return [*(row for row in data[field] if row[named] not in names), *kept]
+
+
 def kernel_rows(kernels: Mapping[str, Any]) -> pd.DataFrame:
     """Returns one row per kernel, size and routing: times in ms, and shares of the floor."""
     rows = []
-    for row in kernels["rows"]:
+    for row in measured_rows(kernels, "rows", "kernel"):
         median, low, high = spread(row["times_ms"])
         floor = row["floor_ms"]
         rows.append(
@@ -269,7 +278,7 @@ def headline_rows(headline: Mapping[str, Any]) -> pd.DataFrame:
     The range of tokens per second is that of the quartiles of the repetitions.
     """
     rows = []
-    for row in headline["rows"]:
+    for row in measured_rows(headline, "rows", "gating"):
         out = "out_of_memory" in row
         tokens = row.get("num_tokens", math.nan)
         median, low, high = (math.nan,) * 3 if out else spread(row["times_ms"])
@@ -333,8 +342,8 @@ class Gain:
 
 
 def gains(headline: Mapping[str, Any]) -> dict[str, Gain]:
-    """Returns moeprof's gain over every other gating, as it was written by the run."""
-    return {
+    """Returns moeprof's gain over every other gating, as the run wrote it or from earlier rows."""
+    found = {
         row["baseline"]: Gain(
             own_best=row["gain_at_own_best"],
             equal_terms=row["gain_at_equal_terms"],
@@ -342,6 +351,22 @@ def gains(headline: Mapping[str, Any]) -> dict[str, Gain]:
         )
         for row in headline["headline"]
     }
+    rows = headline_rows(headline)
+    earlier = {row["gating"] for row in headline.get("earlier", {}).get("rows", ())}
+    return found | {name: _gain(rows, name) for name in found if name in earlier}
+
+
+def _gain(rows: pd.DataFrame, gating: str) -> Gain:
+    """Returns moeprof's gain over a gating, from `headline_rows`."""
+    other = best_of(rows, gating)
+    own = rows[(rows["gating"] == "dynamic") & ~rows["out_of_memory"]]
+    fair = own[(own["extra_bytes"] <= other["extra_bytes"]) & (own["p95_ms"] <= other["p95_ms"])]
+    top = None if fair.empty else fair.loc[fair["tokens_per_s"].idxmax()]
+    return Gain(
+        own_best=float(own["tokens_per_s"].max() / other["tokens_per_s"]),
+        equal_terms=None if top is None else float(top["tokens_per_s"] / other["tokens_per_s"]),
+        equal_batch=None if top is None else int(top["batch"]),
+    )
 
 
 PARTS: Mapping[str, str] = MappingProxyType(
@@ -359,7 +384,7 @@ PARTS: Mapping[str, str] = MappingProxyType(
 def breakdown_rows(headline: Mapping[str, Any]) -> pd.DataFrame:
     """Returns one row per gating: ms of each of `PARTS` and of a whole pass."""
     rows = []
-    for row in headline["breakdown"]:
+    for row in measured_rows(headline, "breakdown", "gating"):
         parts = dict(row["parts_ms"])
         total = parts.pop("all")
         known = {name: parts.get(name, 0.0) for name in PARTS if name != "rest"}
@@ -474,11 +499,14 @@ def buffering_matrix(buffering: Mapping[str, Any]) -> pd.DataFrame:
                     "policy": row["policy"]
                     + (f", {row['prefetch']} ahead" if row.get("prefetch") else ""),
                     "miss": row["miss"],
+                    "copies_ahead": row.get("copies_ahead", 0),
+                    "copies_ahead_used": row.get("copies_ahead_used", 0),
                     "capacity": row["capacity"],
                     "experts_per_layer": study["experts_per_layer_here"],
                     "hit_rate": row["hit_rate"],
                     "lookups": row["lookups"],
                     "copies": row["copies"],
+                    "copied_bytes": row["copied_bytes"],
                     "outputs_hold": row["outputs_hold"],
                     "outputs_compared": row["outputs_compared"],
                     "wrong_expert_noticed": (
@@ -487,6 +515,7 @@ def buffering_matrix(buffering: Mapping[str, Any]) -> pd.DataFrame:
                     "lookups_equal_replay": row["lookups_equal_replay"],
                     "slots_intact": row["slots_broken"] == 0,
                     "profiler_copies_equal": row.get("profiler", {}).get("holds"),
+                    "copies_as_planned": row.get("copies_as_planned"),
                     "no_allocations": row["allocations_in_steady_state"] == 0,
                     "memory_as_predicted": row["requested_as_predicted"],
                     "link_error": max(errors),
@@ -504,50 +533,9 @@ def _link_bytes(unbuffered: Mapping[str, Any]) -> list[int]:
     return [count for count in every if count is not None]
 
 
-_PRINTED_STUDY = re.compile(r"^(\S+): \d+ layers, ")
-_PRINTED_ROW = re.compile(
-    r"^ {2}(?P<policy>\S+) +(?P<slots>\d+) +(?P<hits>[\d.]+)% +(?P<copies>\d+) .* "
-    r"(?P<checks>[BHSPAM!-]{6})$"
-)
 CHECK_COLUMNS = ("outputs_hold", "lookups_equal_replay", "slots_intact", "profiler_copies_equal",
-                 "no_allocations", "memory_as_predicted")  # fmt: skip
-"""Checks of buffered runs, in the order of their letters B, H, S, P, A, M."""
-
-
-def printed_rows(printed: Mapping[str, Any]) -> pd.DataFrame:
-    """Returns the checks of a run of which only the printed table was kept.
-
-    One row per setting: study, policy (with its miss action), slots, hit rate, copies, and each
-    check as ``yes``, ``no`` or blank where it was not looked at.
-
-    Raises:
-        MoeprofError: There is no setting in it.
-    """
-    study, rows = "", []
-    for line in printed["printed"]:
-        begun = _PRINTED_STUDY.match(line)
-        if begun is not None:
-            study = begun.group(1)
-        found = _PRINTED_ROW.match(line)
-        if found is None:
-            continue
-        said = {"-": "", "!": "no"}
-        rows.append(
-            {
-                "study": STUDIES.get(study, study),
-                "policy": found["policy"],
-                "slots": int(found["slots"]),
-                "hit_rate": float(found["hits"]) / 100,
-                "copies": int(found["copies"]),
-                **{
-                    name: said.get(mark, "yes")
-                    for name, mark in zip(CHECK_COLUMNS, found["checks"], strict=True)
-                },
-            }
-        )
-    if not rows:
-        raise MoeprofError(f"{FILES['printed']} holds no setting")
-    return pd.DataFrame(rows)
+                 "copies_as_planned", "no_allocations", "memory_as_predicted")  # fmt: skip
+"""Checks of buffered runs, in the order of their letters B, H, S, P, C, A, M."""
 
 
 def checks_held(buffering: Mapping[str, Any]) -> dict[str, bool]:
@@ -577,6 +565,7 @@ def checks_held(buffering: Mapping[str, Any]) -> dict[str, bool]:
         "bytes counted by the PCIe counters within 2% of the copies": (
             None if errors.empty else bool((errors <= GOAL_LINK_ERROR).all())
         ),
+        "copies as planned, those ahead of their lookup too": held("copies_as_planned"),
         "memory asked for as predicted, to the byte": held("memory_as_predicted"),
         "no allocation in steady state": held("no_allocations"),
         "a slot map made wrong on purpose changes the outputs": all(

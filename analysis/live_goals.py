@@ -20,6 +20,7 @@ from analysis.live_evidence import (
     Evidence,
     Gain,
     best_of,
+    buffering_matrix,
     buffering_rows,
     checks_held,
     gains,
@@ -156,6 +157,26 @@ def goals(evidence: Evidence) -> list[Goal]:
         all(held.values()),
         "buffering",
     )
+    looked = buffering_matrix(evidence.checks)
+    counted = looked["profiler_copies_equal"].dropna().astype(bool)
+    add(
+        "Live buffering, run of checks: copies and bytes that the profiler counts, against the "
+        "predicted ones of each step",
+        "equal",
+        f"at {counted.sum()} of {len(counted)} settings of {looked['study'].nunique()} models",
+        bool(counted.all()) if len(counted) else None,
+        "buffering",
+    )
+    net = looked["link_error_net"].dropna()
+    within = int((net <= GOAL_LINK_ERROR).sum())
+    add(
+        "The same run: PCIe counters, less what it receives without copies, against the bytes "
+        "copied, largest difference",
+        f"within {percent(GOAL_LINK_ERROR)}",
+        f"{100 * net.max():.1f}%; within at {within} of {len(net)} settings",
+        within == len(net),
+        "buffering",
+    )
     worst = own["link_error"].max()
     add(
         "Live buffering, Qwen3-30B-A3B geometry: PCIe counters against the bytes copied, largest "
@@ -223,6 +244,7 @@ def readme_rows(evidence: Evidence) -> list[tuple[str, str, str, str]]:
     base = buffered.iloc[0]
     lru = buffered[buffered["policy"] == "lru"].iloc[0]
     held = checks_held(only_study(evidence.buffering, QWEN_STUDY))
+    counted = buffering_matrix(evidence.checks)["profiler_copies_equal"].dropna().astype(bool)
     text = held_out_rows(evidence.twin)
     skewed = [many[routing] for routing in ROUTINGS if routing != "uniform"]
     made = [
@@ -283,7 +305,8 @@ def readme_rows(evidence: Evidence) -> list[tuple[str, str, str, str]]:
             f"hit rate {percent(lru['hit_rate'])}, {lru['saved_bytes'] / GIB:.1f} of "
             f"{base['device_bytes'] / GIB:.1f} GiB saved, median decode step "
             f"{base['p50_ms']:.0f} to {lru['p50_ms']:.0f} ms; "
-            f"{sum(held.values())} of {len(held)} checks held",
+            f"{sum(held.values())} of {len(held)} checks held, profiler's count of copies at "
+            f"{counted.sum()} of {len(counted)} settings",
             "all checks",
             "buffering",
         ),

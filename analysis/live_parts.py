@@ -175,6 +175,21 @@ def beside_banners(measurements: Sequence[Mapping[str, Any]]) -> list[str]:
     )
 
 
+def earlier_banners(data: Mapping[str, Any]) -> list[str]:
+    """Returns why some rows are from an earlier run, and from which.
+
+    Args:
+        data: Perhaps with ``earlier``.
+    """
+    if "earlier" not in data:
+        return []
+    run = data["earlier"]
+    return [
+        f"Some rows are of {date_said(run['date'])}, on {run['hardware']['device_name']}, torch "
+        f"{run['versions']['torch']}: {run['kept']}."
+    ]
+
+
 def date_said(date: object) -> str:
     """Returns a date as people read it."""
     return str(date).replace("T", " ").replace("+00:00", " UTC")

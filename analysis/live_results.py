@@ -67,7 +67,7 @@ def results_page(evidence: Evidence) -> Report:
     parts = [
         headline_part(evidence.headline),
         kernels_part(evidence.kernels),
-        buffering_part(evidence.buffering, evidence.checks, evidence.printed),
+        buffering_part(evidence.buffering, evidence.checks),
         twin_part(evidence.twin),
         twin_part(evidence.twin_mt, "twin_mt"),
         *(each.part(data) for each, data in present(evidence)),

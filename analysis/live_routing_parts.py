@@ -18,7 +18,6 @@ from analysis.live_evidence import (
     buffering_study,
     checks_held,
     held_out_rows,
-    printed_rows,
 )
 from analysis.live_goals import (
     GIB,
@@ -78,39 +77,66 @@ def _percent_of(value: float) -> str:
     return "" if pd.isna(value) else f"{100 * value:.3f}%"
 
 
-def _checks_said(checks: Mapping[str, Any]) -> str:
-    """Returns what the settings of a run held to, whose times are not told."""
+def checks_said(checks: Mapping[str, Any]) -> list[str]:
+    """Returns what a run held to of which only its checks are told: counts, plans, the link."""
     rows = buffering_matrix(checks)
     every = checks_rows(checks)
-    good = (every[list(CHECK_COLUMNS)] != "no").all(axis=1)
-    lost = [
-        f"{row['policy']} with misses on the {row['miss']}, {row['slots']} slots: "
-        f"{', '.join(c.replace('_', ' ') for c in CHECK_COLUMNS if row[c] == 'no')} "
-        f"(compared: {row['compared']})"
-        for _, row in every[~good].iterrows()
-    ]
-    net = rows["link_error_net"].max()
-    return (
-        f"A run of an earlier runtime (one launch per expert) at {len(rows)} settings held every "
-        f"check in {int(good.sum())} of them"
-        + (f"; not: {'; '.join(lost)}. " if lost else ". ")
-        + "Bytes counted by the PCIe counters, less those that it receives without copies, "
-        f"are those of the copies within {100 * net:.2f}%."
-        + (" Its times were disturbed and are not kept." if len(rows) else "")
+    devices = {study["hardware"]["device_name"] for study in checks["studies"].values()}
+    counted, planned = (
+        f"{int((looked == 'yes').sum())} of {len(looked)}"
+        for looked in (
+            every[column][every[column] != ""]
+            for column in ("profiler_copies_equal", "copies_as_planned")
+        )
     )
+    lost = [
+        f"{row['study']} {row['policy']}, {row['slots']} slots: "
+        f"{', '.join(c.replace('_', ' ') for c in CHECK_COLUMNS if row[c] == 'no')}"
+        for _, row in every[(every[list(CHECK_COLUMNS)] == "no").any(axis=1)].iterrows()
+    ]
+    ahead = [
+        f"{row['study']} {row['policy']}, which copied {row['copies_ahead']:,} of "
+        f"{row['copies']:,} experts before their lookup and used {row['copies_ahead_used']:,} "
+        "of those"
+        for _, row in rows[rows["copies_ahead"] > 0].iterrows()
+    ]
+    return [
+        f"The profiler's count is from a run on {', '.join(sorted(devices))}, whose times were "
+        f"disturbed and are left out ({FILES['checks']}): copies and bytes equal to the predicted "
+        f"ones of each step at {counted} settings looked at, copies as planned at {planned}"
+        + (f", among them {'; '.join(ahead)}" if ahead else "")
+        + f". Of {len(rows)} settings {len(rows) - len(lost)} held every check of outputs, "
+        "lookups, slots, copies and memory" + (f"; not: {'; '.join(lost)}." if lost else "."),
+        _link_said(checks, rows),
+    ]
 
 
-def _printed_said(rows: pd.DataFrame) -> str:
-    """Returns what the checks of a printed run held to."""
-    looked = rows[rows["profiler_copies_equal"] != ""]
-    held = int((looked["profiler_copies_equal"] == "yes").sum())
-    others = rows[[each for each in CHECK_COLUMNS if each != "profiler_copies_equal"]]
-    good = int((others != "no").all(axis=1).sum())
+def _link_said(checks: Mapping[str, Any], rows: pd.DataFrame) -> str:
+    """Returns how far the PCIe counters are from the copies, by study."""
+    loaded = rows[rows["miss"] == LOAD]
+    worst = loaded.groupby("study", sort=False)["link_error_net"].max()
+    said = [
+        f"{_percent_of(worst[label])} ({label}, experts of "
+        f"{wording.num_bytes(study['expert_bytes'])})"
+        for name, study in checks["studies"].items()
+        if (label := STUDIES.get(name, name)) in worst
+    ]
+    beyond = [
+        f"{100 * row['link_error_net']:.1f}% at {row['study']} {row['policy']}, misses by "
+        f"{row['miss']}, {row['capacity']} slots ({row['copies']:,} copies, "
+        f"{wording.num_bytes(row['copied_bytes'])}; "
+        f"{row['link_error'] - row['link_error_net']:.1f} times as much is received without them)"
+        for _, row in rows[rows["link_error_net"] > GOAL_LINK_ERROR].iterrows()
+    ]
     return (
-        "The profiler's count, which the run with times could not give (its witness missed copies "
-        "that are asked for through the driver), is from another run, on an H200: copies and bytes "
-        f"equal to the predicted misses of each step at {held} of {len(looked)} settings, every "
-        f"other check held at {good} of {len(rows)}."
+        "There, bytes on the PCIe counters, less what the same run receives where no expert is "
+        f"copied, differ from those of the copies by at most {', '.join(said)}, where misses are "
+        "loaded. "
+        + (
+            f"Beyond the goal of {percent(GOAL_LINK_ERROR)}: {'; '.join(beyond)}."
+            if beyond
+            else f"No setting is beyond the goal of {percent(GOAL_LINK_ERROR)}."
+        )
     )
 
 
@@ -124,7 +150,10 @@ def _beyond_link_said(data: Mapping[str, Any]) -> str:
         f"{row['study']} {row['policy']} at {row['capacity']} slots ({row['copies']:,} copies)"
         for _, row in beyond.iterrows()
     )
-    return f" The counters are further off at {places}; all else stays within the goal."
+    return (
+        f" The counters, less what the model without a buffer receives, are further off at "
+        f"{places}; all else stays within the goal."
+    )
 
 
 def _papers_points_said(data: Mapping[str, Any]) -> list[str]:
@@ -160,17 +189,13 @@ def _papers_points_said(data: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def buffering_part(
-    data: Mapping[str, Any], checks: Mapping[str, Any], printed: Mapping[str, Any]
-) -> Described:
+def buffering_part(data: Mapping[str, Any], checks: Mapping[str, Any]) -> Described:
     """Returns live expert buffering.
 
     Args:
         data: The studies with their times.
         checks: Studies of a run whose times were disturbed.
-        printed: Printed table of a further run, for the profiler's count.
     """
-    printed_checks = printed_rows(printed)
     study, rows = buffering_study(data), buffering_rows(data)
     base, own = rows.iloc[0], rows.iloc[1:]
     lru = own[own["policy"] == "lru"].iloc[0]
@@ -242,8 +267,7 @@ def buffering_part(
         Finding(text=said, severity=SEVERITY_FACT, section="buffering")
         for said in (
             *_papers_points_said(data),
-            _printed_said(printed_checks),
-            _checks_said(checks),
+            *checks_said(checks),
         )
     ]
     left = study.get("left_out_for_time", [])
@@ -341,8 +365,7 @@ def buffering_part(
         tables=[
             rows_table("Times and memory", rows),
             rows_table("Every setting and check", checks_rows(data)),
-            rows_table("Checks of a run on an H200, as printed", printed_checks),
-            rows_table("Checks of an earlier runtime, times disturbed", checks_rows(checks)),
+            rows_table("Checks of a run whose times were disturbed", checks_rows(checks)),
         ],
         headline=["buffering/p50_ms/none", "buffering/p50_ms/lru", "buffering/p50_ms/paper",
                   "buffering/p50_ms/min"],
@@ -354,11 +377,13 @@ def buffering_part(
         for name, other in data["studies"].items()
         if other is not study
     }
+    disturbed: dict[str, list[str]] = {}
+    for name, other in checks["studies"].items():
+        disturbed.setdefault(_run_said(other), []).append(STUDIES.get(name, name))
     others |= {
-        f"Disturbed run ({FILES['checks']}), {STUDIES.get(name, name)}": _run_said(other)
-        for name, other in checks["studies"].items()
+        f"Disturbed run ({FILES['checks']}), {', '.join(names)}": words
+        for words, names in disturbed.items()
     }
-    others["Run of which the printed table was kept"] = _run_said(printed)
     return part(
         "buffering",
         study,
@@ -397,7 +422,7 @@ def _run_said(study: Mapping[str, Any]) -> str:
     return (
         f"{study['command']} on {hardware['device_name']}, "
         f"driver {hardware.get('driver') or 'not known'}, "
-        f"torch {study['versions']['torch']}, {study['date']}{beside}"
+        f"torch {study['versions']['torch']}, {str(study['date'])[:10]}{beside}"
     )
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -43,6 +44,8 @@ def kept(study: Mapping[str, Any], beside: str) -> dict[str, Any]:
         beside: What else ran on the machine.
     """
     found: dict[str, Any] = {**without_times(study), "beside": beside, "times": "left out"}
+    # What ran beside is said once, as it is known after the run.
+    found["command"] = re.sub(r" --beside ('[^']*'|\S+)", "", found["command"])
     for row in (found["unbuffered"], *found["settings"]):
         repetitions = row.pop("repetitions")
         row["num_repetitions"] = len(repetitions)

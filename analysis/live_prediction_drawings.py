@@ -32,6 +32,14 @@ _MISS_WORDS: Mapping[str, str] = MappingProxyType(
     {"host": "misses on the host", "split": "few rows on the host"}
 )
 _MISS_MARKS: Mapping[str, str] = MappingProxyType({"host": "1", "split": "2"})
+_AHEAD_MARK = "4"
+_FEW_DECADES = 1.2
+"""Of which an axis has room for more labels."""
+_SAME_SIZE = 1.01
+"""Sizes that differ by less stand at one place: what copies ahead stages them in is small."""
+_LITTLE, _ROOM = 1.16, 1.7
+"""Above the highest point, times as high: without and with words there."""
+
 _DODGE = 2**0.095
 """Between settings of one size."""
 _ASIDE = 2**0.024
@@ -39,7 +47,10 @@ _ASIDE = 2**0.024
 
 
 def draw_predictions(data: Mapping[str, Any], path: Path) -> None:
-    """Draws predicted against measured times with their intervals, a panel per machine."""
+    """Draws measured over predicted times with stated intervals, a panel per machine.
+
+    As shares of what was predicted, since on axes of times hundreds of points lie on one line.
+    """
     rows = pd.DataFrame(data["rows"])
     rows = rows[rows["measured_ms"].notna()]
     machines = sorted(rows["machine"].unique())
@@ -64,15 +75,18 @@ def draw_predictions(data: Mapping[str, Any], path: Path) -> None:
             )
             axes.set_title(f"{machine}: {inside}")
             axes.set_xlabel("predicted, ms")
+        for axes in grid[0]:
+            axes.axhline(1, color=SOFT, linewidth=1, zorder=1)
         if len(rows):
-            values = rows[["predicted_ms", "measured_ms"]].to_numpy(float)
-            ends = [values.min() / 1.35, values.max() * 1.35]
+            predicted = rows["predicted_ms"].to_numpy(float)
+            shares = (rows["measured_ms"] / rows["predicted_ms"]).to_numpy(float)
+            places = [predicted.min() / 1.35, predicted.max() * 1.35]
+            ends = [min(shares.min(), 1 / 1.5) / 1.1, max(shares.max(), 1.5) * 1.1]
             for axes in grid[0]:
-                axes.plot(ends, ends, color=SOFT, linewidth=1, zorder=1)
-                axes.set(xscale="log", yscale="log", xlim=ends, ylim=ends)
-                for axis in (axes.xaxis, axes.yaxis):
-                    _log_ticks(axis, ends)
-        grid[0][0].set_ylabel("measured, ms")
+                axes.set(xscale="log", yscale="log", xlim=places, ylim=ends)
+                _log_ticks(axes.xaxis, places)
+                _log_ticks(axes.yaxis, ends)
+        grid[0][0].set_ylabel("measured over predicted")
         drawn = sorted(rows["percentile"].unique())
         handles = [Patch(color=colours[name], label=name) for name in models]
         handles += [
@@ -99,18 +113,19 @@ def _draw_machine(axes: Axes, rows: pd.DataFrame, colours: Mapping[str, str]) ->
     for trace, own in rows.groupby("trace", sort=True):
         for percentile, each in own.groupby("percentile", sort=True):
             stated = each[each["low_ms"].notna()]
-            axes.hlines(
-                stated["measured_ms"], stated["low_ms"], stated["high_ms"],
-                color=colours[str(trace)], linewidth=1.2, alpha=0.3, zorder=2,
+            said = stated["predicted_ms"]
+            axes.vlines(
+                said, stated["low_ms"] / said, stated["high_ms"] / said,
+                color=colours[str(trace)], linewidth=1.4, alpha=0.22, zorder=2,
             )  # fmt: skip
             outside = each["inside"].eq(False)
             for rough, edge, order in ((~outside, "white", 3), (outside, _OUTSIDE, 4)):
                 part = each[rough]
                 axes.plot(
-                    part["predicted_ms"], part["measured_ms"], linestyle="",
+                    part["predicted_ms"], part["measured_ms"] / part["predicted_ms"], linestyle="",
                     marker=_MARKS.get(int(percentile), "D"), color=colours[str(trace)],
-                    markersize=6.5, markeredgecolor=edge, zorder=order,
-                    markeredgewidth=0.5 if order == 3 else 1.4,
+                    markersize=5.5, markeredgecolor=edge, zorder=order,
+                    markeredgewidth=0.5 if order == 3 else 1.1,
                 )  # fmt: skip
 
 
@@ -118,8 +133,12 @@ def draw_memory_latency(data: Mapping[str, Any], path: Path) -> None:
     """Draws memory of the experts on the device against p95 latency of a step.
 
     Gating kernels, all of which hold every expert, have a panel of their own: their times differ
-    by more than what buffers cost.
+    by more than what buffers cost. Where something was measured, predicted settings that were not
+    are left out, but for the recommended.
     """
+    left_out = len(data["predicted"])
+    data = measured_alone(data)
+    left_out -= len(data["predicted"])
     machines = list(dict.fromkeys(each["machine"] for each in data["measured"]))
     gatings = [each for each in data["predicted"] if each["kind"] == "gating"]
     buffers = [each for each in data["predicted"] if each["kind"] != "gating"]
@@ -142,10 +161,23 @@ def draw_memory_latency(data: Mapping[str, Any], path: Path) -> None:
         )  # fmt: skip
         figure.text(
             0.01, 0.925, f"all experts of {data['layers']} layers, {data['judged_steps']} steps; "
-            f"predicted from a calibration of {data['calibrated_on']}, {measured}",
+            f"predicted from a calibration of {data['calibrated_on']}, {measured}"
+            + (f"; {left_out} settings predicted alone are left out" if left_out else ""),
             fontsize=9.5, color=SOFT,
         )  # fmt: skip
         save(figure, path)
+
+
+def measured_alone(data: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Returns the data without predictions of settings that were not measured, if any were."""
+    kept = {each["setting"] for each in data["measured"]} | {data["recommended"]}
+    if not data["measured"]:
+        return data
+    series = ("predicted", "token_major", "hit_rate_alone")
+    return {
+        **data,
+        **{name: [each for each in data[name] if each["setting"] in kept] for name in series},
+    }
 
 
 def _draw_buffers(
@@ -154,7 +186,7 @@ def _draw_buffers(
     buffers: Sequence[Mapping[str, Any]],
     machines: Sequence[str],
 ) -> None:
-    places = _places(buffers)
+    places = places_of(buffers)
     for each in buffers:
         _draw_setting(axes, each, places[each["setting"]])
     for name, mark in (("token_major", "v"), ("hit_rate_alone", "D")):
@@ -174,8 +206,8 @@ def _draw_buffers(
         color=INK, linewidth=1.6, linestyle=(0, (5, 2)), zorder=3,
     )  # fmt: skip
     points = [each["p95_ms"] for each in (*buffers, *own, *data["hit_rate_alone"])]
-    sizes = sorted({each["device_bytes"] for each in buffers})
-    _set_times(axes, points, buffers)
+    sizes = sizes_of(buffers)
+    _set_times(axes, points, buffers, above=_ROOM if data["recommended"] in places else _LITTLE)
     axes.set_xscale("log", base=2)
     axes.xaxis.set_major_locator(FixedLocator([size / GIB for size in sizes]))
     axes.xaxis.set_minor_locator(NullLocator())
@@ -226,16 +258,31 @@ def _draw_measured(
                 )  # fmt: skip
 
 
-def _places(buffers: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+def places_of(buffers: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     """Returns where on the axis each setting stands: settings of one size beside each other."""
     by_size: dict[int, list[str]] = {}
+    sizes = sizes_of(buffers)
     for each in buffers:
-        by_size.setdefault(each["device_bytes"], []).append(each["setting"])
+        size = max(size for size in sizes if size <= each["device_bytes"])
+        by_size.setdefault(size, []).append(each["setting"])
     return {
         name: size / GIB * _DODGE ** (index - (len(names) - 1) / 2)
         for size, names in by_size.items()
         for index, name in enumerate(names)
     }
+
+
+def sizes_of(buffers: Sequence[Mapping[str, Any]]) -> list[int]:
+    """Returns sizes in ascending order, the least of those that are nearly the same."""
+    found: list[int] = []
+    for size in sorted({each["device_bytes"] for each in buffers}):
+        if not found or size > found[-1] * _SAME_SIZE:
+            found.append(size)
+    return found
+
+
+def _mark(each: Mapping[str, Any]) -> str:
+    return _AHEAD_MARK if each.get("ahead") else _MISS_MARKS.get(each["kind"], "_")
 
 
 def _colour(each: Mapping[str, Any]) -> str:
@@ -248,7 +295,7 @@ def _draw_setting(axes: Axes, each: Mapping[str, Any], place: float) -> None:
         axes.vlines(place, each["low_ms"], each["high_ms"], color=colour, linewidth=7, alpha=0.25,
                     zorder=2)  # fmt: skip
     axes.plot(
-        place, each["p95_ms"], marker=_MISS_MARKS.get(each["kind"], "_"), markersize=10,
+        place, each["p95_ms"], marker=_mark(each), markersize=10,
         color=colour, markeredgewidth=2.2, zorder=4,
     )  # fmt: skip
 
@@ -266,14 +313,19 @@ def _circle(axes: Axes, data: Mapping[str, Any], places: Mapping[str, float]) ->
     )  # fmt: skip
     axes.annotate(
         f"recommended within {data['budget_bytes'] / GIB:.0f} GiB: {name}",
-        (place, each["p95_ms"]), xytext=(0.5, 0.985), textcoords="axes fraction", ha="center",
+        (place, each["p95_ms"]), xytext=(0.62, 0.985), textcoords="axes fraction", ha="center",
         va="top", color=_OUTSIDE, fontweight="bold", zorder=8,
         bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.85, "pad": 1.5},
-        arrowprops={"arrowstyle": "-", "color": _OUTSIDE, "shrinkB": 10},
+        arrowprops={"arrowstyle": "-", "color": _OUTSIDE, "shrinkB": 10, "relpos": (0.5, 0)},
     )  # fmt: skip
 
 
-def _set_times(axes: Axes, points: Sequence[float], rows: Sequence[Mapping[str, Any]]) -> None:
+def _set_times(
+    axes: Axes,
+    points: Sequence[float],
+    rows: Sequence[Mapping[str, Any]],
+    above: float = _LITTLE,
+) -> None:
     """Shows all points, and of intervals what lies within twice their range."""
     if not points:
         return
@@ -281,7 +333,7 @@ def _set_times(axes: Axes, points: Sequence[float], rows: Sequence[Mapping[str, 
     known = [value for value in bands if value is not None]
     low = max(min([*points, *known]), min(points) / 2)
     high = min(max([*points, *known]), max(points) * 2)
-    ends = [low / 1.06, high * 1.16]
+    ends = [low / 1.06, high * above]
     axes.set(yscale="log", ylim=ends)
     _log_ticks(axes.yaxis, ends)
 
@@ -302,6 +354,8 @@ def _handles(data: Mapping[str, Any], machines: Sequence[str]) -> list[Any]:
             if kind in kinds
         ),
     ]
+    if any(each.get("ahead") for each in data["predicted"]):
+        handles.append(Line2D([], [], marker=_AHEAD_MARK, label="predicted, copied ahead", **dash))
     handles += [
         Line2D([], [], marker=mark, color=SOFT, linestyle="", markersize=6.5,
                label=f"measured, {machine}")
@@ -329,7 +383,7 @@ def _log_ticks(axis: Any, ends: Sequence[float]) -> None:
     """Labels a few round numbers, more where few decades are shown."""
     decades = np.log10(ends[1] / ends[0])
     within: tuple[float, ...] = (1, 2, 5)
-    if decades < 1:
+    if decades < _FEW_DECADES:
         within = (1, 1.5, 2, 3, 4, 5, 6, 8)
     if decades < 0.5:
         within = (1, 1.2, 1.4, 1.6, 1.8, 2, 2.5, 3, 3.5, 4, 5, 6, 7, 8, 9)

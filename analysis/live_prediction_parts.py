@@ -24,9 +24,13 @@ from analysis.live_prediction_words import (
     carried_rows,
     coverage_words,
     earlier_findings,
+    host_speed_findings,
+    host_speed_rows,
     machine_rows,
     median_error,
+    not_measured_notes,
     probe_notes,
+    regret_findings,
 )
 from moeprof.replay.result import SEVERITY_COST, SEVERITY_FACT, Finding, Metric, Result
 from moeprof.reporting.document import Described
@@ -134,9 +138,10 @@ def predictions_part(data: Mapping[str, Any]) -> Described:
                 metric="predictions/regret/median",
             )
         )
-    findings += _where_it_is_off(data)
-    findings += [*carried_findings(data), *earlier_findings(data)]
-    missing = data["not_measured"]
+    findings += [*regret_findings(data), *_where_it_is_off(data)]
+    findings += [
+        *host_speed_findings(data), *carried_findings(data), *earlier_findings(data),
+    ]  # fmt: skip
     result = Result(
         name="predictions",
         title="Predicted against measured",
@@ -164,14 +169,7 @@ def predictions_part(data: Mapping[str, Any]) -> Described:
             *carried_notes(data),
             f"{counts['not_to_tolerance']} of {whole['predictions']} percentiles are not known to "
             f"{percent(counts['tolerance'])} (half of the 90% interval over repetitions).",
-            f"{len(missing)} predicted settings were not measured: "
-            + "; ".join(
-                f"{each['setting']} ({each['trace']}, {each['machine']}: {each['why']})"
-                for each in missing
-            )
-            + "."
-            if missing
-            else "Every setting that was predicted was measured.",
+            *not_measured_notes(data),
         ),
     )
     section = result_section(
@@ -181,6 +179,10 @@ def predictions_part(data: Mapping[str, Any]) -> Described:
         figures=[_coverage_figure(data), _error_figure(data)],
         tables=[
             rows_table("By machine", machine_rows(data)),
+            rows_table(
+                "By speed of the host before a visit, after the fact and held to no goal",
+                host_speed_rows(data),
+            ),
             rows_table("By machine, model, percentile and kind", _group_rows(data)),
             rows_table("From another machine's trials, held to no goal", carried_rows(data)),
             rows_table(
@@ -510,8 +512,8 @@ def latency_part(data: Mapping[str, Any]) -> Described:
             "a copy; nothing overlaps and every step misses alike.",
             "The frontier has as few copies as any policy can do with so many slots (MIN, free to "
             "pass an expert through), decides for nothing, and no copy waits for a slot. Settings "
-            "that compute on the host, or hold all experts, do not copy what it copies and may be "
-            "below it.",
+            "that compute on the host, copy ahead, or hold all experts do not copy what it copies "
+            "when it copies, and may be below it.",
         ),
     )
     section = result_section(
@@ -613,7 +615,14 @@ def _latency_figure(data: Mapping[str, Any]) -> FigureData:
             for each in sorted(chosen, key=lambda each: each["device_bytes"])
         ]
 
-    copying = [each for each in data["predicted"] if each["kind"] == "load"]
+    was_measured = {each["setting"] for each in data["measured"]}
+    copying = [
+        each
+        for each in data["predicted"]
+        if each["kind"] == "load"
+        and not each.get("ahead")
+        and (each["setting"] in was_measured or not was_measured)
+    ]
     keys = ("recorded", "shuffled", "uniform", "dynamic_loop")
     policies = list(dict.fromkeys(each["policy"] for each in copying))
     series = [
@@ -641,8 +650,9 @@ def _latency_figure(data: Mapping[str, Any]) -> FigureData:
         )
         or "No buffer that copies was predicted.",
         how="Left and low is better. Ranges are stated 90% intervals. The frontier has as few "
-        "copies as can be. Only buffers that copy what they miss are drawn; memory-latency.png, "
-        "drawn beside the page, has every setting.",
+        "copies as can be. Drawn are buffers that copy what they miss as it comes, of those "
+        "measured if any were; memory-latency.png, drawn beside the page, has other kinds too, and "
+        "the table has every setting.",
         panels=[
             {
                 "title": "p95 of a step",

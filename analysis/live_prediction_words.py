@@ -1,11 +1,11 @@
-"""Predictions in words and rows: coverage, what carries over from another machine, earlier rounds.
+"""Predictions in words and rows: coverage, other machines, earlier rounds, and how fast hosts were.
 
 Leaves out the part of the page that they stand in (`analysis.live_prediction_parts`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pandas as pd
@@ -13,9 +13,11 @@ import pandas as pd
 from analysis.carried_predictions import CONSTANTS
 from analysis.live_goals import percent
 from analysis.live_parts import date_said
+from analysis.prediction_quality import MOST_REGRET
 from moeprof.replay.result import SEVERITY_FACT, Finding
 
 _OWN = "its own calibration"
+_MOST_CHOICES = 5
 
 
 def coverage_words(each: Mapping[str, Any]) -> str:
@@ -190,4 +192,130 @@ def probe_notes(data: Mapping[str, Any]) -> list[str]:
     return [
         f"A fixed piece of work on the host, timed before every visit of a setting: "
         f"{'; '.join(said)}. It says how steady the host was; nothing is corrected by it."
+    ]
+
+
+def host_speed_rows(data: Mapping[str, Any]) -> pd.DataFrame:
+    """Returns one row per machine, model and speed of the host; empty where no host was timed.
+
+    Args:
+        data: As `analysis.prediction_quality` writes it.
+    """
+    return pd.DataFrame(
+        {
+            "machine": each["machine"],
+            "model": each["model"],
+            "probe_over_its_fastest": _bin_words(each),
+            "visits": each["visits"],
+            "p50_measured_over_predicted_share": each["ratio"],
+            "p50_measured_over_predicted_share_low": each["ratio_low"],
+            "p50_measured_over_predicted_share_high": each["ratio_high"],
+            "inside": each["inside"],
+            "inside_share": each["inside"] / each["stated"] if each["stated"] else None,
+        }
+        for each in (data.get("by_host_speed") or {"groups": ()})["groups"]
+    )
+
+
+def _bin_words(each: Mapping[str, Any]) -> str:
+    if each["up_to"] is None:
+        return f"over {each['above']:g}"
+    return (
+        f"{each['above']:g} to {each['up_to']:g}" if each["above"] else f"up to {each['up_to']:g}"
+    )
+
+
+def host_speed_findings(data: Mapping[str, Any]) -> list[Finding]:
+    """Returns what measurements were where hosts ran at full speed, and where they were slow."""
+    groups = (data.get("by_host_speed") or {"groups": ()})["groups"]
+    said = []
+    for machine in dict.fromkeys(each["machine"] for each in groups):
+        own = [each for each in groups if each["machine"] == machine]
+        ends = (
+            [each for each in own if not each["above"]],
+            [each for each in own if each["up_to"] is None],
+        )
+        if all(ends):
+            models = dict.fromkeys(each["model"] for each in own)
+            ratios = ", ".join(
+                f"{model.removesuffix('.gguf')} "
+                + " and ".join(_ratio_of(end, model) for end in ends)
+                for model in models
+            )
+            inside = " and ".join(
+                f"{sum(each['inside'] for each in end)} of {sum(each['stated'] for each in end)}"
+                for end in ends
+            )
+            said.append(f"on {machine} {ratios}; inside the stated interval {inside}")
+    if not said:
+        return []
+    every = data["by_host_speed"]
+    text = (
+        f"In {every['slowest_bin']} of {every['visits']} visits of a setting the host was slow: a "
+        f"fixed piece of work just before took over {every['slow']:g} times as long as at its "
+        f"fastest. Measured over predicted p50 (medians over visits), first where the host ran at "
+        f"its speed (within {every['fast']:g} times), then where it was slow: {'. '.join(said)}. "
+        "This is after the fact and part of no goal."
+    ).replace(". on ", ". On ")
+    return [Finding(text=text, severity=SEVERITY_FACT + 3, section="predictions")]
+
+
+def _ratio_of(groups: Sequence[Mapping[str, Any]], model: str) -> str:
+    found = [each["ratio"] for each in groups if each["model"] == model]
+    return f"{found[0]:.2f}" if found else "none"
+
+
+def regret_findings(data: Mapping[str, Any]) -> list[Finding]:
+    """Returns which choices cost more than the goal allows, and how well that is known."""
+    rows = data["regret"]["rows"]
+    costly = sorted(
+        (each for each in rows if each["regret"] > MOST_REGRET),
+        key=lambda each: -each["regret"],
+    )
+    if not costly:
+        return []
+    # What one visit measured has no spread.
+    sure = {
+        (each["routing"], each["machine"], each["setting"], each["percentile"])
+        for each in data["rows"]
+        if each["measured_spread"] is not None
+        and each["measured_spread"] <= data["counts"]["tolerance"]
+    }
+    certain = sum(
+        all(
+            (each["routing"], each["machine"], each[key], each["percentile"]) in sure
+            for key in ("recommended", "best")
+        )
+        for each in costly
+    )
+    named = "; ".join(
+        f"{each['recommended']} instead of {each['best']} ({each['routing']}, {each['machine']}, "
+        f"p{each['percentile']}) {100 * each['regret']:.0f}%"
+        for each in costly[:_MOST_CHOICES]
+    )
+    text = (
+        f"{len(costly)} of {len(rows)} choices cost more than {percent(MOST_REGRET)} over the best "
+        f"measured"
+        + (f", the {_MOST_CHOICES} costliest" if len(costly) > _MOST_CHOICES else "")
+        + f": {named}. In {certain} of them both settings are known to "
+        f"{percent(data['counts']['tolerance'])}."
+    )
+    return [Finding(text=text, severity=SEVERITY_FACT + 3, section="predictions")]
+
+
+def not_measured_notes(data: Mapping[str, Any]) -> list[str]:
+    """Returns which predicted settings were not measured, and why, together where it is alike."""
+    missing = data["not_measured"]
+    if not missing:
+        return ["Every setting that was predicted was measured."]
+    alike: dict[tuple[str, str, str], list[str]] = {}
+    for each in missing:
+        key = (each["trace"], each["machine"], each["why"])
+        alike.setdefault(key, []).append(each["setting"])
+    words = "; ".join(
+        f"{len(names)} of {trace} on {machine}, {why} ({', '.join(names)})"
+        for (trace, machine, why), names in alike.items()
+    )
+    return [
+        f"{len(missing)} settings were predicted for a machine and not measured there: {words}."
     ]

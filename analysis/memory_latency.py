@@ -167,6 +167,7 @@ def _row(one: Prediction) -> dict[str, Any]:
         else setting.miss
         if buffered
         else "unbuffered",
+        "ahead": setting.prefetch if buffered else 0,
         "device_bytes": one.device_bytes,
         "hit_rate": one.hit_rate,
         "p95_ms": value,

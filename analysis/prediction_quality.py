@@ -13,13 +13,15 @@ predictions by the digits that were printed, and are counted apart. Regret is th
 `moeprof.live.regrets`, per routing, machine, percentile and memory. Goals are met or missed as they
 fall; what was predicted and not measured is listed. Predictions that were carried over from another
 machine (carried-*.json, `analysis.carried_predictions`) are judged by the same measurements, apart;
-what an earlier round came to (earlier_predictions.json) stays beside.
+what an earlier round came to (earlier_predictions.json) stays beside, and so does, as part of no
+goal, how visits fell by the speed of the host before them (`analysis.host_speeds`).
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import re
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
@@ -31,6 +33,7 @@ import pandas as pd
 from analysis import command
 from analysis.carried_predictions import Carried, judged_again, read_carried
 from analysis.earlier_predictions import EARLIER, earlier_of, read_earlier
+from analysis.host_speeds import by_host_speed
 from analysis.judged_rows import MODELS_OF_TIME, pooled_rows, quality_of, regret_of, regret_rows
 from analysis.judgements import Judgement, read_judgements
 from moeprof.live.verification import TOLERANCE
@@ -46,6 +49,9 @@ LEAST_SETTINGS, LEAST_MODELS, LEAST_POLICIES, LEAST_CAPACITIES = 48, 3, 4, 4
 MOST_MEDIAN_ERROR = 0.05
 MOST_OF_NAIVE = 1 / 3
 MOST_MEDIAN_REGRET, MOST_REGRET = 0.02, 0.10
+
+_LATE = re.compile(r"no time for (.+)$")
+"""In the notes of `moeprof verify`: settings that were asked for and not reached."""
 
 
 def pooled(
@@ -100,6 +106,7 @@ def pooled(
         "regret": regret,
         "not_measured": _not_measured(judgements, rows),
         "goals": _goals(counts, whole, regret),
+        "by_host_speed": by_host_speed(judgements),
         "carried": judged_again(judgements, carried) if carried else None,
         "earlier": None if earlier is None else earlier_of(earlier, sources),
         "rows": json.loads(rows.to_json(orient="records", double_precision=12)),
@@ -149,17 +156,33 @@ def _not_measured(judgements: Sequence[Judgement], rows: pd.DataFrame) -> list[d
         own = rows[(rows["trace"] == one.trace) & (rows["machine"] == machine)]
         ran = set(own.loc[own["measured_ms"].notna(), "setting"])
         tried = set(own["setting"])
+        late = {
+            name
+            for each in judgements
+            if (each.predicted, each.machine) == (predicted, machine)
+            for name in _late(each)
+        }
         found += [
             {
                 "trace": one.trace,
                 "machine": machine,
                 "setting": name,
-                "why": "no room" if name in tried else "not run",
+                "why": "no room"
+                if name in tried
+                else "no time was left"
+                if name in late
+                else "not run",
             }
             for name in one.predictions.settings
             if name not in ran
         ]
     return found
+
+
+def _late(one: Judgement) -> list[str]:
+    """Returns settings that a run says it had no time for."""
+    found = [_LATE.search(note) for note in one.content["notes"]]
+    return [name for match in found if match for name in match[1].split(", ")]
 
 
 def _goals(

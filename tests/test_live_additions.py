@@ -14,13 +14,14 @@ import verified_files as made
 
 pytest.importorskip("torch")
 
+from analysis import live_prediction_drawings
 from analysis import live_results as analysis
 from analysis import prediction_quality as quality
 from analysis.earlier_predictions import reduced
 from analysis.live_evidence import ADDITIONAL_FILES, FILES, RESULTS, read_evidence
 from analysis.live_parallel_parts import step_rows
 from analysis.live_prediction_drawings import draw_memory_latency, draw_predictions
-from analysis.live_prediction_parts import latency_rows
+from analysis.live_prediction_parts import latency_part, latency_rows
 from analysis.live_prediction_words import carried_findings, earlier_findings
 from moeprof.errors import MoeprofError
 
@@ -269,6 +270,37 @@ def test_a_prediction_that_was_not_measured_is_still_shown(evidence, additions, 
     table = latency_rows(latency_result())
     assert table["measured, H200_ms"].notna().all()
     assert table["hit rate alone_ms"].notna().sum() == 4
+
+
+def test_what_was_not_measured_does_not_crowd_the_figure(tmp_path):
+    data = latency_result()
+    del data["measured"][1]  # lru:25%, which is recommended
+    del data["measured"][-2]  # min:50%
+    shown = live_prediction_drawings.measured_alone(data)
+    assert {each["setting"] for each in data["predicted"]} - {
+        each["setting"] for each in shown["predicted"]
+    } == {"min:50%"}
+    assert [each["setting"] for each in shown["hit_rate_alone"]].count("min:50%") == 0
+    unjudged = latency_result(judged=False)
+    assert live_prediction_drawings.measured_alone(unjudged) == unjudged
+    # A few staged experts more are no other size; a setting that copies ahead has another mark.
+    (ahead,) = [dict(each) for each in data["predicted"] if each["setting"] == "lru:50%"]
+    ahead |= {"setting": "lru:50%:ahead=1", "ahead": 1,
+              "device_bytes": ahead["device_bytes"] * 1001 // 1000}  # fmt: skip
+    buffers = [*shown["predicted"], ahead]
+    assert len(live_prediction_drawings.sizes_of(buffers)) == 3
+    places = live_prediction_drawings.places_of(buffers)
+    assert len(set(places.values())) == len(buffers)
+    assert 1 < places["lru:50%:ahead=1"] / places["lru:50%"] < 1.2
+    more = {**data, "predicted": [*data["predicted"], ahead]}
+    figure = tmp_path / "more.png"
+    draw_memory_latency({**more, "recommended": "lru:50%:ahead=1"}, figure)
+    assert figure.read_bytes().startswith(b"\x89PNG")
+    # Lines of the page join sizes of one policy: what copies ahead is on none of them.
+    (figure_data,) = latency_part(more).data["sections"][0]["figures"]
+    lines = {each["label"]: each["points"] for each in figure_data["panels"][0]["series"]}
+    # Of lru only 50% was measured.
+    assert len(lines["lru, predicted"]) == 1 and len(lines["min, predicted"]) == 1
 
 
 def test_the_command_writes_what_is_there(additions, tmp_path, capsys):

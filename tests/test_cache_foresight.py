@@ -146,6 +146,20 @@ def two_sites(capacity: int, *, prefetch: int, staging: int = 0) -> Residency:
     )
 
 
+def test_the_next_site_may_be_in_no_cache() -> None:
+    # A replay has caches only where the trace has lookups.
+    machine = functools.partial(policies.SIMPLE_MACHINES["lru"], [1] * 4, 2)
+    residency = Residency(
+        [CacheSpec(sites=((0, 4),), capacity=2, pool=0, machine=machine)],
+        [3],
+        prefetch=1,
+        foresight=Foresight([[(0, 4), (1, 4)]]),
+    )
+    for experts in ([1], [2, 3]):
+        residency.plan(0, experts, [1] * len(experts), MissRule())
+        assert residency.fetch_ahead(0, experts) == []
+
+
 def step(residency: Residency, site: int, experts: Sequence[int], **rule: Any) -> Any:
     planned = residency.plan(site, experts, [1] * len(experts), MissRule(**rule))
     return planned, residency.fetch_ahead(site, experts)

@@ -255,7 +255,8 @@ class ExpertBuffer:
             plan.pool_slots,
             full=self.settings.initial == "full",
             prefetch=self.settings.prefetch,
-            foresight=Foresight(_in_stacks(self.sites)),
+            # It counts pairs of experts: nothing to hold where nobody asks.
+            foresight=Foresight(_in_stacks(self.sites)) if self.settings.prefetch else None,
         )
         self._transfers = open_transfers(slots) if slots else None
         if self._rule.action != "load":

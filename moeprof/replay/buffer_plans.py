@@ -281,6 +281,7 @@ def residency_of(
     staging = _STAGING if needs_staging and setting.miss != "host" else 0
     staging += setting.prefetch
     slots = sum(cache.capacity for cache in caches)
+    in_stack = [(site.site, site.num_experts) for site in routed.sites]
     capacity_of = {site: cache.capacity for cache in caches for site, _ in cache.sites}
     return EmptyCaches(
         residency=Residency(
@@ -288,7 +289,7 @@ def residency_of(
             [slots + staging],
             full=setting.initial == "full",
             prefetch=setting.prefetch,
-            foresight=Foresight([[(site.site, site.num_experts) for site in routed.sites]]),
+            foresight=Foresight([in_stack]) if setting.prefetch else None,
         ),
         capacity=np.array([capacity_of.get(site.site, 0) for site in routed.sites], np.int32),
         num_slots=slots,

@@ -293,11 +293,15 @@ class Residency:
             return []
         assert self._foresight is not None
         self._foresight.learn(site, experts)
+        likely = self._foresight.ranked(site)
+        if not likely:
+            # A next site that is never looked up may be in no cache.
+            return []
         upcoming = self._foresight.site_after(site)
         cache, first = self._place[upcoming]
         slots, pool = self._slots[cache], self._caches[cache].pool
         ahead, free = self._ahead[pool], self._free[pool]
-        absent = (e for e in self._foresight.ranked(site) if first + e not in slots)
+        absent = (expert for expert in likely if first + expert not in slots)
         likeliest = [(upcoming, expert) for expert in itertools.islice(absent, self._prefetch)]
         wanted = [key for key in likeliest if key not in ahead]
         for key in [key for key in ahead if key not in likeliest]:

@@ -51,6 +51,13 @@ def other_sizes(machine: Any) -> Any:
     return dataclasses.replace(machine, to_device=longer)
 
 
+def as_many_sizes(machine: Any) -> Any:
+    sizes = tuple(2.0 * size for size in machine.to_device.sizes)
+    return dataclasses.replace(
+        machine, to_device=dataclasses.replace(machine.to_device, sizes=sizes)
+    )
+
+
 @pytest.mark.parametrize(
     ("change", "said"),
     [
@@ -58,6 +65,7 @@ def other_sizes(machine: Any) -> Any:
         (lambda m: dataclasses.replace(m, dtype="float16"), "other weights"),
         (lambda m: dataclasses.replace(m, is_serial=not m.is_serial), "other weights or devices"),
         (other_sizes, "other sizes"),
+        (as_many_sizes, "other sizes"),
     ],
 )  # fmt: skip
 def test_different_machines_are_refused(change: Any, said: str) -> None:

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from moeprof.errors import CalibrationError
-from moeprof.replay.calibration_file import Calibration, Measured
+from moeprof.replay.calibration_file import Calibration, Curve, Measured
 
 _SAME = ("dtype", "is_serial")
 _HINT = "pool calibrations of one kind of machine, measured with the same sizes"
@@ -63,6 +63,8 @@ def _together(values: Sequence[Any]) -> Any:
     first = known[0]
     if isinstance(first, Measured):
         return _measured(known)
+    if isinstance(first, Curve) and not _is_same([curve.sizes for curve in known]):
+        raise _other_sizes()
     if dataclasses.is_dataclass(first) and not isinstance(first, type):
         return type(first)(
             **{
@@ -77,14 +79,18 @@ def _together(values: Sequence[Any]) -> Any:
         }
     if isinstance(first, tuple):
         if len({len(value) for value in known}) > 1:
-            raise CalibrationError("the calibrations were measured at other sizes", hint=_HINT)
+            raise _other_sizes()
         return tuple(_together(list(each)) for each in zip(*known, strict=True))
     if isinstance(first, float) and not _is_same(known):
         # Parts of a fit: one that is zero at one time is half of what it was at another.
         return float(np.mean(known))
     if not _is_same(known):
-        raise CalibrationError("the calibrations were measured at other sizes", hint=_HINT)
+        raise _other_sizes()
     return first
+
+
+def _other_sizes() -> CalibrationError:
+    return CalibrationError("the calibrations were measured at other sizes", hint=_HINT)
 
 
 def _is_same(values: Sequence[Any]) -> bool:

@@ -62,6 +62,19 @@ def test_of_equal_experts_the_lowest_is_chosen():
     assert (weights[:, 0] == weights[:, 2]).all() and (weights[:, 3] < weights[:, 2]).all()
 
 
+@pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_rows_without_numbers_choose_experts_that_there_are(device):
+    weight, rows = router_of(20, 32)
+    rows[5] = float("nan")
+    parts = router.in_parts(weight.to(device))
+    ids, weights = router.route(rows.to(device), parts, top_k=3)
+    assert ids[5].tolist() == [0, 1, 2] and weights[5].isnan().all()
+    assert ids.min() >= 0 and ids.max() < 20
+    others = torch.arange(len(rows)) != 5
+    assert weights[others].isfinite().all()
+
+
 def test_no_tokens():
     weight, rows = router_of(24, 32)
     ids, weights = router.route(rows[:0], router.in_parts(weight), top_k=2)

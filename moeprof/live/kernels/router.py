@@ -26,7 +26,10 @@ def _top(
     logits, ids, weights, num_tokens, num_experts, K: tl.constexpr, SLOTS: tl.constexpr,
     PARTS: tl.constexpr, EXPERTS: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """Chooses each token's top experts, best first; of equal ones the lowest id."""
+    """Chooses each token's top experts, best first; of equal ones the lowest id.
+
+    What is no number comes first, as in `torch.topk`; its token's weights are no numbers either.
+    """
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     expert = tl.arange(0, EXPERTS)
     inside = (row < num_tokens)[:, None] & (expert < num_experts)[None, :]
@@ -36,6 +39,8 @@ def _top(
         # The smallest part first, which loses least.
         at = place + (PARTS - 1 - part) * num_experts
         score += tl.load(logits + at, mask=inside, other=0.0)
+    # Nothing compares with what is no number: the choice could fall behind the last expert.
+    score = tl.where(score == score, score, float("inf"))  # noqa: PLR0124
     score = tl.where((expert < num_experts)[None, :], score, float("-inf"))
     slot = tl.arange(0, SLOTS)
     best = tl.full((ROWS, SLOTS), float("-inf"), dtype=tl.float32)

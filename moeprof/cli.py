@@ -788,6 +788,12 @@ def calibrate(
     from moeprof.replay.calibration_file import read_calibration, write_calibration
 
     if pooled_files:
+        measured = ("device", "expert_bytes", "dtype", "policies", "kernels", "ranks",
+                    "trials_from")  # fmt: skip
+        said = [name for name in measured if context.params[name] is not None]
+        if said:
+            option = said[0].replace("_", "-")
+            raise click.UsageError(f"--pool measures nothing: leave out --{option}", context)
         return _pool_calibrations(talk, pooled_files, target, force=force)
     place = device_named(device)
     sizes = sizes_for(place)

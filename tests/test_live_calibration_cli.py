@@ -136,6 +136,32 @@ def test_trials_of_another_machine(run: Run, tmp_path: Path) -> None:
     assert code == 3 and "has no trials" in err
 
 
+def test_trials_are_refused_before_anything_is_measured(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    code, _, err = calibrated(run, "-o", "other.json", "--expert-bytes", "3KiB")
+    assert code == 0, err
+    monkeypatch.setattr(calibration, "made_up", None)
+    code, _, err = calibrated(run, "--trials-from", "other.json", "--dtype", "bfloat16")
+    assert code == 3 and "experts of float32 there, bfloat16 here" in err
+
+
+def test_calibrations_of_other_weights_are_pooled(run: Run, tmp_path: Path) -> None:
+    arguments = ("--dtype", "bfloat16", "--expert-bytes", "3KiB")
+    code, _, err = calibrated(run, "-o", "one.json", *arguments)
+    assert code == 0, err
+    one = read_calibration(tmp_path / "one.json")
+    pooling = ("calibrate", "--pool", "one.json", "--pool", "one.json", "-o", "both.json")
+    code, out, err = run(*pooling)
+    assert (code, out) == (0, "both.json\n"), err
+    both = read_calibration(tmp_path / "both.json")
+    assert both.dtype == "bfloat16" and len(both.trials) == 2 * len(one.trials)
+    assert both.command.startswith("moeprof calibrate --pool one.json")
+    for option in (("--trials-from", "one.json"), ("--dtype", "float32")):
+        code, _, err = run(*pooling, "--force", *option)
+        assert code == 2 and f"leave out {option[0]}" in err
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [

@@ -43,6 +43,7 @@ from moeprof.replay.cache import policies
 from moeprof.replay.calibration_file import Calibration, Measured
 from moeprof.replay.corrections import (
     TriedBuffer,
+    check_trials,
     fit_by_size,
     fit_corrections,
     with_trials_of,
@@ -101,6 +102,9 @@ def calibrate(
     for policy in policies:
         # Refuses unknown ones before anything takes time.
         BufferingSetting(capacity=None, policy=policy)
+    if trials_from is not None:
+        # Before anything takes time, likewise.
+        check_trials(trials_from, dtype=chosen.dtype)
     show = progress or (lambda *_: None)
     # First: ranks that do not find each other should not cost all the rest.
     exchange = None if num_ranks is None else exchange_curve(num_ranks, device=target)
@@ -240,7 +244,7 @@ def refitted(machine: Calibration, sizes: CalibrationSizes | None = None) -> Cal
 
     Args:
         machine: A calibration.
-        sizes: Those that it was measured with; of its device when None.
+        sizes: Those that it was measured with; of its device and weights when None.
 
     Raises:
         UsageError: These are not its trials.
@@ -258,7 +262,7 @@ def pooled(
 
     Args:
         calibrations: In order of time.
-        sizes: Those that they were measured with; of their device when None.
+        sizes: Those that they were measured with; of their device and weights when None.
 
     Raises:
         CalibrationError: They are of different machines or sizes.
@@ -280,7 +284,9 @@ def _tried_again(
             f"the trials are those of {source.trials_of.machine}, by other constants",
             hint="fit the calibration of that machine again",
         )
-    given = sizes or (CPU_SIZES if source.is_serial else GPU_SIZES)
+    given = sizes or dataclasses.replace(
+        CPU_SIZES if source.is_serial else GPU_SIZES, dtype=source.dtype
+    )
     others = UsageError(
         "the calibration has other trials than these sizes ask for",
         hint="give the sizes that it was measured with",

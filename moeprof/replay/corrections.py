@@ -113,6 +113,31 @@ def fit_by_size(buffers: Sequence[TriedBuffer]) -> dict[int, Corrections]:
     return found
 
 
+def check_trials(other: Calibration, *, dtype: str) -> None:
+    """Refuses trials that say nothing about experts of a type, whatever the machine.
+
+    Args:
+        other: Calibration whose trials are to be taken.
+        dtype: Of the experts that they are taken for.
+
+    Raises:
+        CalibrationError: It has no trials, those of other parts, or of experts of another type.
+    """
+    hint = f"measure {other.name} again: moeprof calibrate -o FILE"
+    if other.corrections is None:
+        raise CalibrationError(f"the calibration of {other.name} has no trials", hint=hint)
+    if any(each.parts != PARTS for each in (other.corrections, *other.by_size.values())):
+        raise CalibrationError(
+            f"the calibration of {other.name} corrects other parts than this moeprof models",
+            hint=hint,
+        )
+    if other.dtype != dtype:
+        raise CalibrationError(
+            f"trials on {other.name} say nothing: experts of {other.dtype} there, {dtype} here",
+            hint="take the trials of a machine that runs the same",
+        )
+
+
 def with_trials_of(constants: Calibration, other: Calibration) -> Calibration:
     """Returns a machine's constants, corrected by what another machine's trials say.
 
@@ -126,16 +151,8 @@ def with_trials_of(constants: Calibration, other: Calibration) -> Calibration:
     Raises:
         CalibrationError: The other has no trials, or its machine did not run the same work.
     """
-    hint = f"measure {other.name} again: moeprof calibrate -o FILE"
-    if other.corrections is None:
-        raise CalibrationError(f"the calibration of {other.name} has no trials", hint=hint)
-    if any(each.parts != PARTS for each in (other.corrections, *other.by_size.values())):
-        raise CalibrationError(
-            f"the calibration of {other.name} corrects other parts than this moeprof models",
-            hint=hint,
-        )
+    check_trials(other, dtype=constants.dtype)
     for what, own, its in (
-        ("experts of", constants.dtype, other.dtype),
         ("is the host itself:", constants.is_serial, other.is_serial),
         ("runs in pieces:", constants.streamed is not None, other.streamed is not None),
     ):

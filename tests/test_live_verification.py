@@ -23,7 +23,7 @@ from moeprof.live.setting_runs import open_stack  # noqa: E402
 from moeprof.live.step_percentiles import spread_of, visits_of  # noqa: E402
 from moeprof.live.verification import VerifyOptions  # noqa: E402
 from moeprof.replay.expert_shapes import ExpertShape  # noqa: E402
-from moeprof.replay.serving_settings import parse_setting  # noqa: E402
+from moeprof.replay.serving_settings import BufferingSetting, parse_setting  # noqa: E402
 from moeprof.trace.synthetic import synthetic_trace  # noqa: E402
 
 SHAPE = ExpertShape(d_model=16, d_ff=8, dtype="float32")
@@ -200,6 +200,36 @@ def test_what_does_not_fit_is_said(
     known = result.table.set_index("setting")["measured_ms"].notna()
     assert not known["lru:2"].any() and known["min:2"].all()
     assert any("No room on the device for lru:2" in each.text for each in result.findings)
+
+
+@pytest.mark.parametrize(
+    "changes", [{"scope": "stack"}, {"initial": "full"}, {"capacity": 0.25}], ids=str
+)
+def test_settings_that_their_names_do_not_say_are_refused(
+    trace: Any, machine: Any, changes: Any
+) -> None:
+    setting = BufferingSetting(**{"capacity": 2, **changes})
+    with pytest.raises(UsageError, match="cannot be run by that name") as caught:
+        verification.make_predictions(trace, machine, [setting], OPTIONS)
+    assert caught.value.hint
+
+
+def test_page_locks_are_let_go_of_whatever_happens(
+    trace: Any, machine: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    closed = []
+    close = verification.RoutedStack.close
+    monkeypatch.setattr(
+        verification.RoutedStack, "close", lambda stack: (closed.append(stack), close(stack))
+    )
+
+    def interrupted(*_: Any, **__: Any) -> Any:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(verification, "run_in_rounds", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        live.verify(trace, machine, SETTINGS[:1], OPTIONS, device="cpu")
+    assert len(closed) == 1
 
 
 def test_predictions_of_something_else(trace: Any, machine: Any, tmp_path: Path) -> None:

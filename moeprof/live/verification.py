@@ -60,6 +60,7 @@ TOLERANCE = 0.02
 
 _TAIL = 0.05
 _BISECTIONS = 60
+_LIBRARY_ROWS = 16
 _VISIT_COLUMNS = ("setting", "round", "begun_s", "probe_ms", "repetitions")
 
 
@@ -179,11 +180,13 @@ def make_predictions(
         progress: Called with (setting, done, all).
 
     Raises:
-        UsageError: A setting cannot be predicted.
+        UsageError: A setting cannot be predicted, or its name does not say how to run it.
     """
     chosen = list(default_settings(calibration) if settings is None else settings)
     if not chosen:
         raise UsageError("there is nothing to predict", hint="name a setting, as in lru:32")
+    for setting in chosen:
+        _check_name(setting)
     given = options or VerifyOptions()
     question = given.question(trace)
     rows = []
@@ -206,6 +209,18 @@ def make_predictions(
             "date": datetime.now(UTC).isoformat(timespec="seconds"),
         },
     )
+
+
+def _check_name(setting: Setting) -> None:
+    """Refuses a setting that cannot be run from its name, which is what predictions keep of it."""
+    try:
+        parse_setting(setting.name)
+    except UsageError:
+        raise UsageError(
+            f"{setting.name!r} cannot be run by that name",
+            hint="caches are by layer, empty at the start, a share is text ('25%'); "
+            "moeprof.replay.cost predicts others",
+        ) from None
 
 
 def _whose_trials(calibration: Calibration) -> dict[str, str]:
@@ -386,15 +401,17 @@ def verify(
         max_steps=chosen.max_steps,
         share_host=share_host,
     )
-    if stack.shape.expert_bytes != predictions.shape.expert_bytes:
-        raise UsageError(
-            f"experts of {stack.shape.expert_bytes} bytes run here, predicted were "
-            f"{predictions.shape.expert_bytes}",
-            hint="say the shape of the experts, for both",
-        )
-    left_s = None if most_s is None else most_s - (time.perf_counter() - begun_s)
-    found = _measured(stack, names, chosen, question.judged, left_s, progress)
-    stack.close()
+    try:
+        if stack.shape.expert_bytes != predictions.shape.expert_bytes:
+            raise UsageError(
+                f"experts of {stack.shape.expert_bytes} bytes run here, predicted were "
+                f"{predictions.shape.expert_bytes}",
+                hint="say the shape of the experts, for both",
+            )
+        left_s = None if most_s is None else most_s - (time.perf_counter() - begun_s)
+        found = _measured(stack, names, chosen, question.judged, left_s, progress)
+    finally:
+        stack.close()
     measured, late = found.measured, found.late
     rows = [row for row in predictions.rows if row["setting"] in measured]
     table = _table(rows, measured)
@@ -446,8 +463,10 @@ def _measured(
         most_s=most_s,
     )
     _open_libraries(stack)
-    found = run_in_rounds(names, opened, limits, spread=spread, progress=progress)
-    resident.let_go()
+    try:
+        found = run_in_rounds(names, opened, limits, spread=spread, progress=progress)
+    finally:
+        resident.let_go()
     of_judged = {
         name: None if visited is None else visited.of_steps(judged)
         for name, visited in found.measured.items()
@@ -462,8 +481,10 @@ def _open_libraries(stack: RoutedStack) -> None:
     A first product in some later visit would cut it out of the tens of GiB that torch keeps
     between visits. These could then neither be had whole by a setting nor be given back.
     """
+    # A few rows will do: all of them by all of them may be larger than the device.
+    rows = stack.hidden[:_LIBRARY_ROWS]
     with made_current(stack.device):
-        stack.hidden @ stack.hidden.T
+        rows @ rows.T
 
 
 def _table(

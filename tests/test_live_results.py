@@ -306,7 +306,7 @@ def test_what_the_readme_says_of_memory_and_latency(raw):
         error = np.median([abs(said[name] / measured[name] - 1) for name in copying])
         assert f"{words} {100 * error:.1f}%" in text
     (circled,) = [row for row in data["predicted"] if row["setting"] == data["recommended"]]
-    assert measured[data["recommended"]] > circled["high_ms"]
+    assert circled["low_ms"] <= measured[data["recommended"]] <= circled["high_ms"]
     assert (
         f"(circled, {data['recommended']}) took {measured[data['recommended']]:.0f} ms, "
         f"{circled['low_ms']:.0f} to {circled['high_ms']:.0f} were predicted" in text

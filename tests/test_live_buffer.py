@@ -558,3 +558,32 @@ def test_weights_come_from_the_trace(trace: Any, steps: list[RoutedStep]) -> Non
     for dispatch, each in zip(dispatches, passes, strict=True):
         assert np.array_equal(dispatch.experts, each.ids.numpy())
         assert np.array_equal(dispatch.weights, each.weights.numpy())
+
+
+@pytest.mark.parametrize("prefetch", [0, 2])
+def test_after_half_a_dispatch_nothing_is_run_before_a_reset(
+    trace: Any, monkeypatch: pytest.MonkeyPatch, prefetch: int
+) -> None:
+    sites = random_sites(trace, GEOMETRY, stack="decoder")
+    hidden, gates = torch.randn(2, 24), torch.ones(2, 2)
+    several, last = torch.tensor([[0, 1], [2, 1]]), torch.tensor([[2, -1], [-1, -1]])
+    expected = ExpertBuffer(sites, BufferSettings(capacity=None), device="cpu").run(
+        sites[0].site, hidden, last, gates
+    )
+    buffer = ExpertBuffer(sites, BufferSettings(capacity=1, prefetch=prefetch), device="cpu")
+
+    def without_memory(*_: Any) -> Any:
+        raise torch.cuda.OutOfMemoryError("too much")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ExpertWeights, "run", without_memory)
+        with pytest.raises(torch.cuda.OutOfMemoryError):
+            buffer.run(sites[0].site, hidden, several, gates)
+    # Expert 2 has its slot, but was never copied.
+    for _ in range(2):
+        with pytest.raises(moeprof.MoeprofError, match="broke off halfway") as caught:
+            buffer.run(sites[0].site, hidden, last, gates)
+        assert caught.value.hint
+    buffer.reset()
+    assert torch.equal(buffer.run(sites[0].site, hidden, last, gates), expected)
+    assert not buffer.audit()

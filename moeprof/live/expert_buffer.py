@@ -17,7 +17,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from moeprof.errors import UsageError
+from moeprof.errors import MoeprofError, UsageError
 from moeprof.live.cache_plans import plan_caches
 from moeprof.live.expert_store import BlockShape, Bytes, ExpertStore
 from moeprof.live.experts import ExpertWeights
@@ -233,6 +233,7 @@ class ExpertBuffer:
         else:
             self._make_slots()
         self._step = -1
+        self._is_halfway = False
         self._log: list[tuple[int, int, list[Planned], list[int]]] = []
         self._num_copies = self._copied_bytes = self._num_initial = 0
         self._num_ahead = self._ahead_bytes = 0
@@ -291,6 +292,7 @@ class ExpertBuffer:
     def reset(self) -> None:
         """Starts anew: empty caches (full ones where so set), no lookups, steps from 0."""
         self._step = -1
+        self._is_halfway = False
         self._log.clear()
         self._num_copies = self._copied_bytes = self._num_initial = 0
         self._num_ahead = self._ahead_bytes = 0
@@ -337,6 +339,10 @@ class ExpertBuffer:
             hidden: [T, d_model].
             ids: [T, k] indices into the site's experts here; -1 in slots that are not executed.
             weights: [T, k].
+
+        Raises:
+            MoeprofError: The last dispatch broke off halfway (no memory, an interruption): nothing
+                is run before `reset`.
         """
         place = self._by_id[site]
         streamed = self._streamed.get(site)
@@ -385,11 +391,28 @@ class ExpertBuffer:
                 blocks = self._blocks[place.site]
                 streamed.run(experts, [blocks[expert] for expert in experts])
             return streamed.combined()
-        planned = self._residency.plan(place.site, experts, rows, self._rule)
-        if planned:
-            self._log.append((self._step, place.site, planned, rows))
+        if experts:
+            planned = self._plan(place, experts, rows)
             self._run_pieces(place, streamed, planned, hidden)
+            self._is_halfway = False
         return streamed.combined()
+
+    def _plan(self, place: BufferedSite, experts: list[int], rows: list[int]) -> list[Planned]:
+        """Returns what is done about active experts; whoever asks says when it is done.
+
+        Raises:
+            MoeprofError: The last dispatch broke off: its copies may be missing.
+        """
+        assert self._residency is not None
+        if self._is_halfway:
+            raise MoeprofError(
+                "the last dispatch broke off halfway, so what lies in the slots is not known",
+                hint="start anew: ExpertBuffer.reset()",
+            )
+        self._is_halfway = True
+        planned = self._residency.plan(place.site, experts, rows, self._rule)
+        self._log.append((self._step, place.site, planned, rows))
+        return planned
 
     def _run_pieces(
         self,
@@ -485,9 +508,9 @@ class ExpertBuffer:
             ]
         else:
             rows = [end - start for start, end in bounds]
-            planned = self._residency.plan(place.site, active, rows, self._rule)
-            self._log.append((self._step, place.site, planned, rows))
+            planned = self._plan(place, active, rows)
             pieces = self._run_planned(place, given, planned, bounds)
+            self._is_halfway = False
         torch.cat(pieces, out=returned[: ends[-1]])
         return returned
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -25,7 +26,8 @@ _OUTSIDE = "#b3261e"
 _KIND_STYLES: Mapping[str, str] = MappingProxyType(
     {
         "lru": "#1f4fc4", "lfu": "#c9622a", "paper": "#0f8a6d", "min": "#9a4fb0",
-        "unbuffered": "#1d2129", "gating": "#6b7280",
+        "fifo": "#b08900", "s3fifo": "#7a4a1e", "arc": "#d0568b", "unbuffered": "#1d2129",
+        "gating": "#6b7280",
     }
 )  # fmt: skip
 _MISS_WORDS: Mapping[str, str] = MappingProxyType(
@@ -40,8 +42,11 @@ _SAME_SIZE = 1.01
 _LITTLE, _ROOM = 1.16, 1.7
 """Above the highest point, times as high: without and with words there."""
 
+_SUBTITLE_INCHES = 0.465
 _DODGE = 2**0.095
-"""Between settings of one size."""
+"""Between settings of one size, at most."""
+_OF_GAP = 0.8
+"""Of what lies between two sizes, what their settings fill."""
 _ASIDE = 2**0.024
 """How far hollow marks stand beside their setting."""
 
@@ -130,39 +135,46 @@ def _draw_machine(axes: Axes, rows: pd.DataFrame, colours: Mapping[str, str]) ->
 
 
 def draw_memory_latency(data: Mapping[str, Any], path: Path) -> None:
-    """Draws memory of the experts on the device against p95 latency of a step.
+    """Draws memory of the experts on the device against p95 latency of a step, a row per machine.
 
     Gating kernels, all of which hold every expert, have a panel of their own: their times differ
     by more than what buffers cost. Where something was measured, predicted settings that were not
     are left out, but for the recommended.
     """
-    left_out = len(data["predicted"])
-    data = measured_alone(data)
-    left_out -= len(data["predicted"])
-    machines = list(dict.fromkeys(each["machine"] for each in data["measured"]))
-    gatings = [each for each in data["predicted"] if each["kind"] == "gating"]
-    buffers = [each for each in data["predicted"] if each["kind"] != "gating"]
+    every = [data, *data.get("others", ())]
+    shown = [measured_alone(each) for each in every]
+    machines = list(dict.fromkeys(row["machine"] for each in every for row in each["measured"]))
     with mpl.rc_context(dict(STYLE)):
-        figure, panels = plt.subplots(
-            1, 2, figsize=(11.4, 6.2), width_ratios=[3.4, 1], layout="constrained"
-        )
-        _draw_buffers(panels[0], data, buffers, machines)
-        _draw_kernels(panels[1], data, gatings, machines)
-        handles = _handles(data, machines)
-        figure.legend(
-            handles=handles, loc="outside lower center", ncols=5, frameon=False, fontsize=8.5,
-            columnspacing=1.6,
+        height = 1.4 + 4.8 * len(every)
+        figure, grid = plt.subplots(
+            len(every), 2, figsize=(11.4, height), width_ratios=[3.4, 1], layout="constrained",
+            squeeze=False,
         )  # fmt: skip
-        measured = f"measured on {' and '.join(machines)}" if machines else "nothing measured yet"
+        for panels, whole, each in zip(grid, every, shown, strict=True):
+            gatings = [row for row in each["predicted"] if row["kind"] == "gating"]
+            buffers = [row for row in each["predicted"] if row["kind"] != "gating"]
+            _draw_buffers(panels[0], each, buffers, machines)
+            _draw_kernels(panels[1], each, gatings, machines)
+            left_out = len(whole["predicted"]) - len(each["predicted"])
+            panels[0].set_title(
+                f"{each['calibrated_on']}, expert buffers: p{data['percentile']} of a step, ms"
+                + (f" ({left_out} settings were not measured)" if left_out else "")
+            )
+        together = [row for each in shown for row in each["predicted"]]
+        figure.legend(
+            handles=_handles(together, machines), loc="outside lower center", ncols=5,
+            frameon=False, fontsize=8.5, columnspacing=1.6,
+        )  # fmt: skip
+        measured = "then measured" if machines else "nothing measured yet"
         figure.suptitle(
             f"Memory against p{data['percentile']} step latency, geometry and recorded routing of "
             f"{data['routing']['model'].removesuffix('.gguf')}\n",
             x=0.01, ha="left", fontsize=12.5, fontweight="bold",
         )  # fmt: skip
         figure.text(
-            0.01, 0.925, f"all experts of {data['layers']} layers, {data['judged_steps']} steps; "
-            f"predicted from a calibration of {data['calibrated_on']}, {measured}"
-            + (f"; {left_out} settings predicted alone are left out" if left_out else ""),
+            0.01, 1 - _SUBTITLE_INCHES / height,
+            f"all experts of {data['layers']} layers, {data['judged_steps']} steps; predicted from "
+            f"a calibration of the machine, {measured}",
             fontsize=9.5, color=SOFT,
         )  # fmt: skip
         save(figure, path)
@@ -217,7 +229,6 @@ def _draw_buffers(
         axes.set_xlim(sizes[0] / GIB / _DODGE**4.5, sizes[-1] / GIB * _DODGE**2.5)
     axes.grid(visible=False, axis="x")
     axes.set_xlabel("experts on the device, GiB and share of all")
-    axes.set_title(f"expert buffers: p{data['percentile']} of a step, ms")
     _circle(axes, data, places)
 
 
@@ -265,8 +276,12 @@ def places_of(buffers: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     for each in buffers:
         size = max(size for size in sizes if size <= each["device_bytes"])
         by_size.setdefault(size, []).append(each["setting"])
+    dodge = _DODGE
+    for low, high in pairwise(sizes):
+        settings = (len(by_size[low]) + len(by_size[high])) / 2
+        dodge = min(dodge, (high / low) ** (_OF_GAP / settings))
     return {
-        name: size / GIB * _DODGE ** (index - (len(names) - 1) / 2)
+        name: size / GIB * dodge ** (index - (len(names) - 1) / 2)
         for size, names in by_size.items()
         for index, name in enumerate(names)
     }
@@ -338,13 +353,13 @@ def _set_times(
     _log_ticks(axes.yaxis, ends)
 
 
-def _handles(data: Mapping[str, Any], machines: Sequence[str]) -> list[Any]:
-    names = dict.fromkeys(each["policy"] or each["kind"] for each in data["predicted"])
+def _handles(predicted: Sequence[Mapping[str, Any]], machines: Sequence[str]) -> list[Any]:
+    names = dict.fromkeys(each["policy"] or each["kind"] for each in predicted)
     handles: list[Any] = [
         Patch(color=_KIND_STYLES.get(name, COLOURS[4]), label=_name_words(name)) for name in names
     ]
     dash = {"color": SOFT, "linestyle": "", "markersize": 9, "markeredgewidth": 2.2}
-    kinds = {each["kind"] for each in data["predicted"]}
+    kinds = {each["kind"] for each in predicted}
     handles += [
         Patch(color=SOFT, alpha=0.25, label="predicted, 90% interval"),
         Line2D([], [], marker="_", label="predicted", **dash),
@@ -354,7 +369,7 @@ def _handles(data: Mapping[str, Any], machines: Sequence[str]) -> list[Any]:
             if kind in kinds
         ),
     ]
-    if any(each.get("ahead") for each in data["predicted"]):
+    if any(each.get("ahead") for each in predicted):
         handles.append(Line2D([], [], marker=_AHEAD_MARK, label="predicted, copied ahead", **dash))
     handles += [
         Line2D([], [], marker=mark, color=SOFT, linestyle="", markersize=6.5,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -473,6 +474,19 @@ def latency_rows(data: Mapping[str, Any]) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
+def latency_tables(data: Mapping[str, Any]) -> dict[str, pd.DataFrame]:
+    """Returns what is written as CSV: settings, and those of other machines by their names."""
+    return {
+        "memory-latency": latency_rows(data),
+        **{
+            "memory-latency-" + re.sub(r"[^a-z0-9]+", "-", each["calibrated_on"].lower()): (
+                latency_rows(each)
+            )
+            for each in data.get("others", ())
+        },
+    }
+
+
 def latency_part(data: Mapping[str, Any]) -> Described:
     """Returns memory against p95 latency."""
     rows = latency_rows(data)
@@ -489,10 +503,16 @@ def latency_part(data: Mapping[str, Any]) -> Described:
                 low=each["low_ms"], high=each["high_ms"], better="lower",
             )
         )  # fmt: skip
-    findings = [] if taken is None else [_recommended(data, found[taken])]
-    differ = _furthest(data)
-    if differ is not None:
-        findings.append(differ)
+    every = [data, *data.get("others", ())]
+    findings = [
+        _recommended(
+            each, next(row for row in each["predicted"] if row["setting"] == each["recommended"])
+        )
+        for each in every
+        if each["recommended"] is not None
+    ]
+    differ = [_furthest(each) for each in every]
+    findings += [each for each in differ if each is not None]
     tokens = data["tokens_per_judged_step"]
     result = Result(
         name="latency",
@@ -521,11 +541,17 @@ def latency_part(data: Mapping[str, Any]) -> Described:
         question="What does memory buy, and would a simpler account have said so?",
         labels=labels,
         figures=[_latency_figure(data)],
-        tables=[rows_table("Every setting", rows)],
+        tables=[
+            rows_table("Every setting", rows),
+            *(
+                rows_table(f"Every setting, {each['calibrated_on']}", latency_rows(each))
+                for each in every[1:]
+            ),
+        ],
         headline=[f"latency/p95/{name}" for name in dict.fromkeys([taken, "unbuffered"])
                   if name in found],
     )  # fmt: skip
-    sources = data["sources"]
+    sources = [source for each in every for source in each["sources"]]
     return pooled_part(
         "latency",
         sources
@@ -537,14 +563,22 @@ def latency_part(data: Mapping[str, Any]) -> Described:
         title="Memory against latency",
         verdict="No setting fits into the budget."
         if taken is None
-        else f"Within {budget / GIB:.1f} GiB the model recommends {taken}.",
+        else f"Within {budget / GIB:.1f} GiB the model recommends "
+        + ", ".join(
+            f"{each['recommended']} ({each['calibrated_on']})" for each in every
+        )
+        + ".",
         routing=[f"{data['routing']['trace']} ({data['routing']['model']})"],
         facts={
-            "Calibrated": f"{data['calibrated_on']}, {date_said(data['calibrated'])}",
-            "Predicted": date_said(data["predicted_on"]),
+            "Calibrated": "; ".join(
+                f"{each['calibrated_on']}, {date_said(each['calibrated'])}" for each in every
+            ),
+            "Predicted": "; ".join(date_said(each["predicted_on"]) for each in every),
             "Steps": f"{data['judged_steps']} judged, {data['layers']} layers",
         },
-        banners=[] if sources else ["Predicted only: nothing of it was measured yet."],
+        banners=beside_banners(sources)
+        if sources
+        else ["Predicted only: nothing of it was measured yet."],
         sections=[section],
         findings=findings,
         figure_class="measured" if sources else "estimate",
@@ -599,7 +633,8 @@ def _furthest(data: Mapping[str, Any]) -> Finding | None:
     if not errors:
         return None
     return Finding(
-        text="Median error of the p95 of buffers that copy what they miss: "
+        text="Median error of the p95 of buffers that copy what they miss, predicted for "
+        f"{data['calibrated_on']}: "
         + ", ".join(f"{100 * value:.1f}% by {name}" for name, value in errors.items())
         + ".",
         severity=SEVERITY_FACT + 1,
@@ -688,6 +723,6 @@ LATENCY = Addition(
     part=latency_part,
     goals=latency_goals,
     readme_rows=latency_readme_rows,
-    rows=lambda data: {"memory-latency": latency_rows(data)},
+    rows=latency_tables,
     drawings={"memory-latency.png": draw_memory_latency},
 )

@@ -1,7 +1,7 @@
 """Memory of the experts on the device against p95 step latency: predicted, measured, and bounded.
 
     python -m analysis.memory_latency TRACE --predicted FILE --calibration FILE
-        [--verified FILE ...] [--budget-share 0.5] [-o OUT]
+        [--verified FILE ...] [--also PREDICTED CALIBRATION VERIFIED] [--budget-share 0.5] [-o OUT]
 
 Predicts the 95th percentile for the settings of a file of predictions (``moeprof verify
 --predict-only``) from the calibration that these were made from, and sees that the percentiles in
@@ -9,7 +9,8 @@ the file come out the same, so that it is the model that was judged. Beside it: 
 (``moeprof verify --predictions``), what a replay of one token after another or a hit rate alone
 would have said, and a frontier: as few copies as any policy can do with so many slots (MIN,
 free to pass an expert through), deciding for nothing, no copy waiting for a slot. Recommended is
-the least predicted within the budget, of policies that do not know the future.
+the least predicted within the budget, of policies that do not know the future. Another machine has
+predictions of its own, and stands beside (``others``).
 """
 
 from __future__ import annotations
@@ -127,6 +128,7 @@ def memory_latency(
                 "hardware": one.content["hardware"],
                 "versions": one.content["versions"],
                 "notes": one.content["notes"],
+                **{key: one.content[key] for key in ("beside",) if key in one.content},
             }
             for one in judgements
         ],
@@ -269,19 +271,41 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--predicted", type=Path, required=True, metavar="FILE")
     parser.add_argument("--calibration", type=Path, required=True, metavar="FILE")
     parser.add_argument("--verified", nargs="+", type=Path, default=[], metavar="FILE")
+    parser.add_argument(
+        "--also",
+        nargs=3,
+        type=Path,
+        action="append",
+        default=[],
+        metavar=("PREDICTED", "CALIBRATION", "VERIFIED"),
+        help="the same on another machine",
+    )
     parser.add_argument("--budget-share", type=float, default=BUDGET_SHARE)
     parser.add_argument("-o", "--output", type=Path, default=RESULTS / RESULT, metavar="OUT")
     options = parser.parse_args(arguments)
     given = sys.argv[1:] if arguments is None else list(arguments)
 
     def write() -> tuple[Path, ...]:
-        found = memory_latency(
-            open_trace(options.trace),
-            read_predictions(options.predicted),
-            read_calibration(options.calibration),
-            read_judgements(options.verified, [options.predicted]) if options.verified else (),
-            budget_share=options.budget_share,
-        )
+        trace = open_trace(options.trace)
+
+        def found_by(
+            predicted: Path, calibration: Path, verified: Sequence[Path]
+        ) -> dict[str, Any]:
+            return memory_latency(
+                trace,
+                read_predictions(predicted),
+                read_calibration(calibration),
+                read_judgements(verified, [predicted]) if verified else (),
+                budget_share=options.budget_share,
+            )
+
+        found = found_by(options.predicted, options.calibration, options.verified)
+        others = [
+            found_by(predicted, calibration, [verified])
+            for predicted, calibration, verified in options.also
+        ]
+        if others:
+            found["others"] = others
         said = {"command": shlex.join(["python", "-m", "analysis.memory_latency", *given])}
         return write_files({options.output: json.dumps({**said, **found}, indent=1) + "\n"})
 

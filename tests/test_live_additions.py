@@ -297,10 +297,34 @@ def test_what_was_not_measured_does_not_crowd_the_figure(tmp_path):
     draw_memory_latency({**more, "recommended": "lru:50%:ahead=1"}, figure)
     assert figure.read_bytes().startswith(b"\x89PNG")
     # Lines of the page join sizes of one policy: what copies ahead is on none of them.
-    (figure_data,) = latency_part(more).data["sections"][0]["figures"]
-    lines = {each["label"]: each["points"] for each in figure_data["panels"][0]["series"]}
+    (drawn,) = latency_part(more).data["sections"][0]["figures"]
+    lines = {each["label"]: each["points"] for each in drawn["panels"][0]["series"]}
     # Of lru only 50% was measured.
     assert len(lines["lru, predicted"]) == 1 and len(lines["min, predicted"]) == 1
+
+
+def test_another_machine_stands_beside_with_predictions_of_its_own(evidence, tmp_path):
+    other = {**latency_result(), "calibrated_on": "An H300", "recommended": "lru:50%"}
+    other["sources"] = [{**other["sources"][0], "beside": "others ran"}]
+    data = {**latency_result(), "others": [other]}
+    page = analysis.results_page(dataclasses.replace(evidence, additions={"latency": data}))
+    (part,) = [part for part in page.json_data["traces"] if part["id"] == "latency"]
+    assert part["verdict"].endswith("recommends lru:25% (H100), lru:50% (An H300).")
+    assert part["banners"] == ["While this was measured on H200, others ran."]
+    (section,) = part["sections"]
+    said = " ".join(finding["text"] for finding in section["findings"])
+    assert "recommends lru:25%: p95" in said and "recommends lru:50%: p95" in said
+    assert "predicted for H100: 0.0%" in said and "predicted for An H300: 0.0%" in said
+    assert [table["title"] for table in section["tables"]][-1] == "Every setting, An H300"
+    rows = analysis.ADDITIONS["latency"].rows(data)
+    assert set(rows) == {"memory-latency", "memory-latency-an-h300"}
+    for name, drawn in (("one", latency_result()), ("two", data)):
+        draw_memory_latency(drawn, tmp_path / f"{name}.png")
+    heights = [
+        int.from_bytes((tmp_path / f"{name}.png").read_bytes()[20:24], "big")
+        for name in ("one", "two")
+    ]
+    assert heights[1] > 1.5 * heights[0]
 
 
 def test_the_command_writes_what_is_there(additions, tmp_path, capsys):

@@ -190,6 +190,10 @@ def test_the_command_and_what_it_refuses(files, machine, tmp_path, capsys):
     assert analysis.main([*command, str(calibration)]) == 0
     content = json.loads(out.read_text())
     assert content["measured"] == [] and content["command"].startswith("python -m analysis.memory")
+    also = [files / "predicted-t.json", calibration, files / "verified-t-cpu.json"]
+    assert analysis.main([*command, str(calibration), "--also", *map(str, also)]) == 0
+    (other,) = json.loads(out.read_text())["others"]
+    assert other["predicted"] == content["predicted"] and len(other["measured"]) == 3
     for changes, said in (
         ({"date": "2026-01-01T01:00:00+00:00"}, "a calibration of 2026-01-01T00:00:00"),
         ({"to_device": flat(20e-3)}, "by this cost model, the predictions say"),

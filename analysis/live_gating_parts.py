@@ -321,6 +321,15 @@ def kernels_part(data: Mapping[str, Any]) -> Described:
             f"Up to {MOST_GRAPH_TOKENS} tokens a layer is timed as replays of a CUDA graph that "
             "goes through several layers' weights, so that none is left in the L2 cache; above, "
             "eagerly. Eager times at few tokens are among all numbers.",
+            *(
+                (
+                    "Other work held up the host meanwhile: eager calls that the device finishes "
+                    "sooner than the host asks for them, as at few tokens or few busy experts, "
+                    "waited for it, and their ranges are wide.",
+                )
+                if data.get("beside")
+                else ()
+            ),
             "Drawn routing is drawn anew for each geometry and size, with the number of tokens as "
             "its seed; of each kind the result keeps the description of the last.",
             f"Measured rates: copy {data['ceilings']['copy_bytes_per_s'] / 1e12:.2f} TB/s read "

@@ -150,6 +150,21 @@ def test_fewer_repetitions_than_rounds() -> None:
     assert [name for _, name in order_of(found)] == list("abab")
 
 
+@pytest.mark.parametrize(
+    ("repetitions", "most", "rounds", "expected"),
+    [(4, 4, 3, [2, 2]), (5, 5, 3, [2, 2, 1]), (7, 7, 5, [2, 2, 2, 1]), (1, 1, 3, [1])],
+)
+def test_nobody_is_repeated_more_than_wanted(
+    repetitions: int, most: int, rounds: int, expected: list[int]
+) -> None:
+    # Visits of as many repetitions may have them all before the last round.
+    given = limits(repetitions=repetitions, most_repetitions=most, rounds=rounds, most_s=1e4)
+    found = measure(Machine({"a": 1.0, "b": 1.0}), "ab", given, spread=lambda _: math.inf)
+    for visited in found.measured.values():
+        assert visited is not None
+        assert [len(visit.times_ms) for visit in visited.visits] == expected
+
+
 def test_the_least_known_go_first() -> None:
     known = {"a": 0.01, "b": 0.03, "c": 0.09, "d": 0.05}
 

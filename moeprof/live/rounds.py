@@ -251,14 +251,14 @@ class _Schedule:
         """
         limits = self.limits
         for number in range(1, limits.num_rounds + 1):
-            order = self._not_again(self._with_room()[:: 1 if number % 2 else -1])
+            order = self._not_again(self._unfinished()[:: 1 if number % 2 else -1])
             # Half a round would know some settings better: further rounds choose which.
             if number > 1 and self._left_s() < sum(self.costs[name].visit_s(1) for name in order):
                 return number - 1
             for index, name in enumerate(order):
                 if self._left_s() <= 0:
                     return number
-                later = self._with_room() * (limits.num_rounds - number)
+                later = self._unfinished() * (limits.num_rounds - number)
                 planned = self.num_done + len(order) - index + len(later)
                 self.show(f"{name}, round {number} of {limits.num_rounds}", self.num_done, planned)
                 self._visit(name, number, others=[*order[index + 1 :], *later])
@@ -268,8 +268,8 @@ class _Schedule:
         """Visits settings that are not known, the least known first; False where none was."""
         spreads = {
             name: self.spread(Visited(visits=tuple(self.visits[name])))
-            for name in self._with_room()
-            if name in self.visits and self._num_repetitions(name) < self.limits.most_repetitions
+            for name in self._unfinished()
+            if name in self.visits
         }
         unknown = [name for name, each in spreads.items() if each > self.limits.tolerance]
         unknown.sort(key=lambda name: (-spreads[name], len(self.visits[name])))
@@ -323,7 +323,7 @@ class _Schedule:
                 while True:
                     times.append(run.step_ms())
                     repetition_s = (self.clock() - repeating_s) / len(times)
-                    if len(times) == min(self.limits.of_visit, most):
+                    if len(times) >= min(self.limits.of_visit, most):
                         break
                     if not self._has_time(len(times) + 1, repetition_s, others):
                         break
@@ -362,8 +362,14 @@ class _Schedule:
         )
         return repetition_s + others_s <= left_s
 
-    def _with_room(self) -> list[str]:
-        return [name for name in self.names if name not in self.without_room]
+    def _unfinished(self) -> list[str]:
+        """Returns who has room, and was not repeated as often as it may be."""
+        return [
+            name
+            for name in self.names
+            if name not in self.without_room
+            and self._num_repetitions(name) < self.limits.most_repetitions
+        ]
 
     def _num_repetitions(self, name: str) -> int:
         return sum(len(visit.times_ms) for visit in self.visits.get(name, ()))

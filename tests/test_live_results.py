@@ -313,6 +313,35 @@ def test_what_the_readme_says_of_memory_and_latency(raw):
     )
 
 
+def test_what_the_readme_says_of_the_other_machine():
+    (data,) = json.loads((RESULTS / "memory_latency.json").read_text())["others"]
+    text = " ".join(readme_section().split())
+    measured = {row["setting"]: row["p95_ms"] for row in data["measured"]}
+    copying = {row["setting"] for row in data["hit_rate_alone"]} & set(measured)
+    errors = []
+    for series in ("predicted", "token_major", "hit_rate_alone"):
+        said = {row["setting"]: row["p95_ms"] for row in data[series]}
+        found = np.median([abs(said[name] / measured[name] - 1) for name in copying])
+        errors.append(f"{100 * found:.1f}%")
+    assert "they are off by {}, {} and {}".format(*errors) in text
+    (circled,) = [row for row in data["predicted"] if row["setting"] == data["recommended"]]
+    assert (
+        f"({data['recommended']}) took {measured[data['recommended']]:.0f} ms, "
+        f"{circled['low_ms']:.0f} to {circled['high_ms']:.0f} were predicted" in text
+    )
+    quality = json.loads((RESULTS / "prediction_quality.json").read_text())
+    speeds = [
+        group
+        for group in quality["by_host_speed"]["groups"]
+        if group["machine"] == "NVIDIA H200" and group["model"] == data["routing"]["model"]
+    ]
+    slow = sum(group["visits"] for group in speeds if group["up_to"] is None)
+    assert f"in {slow} of {sum(group['visits'] for group in speeds)} visits its host took" in text
+    (mt,) = [group for group in quality["groups"] if group["of"] == "NVIDIA H200, twin-mt"]
+    error = mt["absolute_errors"]["model"]["0.5"]
+    assert f"wait for copies, are off by {100 * error:.1f}% there" in text
+
+
 def test_the_command_writes_page_rows_and_figures(tmp_path, capsys, evidence):
     out = tmp_path / "out"
     figure = tmp_path / "docs" / "figure.png"

@@ -661,3 +661,9 @@ def test_other_percentiles_and_another_plan_can_be_asked_for(tmp_path: Path) -> 
     other = cost_model.predict(question, parse_setting("lru:4"), machine, plan=resident)
     assert other.modelled_ms.tolist() == [8e3] * 3
     assert not other.copied_bytes.any() and found.copied_bytes.any()
+
+
+@pytest.mark.parametrize("text", ["lru:25%:ahead=²", "lru:²", "lru:4:split<=²"])
+def test_superscripts_are_no_numbers_of_a_setting(text: str) -> None:
+    with pytest.raises(UsageError):
+        parse_setting(text)

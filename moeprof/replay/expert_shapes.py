@@ -96,7 +96,7 @@ def parse_shape(text: str, *, dtype: str = "bfloat16") -> ExpertShape:
     """
     size, *flags = text.lower().split(":")
     sides = size.split("x")
-    is_size = len(sides) == 2 and all(side.isdigit() for side in sides)  # noqa: PLR2004
+    is_size = len(sides) == 2 and all(side.isdecimal() for side in sides)  # noqa: PLR2004
     if not is_size or not {"ungated", "bias"}.issuperset(flags):
         raise UsageError(f"{text!r} is no shape", hint="D_MODELxD_FF, as in 2048x768")
     return ExpertShape(

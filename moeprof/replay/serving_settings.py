@@ -144,9 +144,9 @@ def parse_setting(text: str) -> Setting:
         prefetch = parts.pop().removeprefix(_AHEAD)
     if len(parts) not in (2, 3) or not all(parts):
         raise no_setting
-    capacity: int | str = int(parts[1]) if parts[1].isdigit() else parts[1]
+    capacity: int | str = int(parts[1]) if parts[1].isdecimal() else parts[1]
     miss, _, rows = (parts[2] if len(parts) > 2 else "load").partition("<=")  # noqa: PLR2004
-    if not prefetch.isdigit() or (rows and not rows.isdigit()):
+    if not prefetch.isdecimal() or (rows and not rows.isdecimal()):
         raise no_setting
     return BufferingSetting(
         policy=parts[0],

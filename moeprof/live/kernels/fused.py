@@ -38,6 +38,10 @@ def dynamic(
     """
     if not can_fuse(hidden, experts):
         return dynamic_grouped(hidden, expert_ids, weights, experts, capacity=capacity)
+    if hidden.device.type == "cuda" and hidden.device.index != torch.cuda.current_device():
+        # Triton launches on the current device, wherever the tensors lie.
+        with torch.cuda.device(hidden.device):
+            return dynamic(hidden, expert_ids, weights, experts, capacity=capacity)
     kept = within_capacity(expert_ids, experts.num_experts, capacity)
     hidden, kept, weights = hidden.contiguous(), kept.contiguous(), weights.contiguous()
     if hidden.shape[0] == 0:

@@ -94,7 +94,7 @@ def parse_capacity(value: Any) -> Capacity:
 
 
 def _parse_text(text: str) -> Capacity:
-    if text.isdigit():
+    if text.isdecimal():
         return _slots(text, int(text))
     if match := _SHARE.fullmatch(text):
         share = Fraction(match[1]) / _PERCENT

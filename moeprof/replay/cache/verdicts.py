@@ -154,7 +154,7 @@ def _interval(row: Any, name: str, prefix: str) -> Interval:
 
 def _label(capacity: object) -> str:
     """Returns how a sentence names a capacity."""
-    if isinstance(capacity, int) or (isinstance(capacity, str) and capacity.isdigit()):
+    if isinstance(capacity, int) or (isinstance(capacity, str) and capacity.isdecimal()):
         return f"{capacity} {'slot' if int(capacity) == 1 else 'slots'} per cache"
     if isinstance(capacity, float):
         return f"{100 * capacity:g}% of expert bytes"

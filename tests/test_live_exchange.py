@@ -79,9 +79,10 @@ def test_a_calibration_measures_the_exchange_first(monkeypatch: pytest.MonkeyPat
         order.append(("exchange", num_ranks, device.type))
         return curve
 
-    def constants(*_):
+    def constants(*_, trials):
+        assert trials
         order.append(("constants",))
-        return hand_calibration()
+        return hand_calibration(), []
 
     monkeypatch.setattr(calibration, "exchange_curve", exchanged)
     monkeypatch.setattr(calibration, "_measured", constants)

@@ -29,6 +29,8 @@ from moeprof.replay.expert_shapes import ExpertShape  # noqa: E402
 from moeprof.replay.serving_settings import parse_setting  # noqa: E402
 from moeprof.trace.synthetic import synthetic_trace  # noqa: E402
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 OPTIONS = VerifyOptions(
     shape=ExpertShape(d_model=16, d_ff=8, dtype="float32"), repetitions=2, max_steps=4
 )
@@ -45,14 +47,6 @@ def machine(name, ratio, copy_s, **changes):
 
 OWN = machine(OWN_MACHINE, 1.0, 10.0)
 OTHER = machine(OTHER_MACHINE, 2.0, 20.0, date="2025-12-31T00:00:00+00:00")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,19 +31,13 @@ from moeprof.replay.cache import policies  # noqa: E402
 from moeprof.replay.cache.residency import CacheSpec, MissRule, Residency  # noqa: E402
 from moeprof.trace.synthetic import synthetic_trace  # noqa: E402
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 GEOMETRY = ExpertGeometry(d_model=24, d_ff=16, dtype=torch.float32, bias=True)
 KEYS = ["step", "stack", "site", "layer", "expert", "hit"]
 EXPERT_BYTES = 4 * (32 * 24 + 24 * 16 + 32 + 24)
 ROUNDED_BYTES = 4 * (32 * 24 + 24 * 16) + 256 + 256
 CAPACITIES = (1, 3, 6)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from moeprof.live.stacking import check_layout, expert_layout, stack_experts  # 
 from moeprof.recording.sites import find_sites  # noqa: E402
 from moeprof.zoo import fix_nllb_dispatch, load  # noqa: E402
 
-pytestmark = pytest.mark.filterwarnings("ignore")
+pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.filterwarnings("ignore")]
 
 KEYS = ["step", "stack", "site", "layer", "expert", "hit"]
 FUSED = ("mixtral", "olmoe", "qwen2_moe", "deepseek_v3", "granite_moe")
@@ -36,14 +36,6 @@ REFUSED = {
     "dbrx": "names that say nothing",
     "longcat": "no weights",
 }
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def fixed_nllb(**settings: Any) -> Any:

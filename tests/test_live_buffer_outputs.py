@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,16 +38,10 @@ from moeprof.live.setting_runs import geometry_of, open_stack  # noqa: E402
 from moeprof.trace.reader import open_trace  # noqa: E402
 from moeprof.trace.synthetic import synthetic_trace  # noqa: E402
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 NUM_LAYERS = 48
 DEEP = ExpertGeometry(d_model=256, d_ff=96)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 class Deep:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +35,8 @@ from moeprof.replay.expert_shapes import ExpertShape  # noqa: E402
 from moeprof.replay.serving_settings import parse_setting  # noqa: E402
 from moeprof.trace.synthetic import synthetic_trace  # noqa: E402
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 TINY = dataclasses.replace(
     live.CPU_SIZES,
     expert_bytes=(6 << 10, 24 << 10),
@@ -54,14 +55,6 @@ TINY = dataclasses.replace(
     repeats=3,
     trial_repetitions=2,
 )
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

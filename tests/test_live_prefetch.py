@@ -47,15 +47,10 @@ KEYS = ["step", "stack", "site", "layer", "expert", "hit"]
 HALF = torch.float16
 
 needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed")
-pytestmark = pytest.mark.filterwarnings("ignore:divide by zero encountered:RuntimeWarning")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.filterwarnings("ignore:divide by zero encountered:RuntimeWarning"),
+]
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,17 +25,11 @@ from moeprof.replay.expert_shapes import ExpertShape  # noqa: E402
 from moeprof.replay.serving_settings import BufferingSetting, parse_setting  # noqa: E402
 from moeprof.trace.synthetic import synthetic_trace  # noqa: E402
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 SHAPE = ExpertShape(d_model=16, d_ff=8, dtype="float32")
 OPTIONS = VerifyOptions(shape=SHAPE, repetitions=2, most_repetitions=3)
 SETTINGS = [parse_setting(text) for text in ("lru:2", "min:2", "lru:4:host", "gating:dynamic")]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

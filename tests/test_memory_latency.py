@@ -25,18 +25,12 @@ from moeprof.replay.serving_settings import parse_setting  # noqa: E402
 from moeprof.trace.handmade import HandToken, hand_trace  # noqa: E402
 from moeprof.trace.synthetic import synthetic_trace  # noqa: E402
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 OPTIONS = VerifyOptions(
     shape=ExpertShape(d_model=16, d_ff=8, dtype="float32"), phase="all", repetitions=3
 )
 SETTINGS = ["unbuffered", "lru:2", "min:2", "lru:4", "lru:4:host", "gating:dynamic"]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

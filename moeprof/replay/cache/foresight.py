@@ -36,9 +36,13 @@ class Foresight:
 
     Args:
         stacks: For each stack its sites in order of execution, with their number of experts.
+
+    Attributes:
+        stacks: As given.
     """
 
     def __init__(self, stacks: Sequence[Sequence[tuple[int, int]]]) -> None:
+        self.stacks = tuple(tuple(sites) for sites in stacks)
         self._next: dict[int, int] = {}
         self._stack: dict[int, int] = {}
         self._counts: dict[int, Counts] = {}

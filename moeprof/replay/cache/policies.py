@@ -485,6 +485,11 @@ class Random(Machine):
         self._candidates: list[int] | None = None
         self._protected: Collection[int] = NOBODY
 
+    @property
+    def state(self) -> int:
+        """State of the random numbers; the seed before the first eviction."""
+        return self._state
+
     def arrive(self, keys: Collection[int]) -> None:
         """Starts a new list of candidates."""
         self._candidates = None
@@ -521,6 +526,11 @@ class Static(Machine):
         super().__init__(sizes, capacity)
         self._kept = frozenset(kept)
 
+    @property
+    def kept(self) -> frozenset[int]:
+        """The set."""
+        return self._kept
+
     def insert(self, key: int) -> None:
         """Takes members of the set only."""
         if key in self._kept:
@@ -541,12 +551,16 @@ class Min(Machine):
         sizes: Size of each key.
         capacity: In the unit of the sizes.
         uses: Ascending times of each key's lookups (dispatches, or lookups).
+
+    Attributes:
+        uses: As given.
     """
 
     def __init__(
         self, sizes: Sequence[int], capacity: int, *, uses: Mapping[int, Sequence[int]]
     ) -> None:
         super().__init__(sizes, capacity)
+        self.uses = uses
         self._uses = {key: iter(times) for key, times in uses.items()}
         self._next = {key: next(times, NEVER) for key, times in self._uses.items()}
 

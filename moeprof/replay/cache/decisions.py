@@ -1,0 +1,443 @@
+"""`Residency`, compiled: one call decides a dispatch, in a few microseconds.
+
+For the machines of `policies` with experts of one slot; `make_residency` takes `Residency` for any
+other. What a call decides lies in arrays that the next call overwrites and that never move, so that
+compiled readers may hold their addresses.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moeprof.replay.cache import decision_fetches, decision_loops, machine_state
+from moeprof.replay.cache.decision_loops import CHOSEN, GIVEN, PER_EXPERT
+from moeprof.replay.cache.decision_state import (
+    AFTER,
+    AHEAD,
+    AHEAD_FIELDS,
+    CACHE_FIELDS,
+    CACHE_NODES,
+    CACHES,
+    COPY_PLACES,
+    COPY_STARTS,
+    EXPERT,
+    FETCHED,
+    FETCHED_AFTER,
+    FETCHED_EXPERT,
+    FETCHED_SLOT,
+    HIT,
+    LOADS,
+    MOST_EXPERTS,
+    NO_SUCH_EXPERT,
+    NUM_AHEAD,
+    NUM_COLUMNS,
+    NUM_COPIES,
+    NUM_COUNTS,
+    NUM_EXPERTS,
+    NUM_FETCHED_COLUMNS,
+    NUM_ON_HOST,
+    NUM_PIECES,
+    ON_HOST,
+    PIECE_PLACES,
+    PIECE_STARTS,
+    POOL_AHEAD,
+    POOL_FIELDS,
+    POOLS,
+    ROWS,
+    SITE,
+    SITE_CACHE,
+    SITE_EXPERTS,
+    SITE_FIELDS,
+    SITE_FIRST_KEY,
+    SITE_ID,
+    SITES,
+    SLOT,
+    make_state,
+)
+from moeprof.replay.cache.foresight import Foresight
+from moeprof.replay.cache.machine_state import SLOT_OF, WIDTH
+from moeprof.replay.cache.policies import Machine
+from moeprof.replay.cache.residency import NO_SLOT, CacheSpec, Fetched, MissRule, Planned, Residency
+from moeprof.replay.compiled import bare
+
+__all__ = [
+    "AFTER",
+    "AHEAD",
+    "EXPERT",
+    "FETCHED_AFTER",
+    "FETCHED_EXPERT",
+    "FETCHED_SLOT",
+    "HIT",
+    "LOADS",
+    "NUM_COLUMNS",
+    "NUM_COPIES",
+    "NUM_EXPERTS",
+    "NUM_ON_HOST",
+    "NUM_PIECES",
+    "ON_HOST",
+    "ROWS",
+    "SITE",
+    "SLOT",
+    "CompiledResidency",
+    "Decision",
+    "can_compile",
+    "columns_of",
+    "empty_decision",
+    "make_residency",
+]
+
+Int32s = NDArray[np.int32]
+Int64s = NDArray[np.int64]
+
+_NO_ROWS = -1
+_ALL_ROWS = 1 << 62
+_NOTHING: Int64s = np.zeros(0, np.int64)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Decision:
+    """What was decided about a dispatch, until the next one is.
+
+    Places are columns: active experts, ascending. All arrays are C-contiguous.
+
+    Attributes:
+        columns: [8, most experts] int32; rows `EXPERT`, `ROWS`, `HIT`, `SLOT`, `LOADS`, `ON_HOST`,
+            `AFTER`, `AHEAD`: those of `Planned`, and the rows of each expert.
+        counts: [4] int64: `NUM_EXPERTS` that are active, `NUM_PIECES`, `NUM_COPIES` (of experts
+            that the host computes too), `NUM_ON_HOST`.
+        piece_starts: [most experts + 1] int32 first of ``piece_places`` of each piece, and the end.
+        piece_places: [most experts] int32 places of the pieces, one after another.
+        copy_starts: [most experts + 2] int32 as ``piece_starts``: what is copied before each piece,
+            and after the last.
+        copy_places: [most experts] int32.
+        fetched: [4, prefetch, at least 1] int32 what is copied ahead; rows `SITE`,
+            `FETCHED_EXPERT`, `FETCHED_SLOT`, `FETCHED_AFTER`: those of `Fetched`.
+    """
+
+    columns: Int32s
+    counts: Int64s
+    piece_starts: Int32s
+    piece_places: Int32s
+    copy_starts: Int32s
+    copy_places: Int32s
+    fetched: Int32s
+
+    def planned(self) -> list[Planned]:
+        """Returns what happens to each active expert."""
+        found = self.columns[:, : self.counts[NUM_EXPERTS]].tolist()
+        return [
+            Planned(expert, bool(hit), slot, bool(loads), bool(on_host), after, bool(ahead))
+            for expert, hit, slot, loads, on_host, after, ahead in zip(
+                *(found[row] for row in (EXPERT, HIT, SLOT, LOADS, ON_HOST, AFTER, AHEAD)),
+                strict=True,
+            )
+        ]
+
+    def pieces(self) -> list[list[int]]:
+        """Returns the places of each piece, as `pieces.pieces_of` streamed."""
+        return _split(self.piece_starts, self.piece_places, int(self.counts[NUM_PIECES]))
+
+    def copies(self) -> list[list[int]]:
+        """Returns the places of each group of copies, as `pieces.copies_of`."""
+        return _split(self.copy_starts, self.copy_places, int(self.counts[NUM_PIECES]) + 1)
+
+    def fetched_list(self, num: int) -> list[Fetched]:
+        """Returns what is copied ahead.
+
+        Args:
+            num: What `CompiledResidency.foresee` returned.
+        """
+        return [Fetched(*each) for each in self.fetched[:, :num].T.tolist()]
+
+
+def _split(starts: Int32s, places: Int32s, num: int) -> list[list[int]]:
+    return [places[starts[group] : starts[group + 1]].tolist() for group in range(num)]
+
+
+def empty_decision(most_experts: int) -> Decision:
+    """Returns a decision about nothing, in memory of its own; nothing is copied ahead."""
+
+    def part(length: int) -> Int32s:
+        return np.zeros(length, np.int32)
+
+    return Decision(
+        columns=part(NUM_COLUMNS * most_experts).reshape(NUM_COLUMNS, most_experts),
+        counts=np.zeros(NUM_COUNTS, np.int64),
+        piece_starts=part(most_experts + 1),
+        piece_places=part(most_experts),
+        copy_starts=part(most_experts + 2),
+        copy_places=part(most_experts),
+        fetched=part(NUM_FETCHED_COLUMNS).reshape(NUM_FETCHED_COLUMNS, 1),
+    )
+
+
+def columns_of(planned: Sequence[Planned], rows: Sequence[int]) -> Int32s:
+    """Returns [8, active experts] what `Decision.columns` hold about a dispatch.
+
+    Args:
+        planned: Its lookups.
+        rows: Rows of each.
+    """
+    found = np.zeros((NUM_COLUMNS, len(planned)), np.int32)
+    if planned:
+        fields = [EXPERT, HIT, SLOT, LOADS, ON_HOST, AFTER, AHEAD]
+        found[fields] = np.array(planned, np.int32).T
+        found[ROWS] = rows
+    return found
+
+
+def can_compile(caches: Sequence[CacheSpec], foresight: Foresight | None = None) -> bool:
+    """Returns True where `CompiledResidency` knows every machine."""
+    return _are_known([cache.machine() for cache in caches], foresight)
+
+
+def _are_known(machines: Sequence[Machine], foresight: Foresight | None) -> bool:
+    return type(foresight) in (Foresight, type(None)) and all(map(machine_state.is_known, machines))
+
+
+def make_residency(
+    caches: Sequence[CacheSpec],
+    pools: Sequence[int],
+    *,
+    full: bool = False,
+    prefetch: int = 0,
+    foresight: Foresight | None = None,
+) -> Residency | CompiledResidency:
+    """Returns a `CompiledResidency` where it knows every machine, else a `Residency`.
+
+    Arguments as there.
+    """
+    machines = [cache.machine() for cache in caches]
+    if not caches or not _are_known(machines, foresight):
+        return Residency(caches, pools, full=full, prefetch=prefetch, foresight=foresight)
+    return CompiledResidency(
+        caches, pools, full=full, prefetch=prefetch, foresight=foresight, machines=machines
+    )
+
+
+class CompiledResidency:
+    """The caches of one device and the slots that they share; decides as `Residency` does.
+
+    Args:
+        caches: The caches, at least one; `can_compile` says which.
+        pools: As `Residency` takes it, as are all but the last two.
+        full: Start full, not empty.
+        prefetch: Most experts of a pool that are copied ahead.
+        foresight: Whose sites; what it has learned is not taken over.
+        rule: What `decide` does about misses.
+        machines: The caches' empty machines, where they were made already.
+
+    Attributes:
+        decision: What was decided last.
+    """
+
+    def __init__(
+        self,
+        caches: Sequence[CacheSpec],
+        pools: Sequence[int],
+        *,
+        full: bool = False,
+        prefetch: int = 0,
+        foresight: Foresight | None = None,
+        rule: MissRule | None = None,
+        machines: Sequence[Machine] | None = None,
+    ) -> None:
+        assert not prefetch or foresight is not None
+        made = [cache.machine() for cache in caches] if machines is None else machines
+        assert _are_known(made, foresight)
+        state = make_state(
+            caches,
+            [machine_state.state_of(machine) for machine in made],
+            pools,
+            prefetch=prefetch,
+            foresight=foresight,
+        )
+        self._ints, self._longs, self._pairs = state.ints, state.longs, state.pairs
+        self._index = state.index
+        self._num_pools, self._num_caches = len(pools), len(caches)
+        self._prefetch = prefetch
+        self.decision = _decision(self._ints, self._longs, max(prefetch, 1))
+        self.rule = rule or MissRule()
+        self._decide = bare(decision_loops.decide)
+        if full:
+            decision_loops.fill(self._ints, self._longs)
+        self._at_start = self._ints.copy(), self._longs.copy()
+
+    @property
+    def rule(self) -> MissRule:
+        """What `decide` does about misses."""
+        return self._rule
+
+    @rule.setter
+    def rule(self, rule: MissRule) -> None:
+        self._rule = rule
+        self._host_rows = _host_rows(rule)
+
+    def reset(self) -> None:
+        """Empties every cache, or fills it as it was at the start; nothing moves."""
+        self._ints[:], self._longs[:] = self._at_start
+        self._pairs[:] = 0
+
+    def decide(self, site: int, chosen: Int64s, num_slots: int) -> int:
+        """Decides a dispatch; the answer lies in `decision`.
+
+        Args:
+            site: The site.
+            chosen: [num_slots or more] index of an expert of the site; negative: nobody.
+            num_slots: Slots of the dispatch.
+
+        Returns:
+            Active experts; where there are none nothing was decided.
+
+        Raises:
+            IndexError: An expert that the site does not have; nothing was decided.
+            RuntimeError: A pool has too few slots; nothing may be decided before `reset`.
+        """
+        found: int = self._decide(
+            self._ints, self._longs, chosen, num_slots, CHOSEN, self._index[site], self._host_rows
+        )
+        if found < 0:
+            raise _error(found)
+        return found
+
+    def decide_rows(self, site: int, rows: Int64s) -> int:
+        """Decides a dispatch whose rows were counted.
+
+        Args:
+            site: The site.
+            rows: [experts of the site] rows of each.
+        """
+        assert len(rows) == self._site(site)[SITE_EXPERTS]
+        return self._decided(site, rows, len(rows), PER_EXPERT, self._host_rows)
+
+    def _decided(self, site: int, chosen: Int64s, num: int, given: int, host_rows: int) -> int:
+        found: int = self._decide(
+            self._ints, self._longs, chosen, num, given, self._index[site], host_rows
+        )
+        if found < 0:
+            raise _error(found)
+        return found
+
+    def plan(
+        self, site: int, experts: Sequence[int], rows: Sequence[int], rule: MissRule
+    ) -> list[Planned]:
+        """Looks up the active experts of a dispatch; as `Residency.plan`."""
+        num = len(experts)
+        if num and not 0 <= experts[0] <= experts[-1] < self._site(site)[SITE_EXPERTS]:
+            raise _error(NO_SUCH_EXPERT)
+        self.decision.columns[EXPERT, :num] = experts
+        self.decision.columns[ROWS, :num] = rows
+        self._decided(site, _NOTHING, num, GIVEN, _host_rows(rule))
+        return self.decision.planned()
+
+    def foresee(self, site: int) -> int:
+        """Says what is copied ahead of its lookup, once a dispatch was decided.
+
+        Args:
+            site: Site that was decided last.
+
+        Returns:
+            How many entries of `Decision.fetched` say so.
+        """
+        num = int(self.decision.counts[NUM_EXPERTS])
+        return self._foreseen(site, self.decision.columns[EXPERT], num)
+
+    def fetch_ahead(self, site: int, experts: Sequence[int]) -> list[Fetched]:
+        """Says what is copied ahead; as `Residency.fetch_ahead`."""
+        active = np.array(experts, np.int32)
+        return self.decision.fetched_list(self._foreseen(site, active, len(active)))
+
+    def _foreseen(self, site: int, experts: Int32s, num: int) -> int:
+        if not self._prefetch or not num:
+            return 0
+        found = decision_fetches.foresee(
+            self._ints, self._longs, self._pairs, self._index[site], experts, num
+        )
+        if found < 0:
+            raise _error(found)
+        return found
+
+    def residents(self) -> list[tuple[int, int, int]]:
+        """Returns (site, expert, slot) of every expert on the device."""
+        found = []
+        caches = self._table(CACHES, self._num_caches, CACHE_FIELDS)
+        sites = self._table(SITES, len(self._index), SITE_FIELDS)
+        for row in sorted(
+            sites[sites[:, SITE_CACHE] >= 0].tolist(),
+            key=lambda row: (row[SITE_CACHE], row[SITE_FIRST_KEY]),
+        ):
+            first = _first_slot(caches[row[SITE_CACHE]], row)
+            slots = self._ints[first : first + row[SITE_EXPERTS]].tolist()
+            found += [
+                (row[SITE_ID], expert, slot) for expert, slot in enumerate(slots) if slot != NO_SLOT
+            ]
+        return found
+
+    def fetched(self) -> list[tuple[int, int, int]]:
+        """Returns (site, expert, slot) of every expert that is ahead of its lookup."""
+        found = []
+        sites = self._table(SITES, len(self._index), SITE_FIELDS)
+        for pool in self._table(POOLS, self._num_pools, POOL_FIELDS).tolist():
+            first, count = pool[POOL_AHEAD], pool[NUM_AHEAD]
+            ahead = self._ints[first : first + AHEAD_FIELDS * count].reshape(-1, AHEAD_FIELDS)
+            found += [
+                (int(sites[site, SITE_ID]), expert, slot) for site, expert, slot in ahead.tolist()
+            ]
+        return found
+
+    def swap(self, one: tuple[int, int], other: tuple[int, int]) -> None:
+        """Exchanges the slots of two residents in the map only; as `Residency.swap`."""
+        places = []
+        for site, expert in (one, other):
+            row = self._site(site)
+            cache = self._table(CACHES, self._num_caches, CACHE_FIELDS)[row[SITE_CACHE]]
+            places.append(_first_slot(cache, row) + expert)
+        assert all(self._ints[place] != NO_SLOT for place in places)
+        self._ints[places] = self._ints[places[::-1]]
+
+    def _site(self, site: int) -> list[int]:
+        first = int(self._longs[SITES]) + self._index[site] * SITE_FIELDS
+        found: list[int] = self._longs[first : first + SITE_FIELDS].tolist()
+        return found
+
+    def _table(self, table: int, num: int, num_fields: int) -> Int64s:
+        first = self._longs[table]
+        return self._longs[first : first + num * num_fields].reshape(num, num_fields)
+
+
+def _first_slot(cache: Int64s, site: Sequence[int]) -> int:
+    """Returns where the slots of a site's experts begin."""
+    return int(cache[CACHE_NODES] + SLOT_OF * cache[WIDTH]) + site[SITE_FIRST_KEY]
+
+
+def _host_rows(rule: MissRule) -> int:
+    """Returns most rows of a miss that the host computes."""
+    return {"load": _NO_ROWS, "host": _ALL_ROWS, "split": rule.host_rows}[rule.action]
+
+
+def _error(code: int) -> Exception:
+    if code == NO_SUCH_EXPERT:
+        return IndexError("an expert that the site does not have")
+    return RuntimeError("a pool has fewer slots than its caches and what is not kept take")
+
+
+def _decision(ints: Int32s, longs: Int64s, most_fetched: int) -> Decision:
+    """Returns the part of the arrays that holds a decision."""
+    most = int(longs[MOST_EXPERTS])
+
+    def part(field: int, length: int) -> Int32s:
+        return ints[longs[field] : longs[field] + length]
+
+    return Decision(
+        columns=ints[: NUM_COLUMNS * most].reshape(NUM_COLUMNS, most),
+        counts=longs[:NUM_COUNTS],
+        piece_starts=part(PIECE_STARTS, most + 1),
+        piece_places=part(PIECE_PLACES, most),
+        copy_starts=part(COPY_STARTS, most + 2),
+        copy_places=part(COPY_PLACES, most),
+        fetched=part(FETCHED, NUM_FETCHED_COLUMNS * most_fetched).reshape(NUM_FETCHED_COLUMNS, -1),
+    )

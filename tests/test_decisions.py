@@ -1,4 +1,4 @@
-"""Compiled decisions equal `Residency` and its pieces, for every policy and dispatch by dispatch."""
+"""Compiled decisions equal `Residency` and its pieces: every policy, dispatch by dispatch."""
 
 from __future__ import annotations
 

@@ -276,6 +276,23 @@ def test_swapped_slots() -> None:
         pass
 
 
+def test_swapped_slots_of_what_is_ahead() -> None:
+    dispatches = dispatches_of(4, num_rounds=30)
+    made = both(caches_of("lru", 2, dispatches), staging=0, prefetch=2)
+    num_swaps = 0
+    for _ in run_both(made, dispatches, MissRule()):
+        ahead = made.reference.fetched()
+        one = made.reference.residents()[0]
+        if ahead:
+            other = ahead[-1]
+            for each in made:
+                each.swap(one[:2], other[:2])
+            assert (*one[:2], other[2]) in made.compiled.residents()
+            assert (*other[:2], one[2]) in made.compiled.fetched()
+            num_swaps += 1
+    assert num_swaps > 2
+
+
 def test_too_few_slots_are_an_error() -> None:
     compiled = CompiledResidency([lru_cache(capacity=0)], [0])
     with pytest.raises(RuntimeError, match="fewer slots"):

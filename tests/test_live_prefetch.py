@@ -407,11 +407,9 @@ def test_a_wrong_slot_of_what_is_ahead_is_noticed(trace: Any, steps: list[Routed
     for _ in run_steps(buffer, steps, hidden):
         if len(residency.fetched()) > 1:
             break
-    (one, _), *_ = fetched = [(each[:2], each[2]) for each in residency.fetched()]
+    one, other = (each[:2] for each in residency.fetched())
     assert buffer.audit() == []
-    other = fetched[1][0]
-    ahead = next(pool for pool in residency._ahead if one in pool)
-    ahead[one], ahead[other] = ahead[other], ahead[one]
+    buffer.misplace(one, other)
     assert sorted(buffer.audit()) == sorted([one, other])
 
 

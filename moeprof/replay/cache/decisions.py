@@ -21,6 +21,7 @@ from moeprof.replay.cache.decision_state import (
     AHEAD_FIELDS,
     CACHE_FIELDS,
     CACHE_NODES,
+    CACHE_POOL,
     CACHES,
     COPY_PLACES,
     COPY_STARTS,
@@ -390,14 +391,22 @@ class CompiledResidency:
         return found
 
     def swap(self, one: tuple[int, int], other: tuple[int, int]) -> None:
-        """Exchanges the slots of two residents in the map only; as `Residency.swap`."""
-        places = []
-        for site, expert in (one, other):
-            row = self._site(site)
-            cache = self._table(CACHES, self._num_caches, CACHE_FIELDS)[row[SITE_CACHE]]
-            places.append(_first_slot(cache, row) + expert)
-        assert all(self._ints[place] != NO_SLOT for place in places)
+        """Exchanges two experts' slots in the map only; as `Residency.swap`."""
+        places = [self._slot_at(*one), self._slot_at(*other)]
         self._ints[places] = self._ints[places[::-1]]
+
+    def _slot_at(self, site: int, expert: int) -> int:
+        """Returns where the slot of an expert on the device is noted."""
+        row = self._site(site)
+        cache = self._table(CACHES, self._num_caches, CACHE_FIELDS)[row[SITE_CACHE]]
+        place = _first_slot(cache, row) + expert
+        if self._ints[place] != NO_SLOT:
+            return place
+        pool = self._table(POOLS, self._num_pools, POOL_FIELDS)[cache[CACHE_POOL]]
+        first, count = int(pool[POOL_AHEAD]), int(pool[NUM_AHEAD])
+        ahead = self._ints[first : first + AHEAD_FIELDS * count].reshape(-1, AHEAD_FIELDS)
+        (found,) = np.flatnonzero((ahead[:, :2] == (self._index[site], expert)).all(axis=1))
+        return first + AHEAD_FIELDS * int(found) + 2
 
     def _site(self, site: int) -> list[int]:
         first = int(self._longs[SITES]) + self._index[site] * SITE_FIELDS

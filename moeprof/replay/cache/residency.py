@@ -16,7 +16,7 @@ import itertools
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from moeprof.replay.cache import policies
 from moeprof.replay.cache.foresight import Foresight
@@ -191,16 +191,21 @@ class Residency:
         return [(*key, slot) for ahead in self._ahead for key, slot in ahead.items()]
 
     def swap(self, one: tuple[int, int], other: tuple[int, int]) -> None:
-        """Exchanges the slots of two residents in the map only: what a defect would do.
+        """Exchanges two experts' slots in the map only: what a defect would do.
 
         Args:
-            one: Site and expert.
-            other: Site and expert.
+            one: Site and expert, on the device: resident or ahead of its lookup.
+            other: Another.
         """
-        places = []
+        places: list[tuple[dict[Any, int], Any]] = []
         for site, expert in (one, other):
             cache, first = self._place[site]
-            places.append((self._slots[cache], first + expert))
+            ahead = self._ahead[self._caches[cache].pool]
+            places.append(
+                (ahead, (site, expert))
+                if (site, expert) in ahead
+                else (self._slots[cache], first + expert)
+            )
         (left, key), (right, other_key) = places
         left[key], right[other_key] = right[other_key], left[key]
 

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from moeprof.errors import TraceError, UsageError
 from moeprof.replay.cache import reference, streams
+from moeprof.replay.cache.decisions import CompiledResidency, make_residency
 from moeprof.replay.cache.foresight import Foresight
 from moeprof.replay.cache.residency import CacheSpec, Fetched, MissRule, Planned, Residency
 from moeprof.replay.cache.sizes import parse_capacity
@@ -266,7 +267,7 @@ class EmptyCaches:
         num_staging: Slots beside them, those of what is copied ahead included.
     """
 
-    residency: Residency
+    residency: Residency | CompiledResidency
     capacity: Int32s
     num_slots: int
     num_staging: int
@@ -284,7 +285,7 @@ def residency_of(
     in_stack = [(site.site, site.num_experts) for site in routed.sites]
     capacity_of = {site: cache.capacity for cache in caches for site, _ in cache.sites}
     return EmptyCaches(
-        residency=Residency(
+        residency=make_residency(
             caches,
             [slots + staging],
             full=setting.initial == "full",
@@ -298,7 +299,7 @@ def residency_of(
 
 
 def planned_dispatches(
-    residency: Residency, routed: RoutedRows, setting: BufferingSetting
+    residency: Residency | CompiledResidency, routed: RoutedRows, setting: BufferingSetting
 ) -> Iterator[list[Planned]]:
     """Yields what is done in each dispatch, one after the other; nothing is copied ahead."""
     rule = MissRule(action=setting.miss, host_rows=setting.host_rows)
@@ -323,7 +324,7 @@ class _Dispatch(NamedTuple):
 
 
 def _dispatches(
-    residency: Residency, routed: RoutedRows, setting: BufferingSetting
+    residency: Residency | CompiledResidency, routed: RoutedRows, setting: BufferingSetting
 ) -> Iterator[_Dispatch]:
     """Yields what is done in each dispatch, copies ahead included."""
     every = planned_dispatches(residency, routed, setting)

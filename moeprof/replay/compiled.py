@@ -19,17 +19,20 @@ from typing import Any, TypeVar, cast
 import numba
 import numpy as np
 from numba.core import sigutils
+from numba.core.compiler import Flags
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 
-def compiled(signature: str) -> Callable[[Function], Function]:
+def compiled(signature: str, *, allocates: bool = True) -> Callable[[Function], Function]:
     """Returns a decorator that compiles a loop for exactly one signature, on its first call.
 
     The loop gives up the GIL. Compiled loops call each other only through `inlined` helpers.
 
     Args:
         signature: Numba signature. Arrays have to be contiguous and writable.
+        allocates: It may make arrays. Else nobody counts references to those that it is given,
+            which takes most of a loop of microseconds; its helpers must not allocate either.
     """
 
     def decorate(function: Function) -> Function:
@@ -39,7 +42,7 @@ def compiled(signature: str) -> Callable[[Function], Function]:
         def made() -> Callable[..., Any]:
             with lock:
                 if not loops:
-                    loops.append(_compile(function, signature))
+                    loops.append(_compile(function, signature, allocates=allocates))
             return loops[0]
 
         @functools.wraps(function)
@@ -59,8 +62,10 @@ def bare(loop: Function) -> Function:
     return cast("Function", loop.made())  # type: ignore[attr-defined]
 
 
-def _compile(function: Callable[..., Any], signature: str) -> Any:
+def _compile(function: Callable[..., Any], signature: str, *, allocates: bool) -> Any:
     options: dict[str, Any] = {"nogil": True, "no_cfunc_wrapper": True}
+    if not allocates:
+        options["_nrt"] = False
     with _uncollected():
         try:
             return numba.njit(signature, cache=True, **options)(function)
@@ -84,7 +89,7 @@ def _uncollected() -> Iterator[None]:
             gc.enable()
 
 
-def inlined(signature: str) -> Callable[[Callable[..., Any]], Any]:
+def inlined(signature: str, *, allocates: bool = True) -> Callable[[Callable[..., Any]], Any]:
     """Returns a decorator for what compiled loops call: one version, whatever integers come.
 
     `numba.njit` would compile a helper anew for every mix of int32 and int64 that callers have,
@@ -92,13 +97,20 @@ def inlined(signature: str) -> Callable[[Callable[..., Any]], Any]:
 
     Args:
         signature: Numba signature; arguments are cast to it.
+        allocates: It may make arrays. Else it is inlined however large it is, for loops that do
+            not allocate: a call hands over seven words for every array.
     """
     arguments, result = sigutils.normalize_signature(signature)  # type: ignore[no-untyped-call]
 
     def decorate(function: Callable[..., Any]) -> Any:
         def type_of(typing_context: Any, *given: Any) -> Any:
             def generate(context: Any, builder: Any, typed: Any, values: Any) -> Any:
-                return context.compile_internal(builder, function, typed, values)
+                if allocates:
+                    return context.compile_internal(builder, function, typed, values)
+                flags: Any = cast("Any", Flags)()
+                flags.forceinline = True
+                made = context.compile_subroutine(builder, function, typed, flags=flags)
+                return context.call_internal(builder, made.fndesc, typed, values)
 
             return result(*arguments), generate
 

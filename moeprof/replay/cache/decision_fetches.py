@@ -55,7 +55,7 @@ Int32s = NDArray[np.int32]
 Int64s = NDArray[np.int64]
 
 
-@inlined("void(int32[::1], int64[::1], int32[::1], int64, int32[::1], int64)")
+@inlined("void(int32[::1], int64[::1], int32[::1], int64, int32[::1], int64)", allocates=False)
 def _learn(ints, longs, pairs, index, experts, num):  # type: ignore[no-untyped-def]
     """Takes the active experts of a dispatch (`Foresight.learn`)."""
     site = longs[SITES] + index * SITE_FIELDS
@@ -75,7 +75,7 @@ def _learn(ints, longs, pairs, index, experts, num):  # type: ignore[no-untyped-
         ints[last + each] = experts[each]
 
 
-@inlined("int64(int32[::1], int64[::1], int32[::1], int64, int32[::1], int64)")
+@inlined("int64(int32[::1], int64[::1], int32[::1], int64, int32[::1], int64)", allocates=False)
 def _likeliest(ints, longs, pairs, index, experts, num):  # type: ignore[no-untyped-def]
     """Lists as `FETCHED_EXPERT` the likeliest that are absent, at most `PREFETCH` of them.
 
@@ -117,7 +117,7 @@ def _likeliest(ints, longs, pairs, index, experts, num):  # type: ignore[no-unty
     return found
 
 
-@inlined("int64(int32[::1], int64[::1], int64, int64, int64)")
+@inlined("int64(int32[::1], int64[::1], int64, int64, int64)", allocates=False)
 def _drop(ints, longs, pool, upcoming, found):  # type: ignore[no-untyped-def]
     """Leaves of the likeliest those not ahead, and makes room for them; returns their number."""
     prefetch = longs[PREFETCH]
@@ -152,7 +152,7 @@ def _drop(ints, longs, pool, upcoming, found):  # type: ignore[no-untyped-def]
     return wanted
 
 
-@compiled("int64(int32[::1], int64[::1], int32[::1], int64, int32[::1], int64)")
+@compiled("int64(int32[::1], int64[::1], int32[::1], int64, int32[::1], int64)", allocates=False)
 def foresee(
     ints: Int32s, longs: Int64s, pairs: Int32s, index: int, experts: Int32s, num: int
 ) -> int:

@@ -79,7 +79,7 @@ _INACTIVE, _ACTIVE, _IS_AHEAD = range(3)
 _HITS, _AHEADS, _COPIES = range(3)
 
 
-@inlined("int64(int32[::1], int64[::1], int64)")
+@inlined("int64(int32[::1], int64[::1], int64)", allocates=False)
 def _activate(ints, longs, count):  # type: ignore[no-untyped-def]
     """Lists the experts that have rows in the marks, ascending, and marks them active."""
     most, marks = longs[MOST_EXPERTS], longs[MARKS]
@@ -96,7 +96,7 @@ def _activate(ints, longs, count):  # type: ignore[no-untyped-def]
     return active
 
 
-@inlined("int64(int32[::1], int64[::1], int64[::1], int64, int64, int64)")
+@inlined("int64(int32[::1], int64[::1], int64[::1], int64, int64, int64)", allocates=False)
 def _read(ints, longs, chosen, num, given, count):  # type: ignore[no-untyped-def]
     """Lists and marks active experts; returns their number, or `NO_SUCH_EXPERT`."""
     most, marks = longs[MOST_EXPERTS], longs[MARKS]
@@ -119,7 +119,7 @@ def _read(ints, longs, chosen, num, given, count):  # type: ignore[no-untyped-de
     return num
 
 
-@inlined("void(int32[::1], int64[::1], int64, int64)")
+@inlined("void(int32[::1], int64[::1], int64, int64)", allocates=False)
 def _take_ahead(ints, longs, pool, site):  # type: ignore[no-untyped-def]
     """Marks active experts that are ahead, frees the site's others (`Residency._taken_ahead`)."""
     marks, first = longs[MARKS], longs[pool + POOL_AHEAD]
@@ -138,7 +138,7 @@ def _take_ahead(ints, longs, pool, site):  # type: ignore[no-untyped-def]
     longs[pool + NUM_AHEAD] = kept
 
 
-@inlined("int64(int32[::1], int64[::1], int64, int64, int64)")
+@inlined("int64(int32[::1], int64[::1], int64, int64, int64)", allocates=False)
 def _look_up(  # type: ignore[no-untyped-def]  # noqa: PLR0912, PLR0915
     ints, longs, site, active, host_rows
 ):
@@ -224,7 +224,7 @@ def _look_up(  # type: ignore[no-untyped-def]  # noqa: PLR0912, PLR0915
     return True
 
 
-@compiled("int64(int32[::1], int64[::1], int64[::1], int64, int64, int64, int64)")
+@compiled("int64(int32[::1], int64[::1], int64[::1], int64, int64, int64, int64)", allocates=False)
 def decide(
     ints: Int32s,
     longs: Int64s,
@@ -264,7 +264,7 @@ def decide(
     return active
 
 
-@compiled("void(int32[::1], int64[::1])")
+@compiled("void(int32[::1], int64[::1])", allocates=False)
 def fill(ints: Int32s, longs: Int64s) -> None:
     """Fills empty caches with their lowest keys."""
     for number in range(longs[NUM_CACHES]):

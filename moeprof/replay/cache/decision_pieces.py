@@ -24,7 +24,7 @@ from moeprof.replay.cache.residency import AT_ONCE
 from moeprof.replay.compiled import inlined
 
 
-@inlined("void(int32[::1], int64[::1], int64)")
+@inlined("void(int32[::1], int64[::1], int64)", allocates=False)
 def order_pieces(ints, longs, active):  # type: ignore[no-untyped-def]
     """Sorts places by level (`pieces_of`), and leaves the piece of each in place of its level."""
     on_host = ON_HOST * longs[MOST_EXPERTS]
@@ -63,14 +63,14 @@ def order_pieces(ints, longs, active):  # type: ignore[no-untyped-def]
     ints[starts] = 0
 
 
-@inlined("int64(int32[::1], int64[::1], int64)")
+@inlined("int64(int32[::1], int64[::1], int64)", allocates=False)
 def _group(ints, longs, place):  # type: ignore[no-untyped-def]
     """Returns before which piece a copy for the device is asked for."""
     after = ints[AFTER * longs[MOST_EXPERTS] + place]
     return 0 if after == AT_ONCE else ints[longs[LEVELS] + after] + 1
 
 
-@inlined("void(int32[::1], int64[::1], int64)")
+@inlined("void(int32[::1], int64[::1], int64)", allocates=False)
 def order_copies(ints, longs, active):  # type: ignore[no-untyped-def]
     """Sorts copies by the piece before which they are asked for (`copies_of`)."""
     most, num_pieces = longs[MOST_EXPERTS], longs[NUM_PIECES]

@@ -188,7 +188,7 @@ def _pools(pools: Sequence[int], prefetch: int, ints: _Blocks) -> Int64s:
     return table
 
 
-@inlined("void(int32[::1], int64[::1], int64, int64)")
+@inlined("void(int32[::1], int64[::1], int64, int64)", allocates=False)
 def release(ints, longs, pool, slot):  # type: ignore[no-untyped-def]
     """Frees a slot, behind all that are free."""
     place = longs[pool + RING_FIRST] + longs[pool + NUM_FREE]
@@ -198,7 +198,7 @@ def release(ints, longs, pool, slot):  # type: ignore[no-untyped-def]
     longs[pool + NUM_FREE] += 1
 
 
-@inlined("int64(int32[::1], int64[::1], int64)")
+@inlined("int64(int32[::1], int64[::1], int64)", allocates=False)
 def take(ints, longs, pool):  # type: ignore[no-untyped-def]
     """Returns the slot that is free for longest, or `NO_SLOT`."""
     if longs[pool + NUM_FREE] == 0:

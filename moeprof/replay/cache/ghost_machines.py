@@ -40,7 +40,7 @@ from moeprof.replay.compiled import inlined
 _PROMOTION = policies.S3_PROMOTION
 
 
-@inlined("void(int64[::1], int32[::1], int64, int64)")
+@inlined("void(int64[::1], int32[::1], int64, int64)", allocates=False)
 def enter_queues(own, nodes, key, was_ghost):  # type: ignore[no-untyped-def]
     """Lets a key into a queue of `S3FIFO`."""
     small = own[NUM_KEYS]
@@ -53,7 +53,7 @@ def enter_queues(own, nodes, key, was_ghost):  # type: ignore[no-untyped-def]
         own[SMALL_USED] += 1
 
 
-@inlined("void(int64[::1], int32[::1], int64)")
+@inlined("void(int64[::1], int32[::1], int64)", allocates=False)
 def _remember(own, nodes, key):  # type: ignore[no-untyped-def]
     """Makes a key that left the small queue a ghost."""
     if own[GHOST_CAPACITY] == 0:
@@ -69,7 +69,7 @@ def _remember(own, nodes, key):  # type: ignore[no-untyped-def]
     nodes[of + key] = GHOST
 
 
-@inlined("int64(int64[::1], int32[::1])")
+@inlined("int64(int64[::1], int32[::1])", allocates=False)
 def _leave_queues(own, nodes):  # type: ignore[no-untyped-def]
     """Returns who leaves `S3FIFO`."""
     of, small = OF * own[WIDTH], own[NUM_KEYS]
@@ -99,7 +99,7 @@ def _leave_queues(own, nodes):  # type: ignore[no-untyped-def]
         return node
 
 
-@inlined(FINDS)
+@inlined(FINDS, allocates=False)
 def miss_s3fifo(own, nodes, wide, key):  # type: ignore[no-untyped-def]
     """Lets a key into small, or into main where it was a ghost."""
     was_ghost = nodes[OF * own[WIDTH] + key] == GHOST
@@ -116,7 +116,7 @@ def miss_s3fifo(own, nodes, wide, key):  # type: ignore[no-untyped-def]
     return left
 
 
-@inlined("void(int64[::1], int32[::1], int64, int64)")
+@inlined("void(int64[::1], int32[::1], int64, int64)", allocates=False)
 def move(own, nodes, key, where):  # type: ignore[no-untyped-def]
     """Moves a node of `ARC` to the end of a list."""
     of = OF * own[WIDTH]
@@ -130,7 +130,7 @@ def move(own, nodes, key, where):  # type: ignore[no-untyped-def]
         own[FIRST_USED - T1 + where] += 1
 
 
-@inlined("void(int64[::1], int32[::1])")
+@inlined("void(int64[::1], int32[::1])", allocates=False)
 def _cut_ghosts(own, nodes):  # type: ignore[no-untyped-def]
     """Forgets the oldest ghosts of `ARC` that are too many."""
     head = own[NUM_KEYS] - T1
@@ -143,7 +143,7 @@ def _cut_ghosts(own, nodes):  # type: ignore[no-untyped-def]
         move(own, nodes, nodes[head + B2], NOWHERE)
 
 
-@inlined(FINDS)
+@inlined(FINDS, allocates=False)
 def miss_arc(own, nodes, wide, key):  # type: ignore[no-untyped-def]
     """Moves the target where the key is a ghost, and lets it in."""
     head = own[NUM_KEYS] - T1

@@ -129,7 +129,7 @@ def _uses(machine: policies.Min, num_keys: int) -> Int64s:
     return np.concatenate([first, starts, ends, *every]).astype(np.int64)
 
 
-@inlined("void(int64[::1], int32[::1], int64)")
+@inlined("void(int64[::1], int32[::1], int64)", allocates=False)
 def unlink(own, nodes, node):  # type: ignore[no-untyped-def]
     """Takes a node out of its list."""
     width = own[WIDTH]
@@ -138,7 +138,7 @@ def unlink(own, nodes, node):  # type: ignore[no-untyped-def]
     nodes[width + after] = previous
 
 
-@inlined("void(int64[::1], int32[::1], int64, int64)")
+@inlined("void(int64[::1], int32[::1], int64, int64)", allocates=False)
 def link(own, nodes, place, node):  # type: ignore[no-untyped-def]
     """Puts a node behind another."""
     width = own[WIDTH]
@@ -149,7 +149,7 @@ def link(own, nodes, place, node):  # type: ignore[no-untyped-def]
     nodes[width + after] = node
 
 
-@inlined("void(int64[::1], int32[::1], int64, int64)")
+@inlined("void(int64[::1], int32[::1], int64, int64)", allocates=False)
 def append(own, nodes, head, node):  # type: ignore[no-untyped-def]
     """Puts a node at the end of the list of ``head``."""
     link(own, nodes, nodes[own[WIDTH] + head], node)

@@ -52,7 +52,7 @@ _NEVER = policies.NEVER
 _MOST = policies.S3_MAX_FREQUENCY
 
 
-@inlined("void(int64[::1], int32[::1], int64)")
+@inlined("void(int64[::1], int32[::1], int64)", allocates=False)
 def _leave_bucket(own, nodes, key):  # type: ignore[no-untyped-def]
     """Takes a resident out of its count."""
     width = own[WIDTH]
@@ -67,7 +67,7 @@ def _leave_bucket(own, nodes, key):  # type: ignore[no-untyped-def]
     unlink(own, nodes, key)
 
 
-@inlined("void(int64[::1], int32[::1], int64, int64, int64)")
+@inlined("void(int64[::1], int32[::1], int64, int64, int64)", allocates=False)
 def _enter_bucket(own, nodes, place, key, count):  # type: ignore[no-untyped-def]
     """Puts a key behind all of its count, which begins behind ``place``."""
     width = own[WIDTH]
@@ -84,7 +84,7 @@ def _enter_bucket(own, nodes, place, key, count):  # type: ignore[no-untyped-def
     link(own, nodes, place, key)
 
 
-@inlined("void(int64[::1], int32[::1], int64, int64)")
+@inlined("void(int64[::1], int32[::1], int64, int64)", allocates=False)
 def _enter_count(own, nodes, key, count):  # type: ignore[no-untyped-def]
     """Lets a key in with a count of 0 or 1."""
     width = own[WIDTH]
@@ -97,7 +97,7 @@ def _enter_count(own, nodes, key, count):  # type: ignore[no-untyped-def]
     _enter_bucket(own, nodes, place, key, count)
 
 
-@inlined("void(int64[::1], int32[::1], int64)")
+@inlined("void(int64[::1], int32[::1], int64)", allocates=False)
 def _count_up(own, nodes, key):  # type: ignore[no-untyped-def]
     """Moves a resident to the next count."""
     width = own[WIDTH]
@@ -110,7 +110,7 @@ def _count_up(own, nodes, key):  # type: ignore[no-untyped-def]
     _enter_bucket(own, nodes, place, key, count + 1)
 
 
-@inlined(FINDS)
+@inlined(FINDS, allocates=False)
 def _miss_in_list(own, nodes, wide, key):  # type: ignore[no-untyped-def]
     """Makes room in the list of `FIFO`, `LIFO`, `PAPER` and `LRU`, and lets a key in."""
     width, head, kind = own[WIDTH], own[NUM_KEYS], own[KIND]
@@ -133,7 +133,7 @@ def _miss_in_list(own, nodes, wide, key):  # type: ignore[no-untyped-def]
     return left
 
 
-@inlined(FINDS)
+@inlined(FINDS, allocates=False)
 def _miss_static(own, nodes, wide, key):  # type: ignore[no-untyped-def]
     """Keeps members of a set; others leave where they were placed at the start."""
     width, head = own[WIDTH], own[NUM_KEYS]
@@ -151,7 +151,7 @@ def _miss_static(own, nodes, wide, key):  # type: ignore[no-untyped-def]
     return left
 
 
-@inlined(FINDS)
+@inlined(FINDS, allocates=False)
 def _miss_lfu(own, nodes, wide, key):  # type: ignore[no-untyped-def]
     """Evicts the first of the lowest count."""
     left = NOBODY
@@ -164,13 +164,13 @@ def _miss_lfu(own, nodes, wide, key):  # type: ignore[no-untyped-def]
     return left
 
 
-@inlined("int64(uint64)")
+@inlined("int64(uint64)", allocates=False)
 def _set_bits(bits):  # type: ignore[no-untyped-def]
     """Returns their number as a signed one."""
     return np.int64(popcount(bits))
 
 
-@inlined("int64(int64[::1], int64[::1])")
+@inlined("int64(int64[::1], int64[::1])", allocates=False)
 def _draw(own, wide):  # type: ignore[no-untyped-def]
     """Draws one of the residents of `RANDOM`, in order of key, and takes it out."""
     state = np.uint64(own[STATE])
@@ -195,7 +195,7 @@ def _draw(own, wide):  # type: ignore[no-untyped-def]
     return (word << 6) + _set_bits(lowest - np.uint64(1))
 
 
-@inlined(FINDS)
+@inlined(FINDS, allocates=False)
 def _miss_random(own, nodes, wide, key):  # type: ignore[no-untyped-def]
     """Evicts a resident that is drawn."""
     left = NOBODY
@@ -207,7 +207,7 @@ def _miss_random(own, nodes, wide, key):  # type: ignore[no-untyped-def]
     return left
 
 
-@inlined("void(int64[::1], int32[::1], int64[::1], int64)")
+@inlined("void(int64[::1], int32[::1], int64[::1], int64)", allocates=False)
 def _leave_residents(own, nodes, wide, key):  # type: ignore[no-untyped-def]
     """Takes a key off the residents of `MIN`; the last of them takes its place."""
     width = own[WIDTH]
@@ -218,7 +218,7 @@ def _leave_residents(own, nodes, wide, key):  # type: ignore[no-untyped-def]
     nodes[width + last] = place
 
 
-@inlined("void(int64[::1], int32[::1], int64)")
+@inlined("void(int64[::1], int32[::1], int64)", allocates=False)
 def _enter_residents(own, nodes, key):  # type: ignore[no-untyped-def]
     """Lets a key into the residents of `MIN`."""
     nodes[own[USED]] = key
@@ -226,7 +226,7 @@ def _enter_residents(own, nodes, key):  # type: ignore[no-untyped-def]
     own[USED] += 1
 
 
-@inlined("int64(int64[::1], int32[::1], int64[::1])")
+@inlined("int64(int64[::1], int32[::1], int64[::1])", allocates=False)
 def _farthest(own, nodes, wide):  # type: ignore[no-untyped-def]
     """Returns the resident whose next use is farthest; ties: larger key."""
     found: Any = NOBODY
@@ -239,7 +239,7 @@ def _farthest(own, nodes, wide):  # type: ignore[no-untyped-def]
     return found
 
 
-@inlined("void(int64[::1], int64[::1], int64)")
+@inlined("void(int64[::1], int64[::1], int64)", allocates=False)
 def _move_on(own, wide, key):  # type: ignore[no-untyped-def]
     """Moves on to the next use of a key that is looked up."""
     num_keys = own[NUM_KEYS]
@@ -250,7 +250,7 @@ def _move_on(own, wide, key):  # type: ignore[no-untyped-def]
     wide[key] = wide[use] if use < end else _NEVER
 
 
-@inlined(FINDS)
+@inlined(FINDS, allocates=False)
 def _miss_min(own, nodes, wide, key):  # type: ignore[no-untyped-def]
     """Evicts the farthest next use, before the key enters or with the key among them."""
     _move_on(own, wide, key)
@@ -266,7 +266,7 @@ def _miss_min(own, nodes, wide, key):  # type: ignore[no-untyped-def]
     return left
 
 
-@inlined("void(int64[::1], int32[::1], int64[::1], int64)")
+@inlined("void(int64[::1], int32[::1], int64[::1], int64)", allocates=False)
 def hit(own, nodes, wide, key):  # type: ignore[no-untyped-def]
     """Looks up a resident."""
     kind = own[KIND]
@@ -285,7 +285,7 @@ def hit(own, nodes, wide, key):  # type: ignore[no-untyped-def]
         _move_on(own, wide, key)
 
 
-@inlined(FINDS)
+@inlined(FINDS, allocates=False)
 def miss(own, nodes, wide, key):  # type: ignore[no-untyped-def]
     """Looks up a key that is not resident; returns who left, the key itself if it is not kept."""
     if own[CAPACITY] == 0:
@@ -306,7 +306,7 @@ def miss(own, nodes, wide, key):  # type: ignore[no-untyped-def]
     return _miss_min(own, nodes, wide, key)
 
 
-@inlined("void(int64[::1], int32[::1], int64[::1], int64)")
+@inlined("void(int64[::1], int32[::1], int64[::1], int64)", allocates=False)
 def place_first(own, nodes, wide, key):  # type: ignore[no-untyped-def]
     """Makes a key resident before the first dispatch; there is room."""
     kind = own[KIND]

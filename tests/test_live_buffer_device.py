@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -36,8 +36,13 @@ class Device:
 
 
 class Event:
+    every: ClassVar[list[Event]] = []
+
     def __init__(self) -> None:
         self.recorded: tuple[Stream, int] | None = None
+        self.every.append(self)
+        # 0 is no event.
+        self.cuda_event = len(self.every)
 
     def record(self, stream: Stream) -> None:
         self.recorded = (stream, len(stream.work))
@@ -75,12 +80,19 @@ class Stream:
 class LazySlot:
     """A slot that copies reach when their stream runs."""
 
+    every: ClassVar[list[LazySlot]] = []
+
     def __init__(self) -> None:
         self.held = ""
         self.device = "cuda:0"
+        self.every.append(self)
+        self._address = len(self.every) - 1
 
-    def data_ptr(self) -> LazySlot:
-        return self
+    def data_ptr(self) -> int:
+        return self._address
+
+    def storage_offset(self) -> int:
+        return 0
 
     def numel(self) -> int:
         return 1
@@ -97,12 +109,16 @@ class Block:
         return 1
 
 
-def copy_to_device(slot: LazySlot, name: str, num_bytes: int, stream: Stream) -> None:
+def copy_to_device(address: int, name: str, num_bytes: int, stream: Stream) -> None:
     def run() -> None:
-        slot.held = name
+        LazySlot.every[address].held = name
 
     assert num_bytes == 1
     stream.work.append(run)
+
+
+def wait_for_event(stream: Stream, event: int) -> None:
+    stream.wait_event(Event.every[event - 1])
 
 
 @pytest.fixture
@@ -114,6 +130,8 @@ def device(monkeypatch: pytest.MonkeyPatch) -> Device:
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: made.now)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
     monkeypatch.setattr(transfers, "copy_to_device", copy_to_device)
+    monkeypatch.setattr(transfers, "wait_for_event", wait_for_event)
+    monkeypatch.setattr(transfers, "current_handle", lambda device: id(made.now))
     return made
 
 
@@ -257,7 +275,10 @@ class Bufferless:
         self.buffer._by_id = {
             site: SimpleNamespace(
                 site=site,
-                store=SimpleNamespace(block=lambda expert, site=site: Block(f"{site}:{expert}")),
+                store=SimpleNamespace(
+                    shape=SimpleNamespace(block_bytes=1),
+                    block=lambda expert, site=site: Block(f"{site}:{expert}"),
+                ),
                 run=lambda expert, slot, _rows, site=site: self.read(site, expert, slot),
             )
             for site in (0, 1)

@@ -16,7 +16,12 @@ _LIBRARY = "libcuda.so.1"
 
 
 @functools.cache
-def _driver() -> ctypes.CDLL:
+def opened_driver() -> ctypes.CDLL:
+    """Returns the driver's library.
+
+    Raises:
+        MoeprofError: There is none.
+    """
     try:
         library = ctypes.CDLL(_LIBRARY)
     except OSError as error:
@@ -29,6 +34,7 @@ def _driver() -> ctypes.CDLL:
     library.cuMemcpyDtoHAsync_v2.argtypes = [
         ctypes.c_void_p, ctypes.c_uint64, ctypes.c_size_t, ctypes.c_void_p,
     ]  # fmt: skip
+    library.cuStreamWaitEvent.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint]
     return library
 
 
@@ -44,14 +50,32 @@ def copy_to_device(device_address: int, host_address: int, num_bytes: int, strea
     Raises:
         MoeprofError: The driver refuses.
     """
-    _check(_driver().cuMemcpyHtoDAsync_v2(device_address, host_address, num_bytes, stream))
+    check_driver(
+        opened_driver().cuMemcpyHtoDAsync_v2(device_address, host_address, num_bytes, stream)
+    )
 
 
 def copy_to_host(host_address: int, device_address: int, num_bytes: int, stream: int) -> None:
     """Asks for a copy to the host; arguments and errors as in `copy_to_device`."""
-    _check(_driver().cuMemcpyDtoHAsync_v2(host_address, device_address, num_bytes, stream))
+    check_driver(
+        opened_driver().cuMemcpyDtoHAsync_v2(host_address, device_address, num_bytes, stream)
+    )
 
 
-def _check(code: int) -> None:
+def wait_for_event(stream: int, event: int) -> None:
+    """Lets what follows on a stream wait for an event.
+
+    Args:
+        stream: Handle of the stream.
+        event: Handle of the event (`torch.cuda.Event.cuda_event`).
+
+    Raises:
+        MoeprofError: The driver refuses.
+    """
+    check_driver(opened_driver().cuStreamWaitEvent(stream, event, 0))
+
+
+def check_driver(code: int) -> None:
+    """Raises MoeprofError where the driver answered anything but that all is well."""
     if code != 0:
-        raise MoeprofError(f"the CUDA driver refused a copy: error {code}")
+        raise MoeprofError(f"the CUDA driver refused a call: error {code}")

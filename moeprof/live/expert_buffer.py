@@ -16,9 +16,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 import torch
+from numpy.typing import NDArray
 
 from moeprof.errors import MoeprofError, UsageError
 from moeprof.live.cache_plans import plan_caches
+from moeprof.live.direct_launches import Launches
+from moeprof.live.direct_runs import DirectRuns
+from moeprof.live.driver_calls import driver_functions
 from moeprof.live.expert_store import BlockShape, Bytes, ExpertStore
 from moeprof.live.experts import ExpertWeights
 from moeprof.live.kernels.streamed import STREAMED_TOKENS, StreamedDispatch, can_stream
@@ -30,6 +34,19 @@ from moeprof.live.transfers import (
     make_slots,
     new_event,
     open_transfers,
+)
+from moeprof.replay.cache.decisions import (
+    AHEAD,
+    EXPERT,
+    HIT,
+    LOADS,
+    NUM_COLUMNS,
+    NUM_COPIES,
+    ON_HOST,
+    ROWS,
+    CompiledResidency,
+    columns_of,
+    make_residency,
 )
 from moeprof.replay.cache.foresight import Foresight
 from moeprof.replay.cache.pieces import copies_of, pieces_of
@@ -52,6 +69,7 @@ LOOKUP_COLUMNS = (
 )  # fmt: skip
 
 _MOST_TOP_K = 16
+_NO_COLUMNS = np.zeros((NUM_COLUMNS, 0), np.int32)
 
 RunExpert = Callable[[int, ExpertWeights, torch.Tensor], torch.Tensor]
 
@@ -214,13 +232,15 @@ class ExpertBuffer:
         for site in self.sites:
             self._workspace_of(site, dtype or site.store.shape.dtype)
         self._streamed = _streamed_dispatches(self.sites, self.device)
+        self._memory: dict[int, torch.Tensor] = {}
         self._all: dict[int, ExpertWeights] = {}
         self._blocks: dict[int, tuple[Bytes, ...]] = {}
         self._views: dict[tuple[int, int], ExpertWeights] = {}
-        self._residency: Residency | None = None
+        self._residency: Residency | CompiledResidency | None = None
         self._transfers: Transfers | None = None
         self._computations = Computations(self.device)
         self._pools: list[torch.Tensor] = []
+        self._pool_of: dict[int, torch.Tensor] = {}
         self._cache_bytes = self._staging_bytes = self._padding_bytes = 0
         self._host_lane: _HostLane | None = None
         check_prefetch(settings.prefetch, settings.capacity)
@@ -234,15 +254,43 @@ class ExpertBuffer:
             self._make_slots()
         self._step = -1
         self._is_halfway = False
-        self._log: list[tuple[int, int, list[Planned], list[int]]] = []
+        # Step, site, and the columns of the decision about its active experts.
+        self._log: list[tuple[int, int, NDArray[np.int32]]] = []
         self._num_copies = self._copied_bytes = self._num_initial = 0
         self._num_ahead = self._ahead_bytes = 0
+        self._direct = self._direct_runs() if self.device.type == "cuda" else None
         self.reset()
+
+    def _direct_runs(self) -> DirectRuns | None:
+        """Returns what asks for dispatches from compiled code; None where Python has to."""
+        residency = self._residency
+        if not self._streamed or isinstance(residency, Residency):
+            return None
+        found = DirectRuns(
+            driver=driver_functions(),
+            most_site=max(self._by_id),
+            most_experts=max(site.store.num_experts for site in self.sites),
+            residency=residency,
+            transfers=self._transfers,
+        )
+        for site, memory in self._memory.items():
+            store = self._by_id[site].store
+            found.add_resident(
+                site,
+                memory=memory,
+                block_bytes=store.shape.block_bytes,
+                num_experts=store.num_experts,
+            )
+        for site, pool in self._pool_of.items():
+            store = self._by_id[site].store
+            found.add(site, pool=pool, memory=store.memory, block_bytes=store.shape.block_bytes)
+        return found
 
     def _keep_all(self, site: BufferedSite) -> None:
         """Brings all experts of a site to the device."""
         store = site.store
         memory = store.memory.to(self.device)
+        self._memory[site.site] = memory
         self._all[site.site] = store.shape.stacked_weights(memory, store.num_experts)
         self._blocks[site.site] = torch.split(memory, store.shape.block_bytes)
 
@@ -251,7 +299,7 @@ class ExpertBuffer:
         slots, self._pools = make_slots(plan.pool_slots, plan.slot_bytes, self.device)
         self._cache_bytes, self._staging_bytes = plan.cache_bytes, plan.staging_bytes
         self._padding_bytes = plan.padding_bytes
-        self._residency = Residency(
+        self._residency = make_residency(
             plan.caches,
             plan.pool_slots,
             full=self.settings.initial == "full",
@@ -259,6 +307,11 @@ class ExpertBuffer:
             # It counts pairs of experts: nothing to hold where nobody asks.
             foresight=Foresight(_in_stacks(self.sites)) if self.settings.prefetch else None,
         )
+        if isinstance(self._residency, CompiledResidency):
+            self._residency.rule = self._rule
+        self._pool_of = {
+            site: self._pools[cache.pool] for cache in plan.caches for site, _ in cache.sites
+        }
         self._transfers = open_transfers(slots) if slots else None
         if self._rule.action != "load":
             self._host_lane = _HostLane(self.device)
@@ -328,7 +381,6 @@ class ExpertBuffer:
         """Says that a forward pass of a stack begins; steps count from 0 unless given."""
         self._step = self._step + 1 if step is None else step
 
-    @torch.no_grad()
     def run(
         self, site: int, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor
     ) -> torch.Tensor:
@@ -351,13 +403,26 @@ class ExpertBuffer:
         )
         with made_current(self.device):
             # Before the host waits: then it waits for the dispatch before this one too.
-            self._computations.begin()
+            stream = self._computations.begin()
             if streamed is not None and is_small:
+                if self._direct is not None:
+                    launches = streamed.launches(hidden, ids, weights)
+                    if launches is not None:
+                        return self._run_directly(
+                            place, streamed, self._direct, launches, hidden, stream
+                        )
                 return self._run_streamed(place, streamed, hidden, ids, weights)
-            workspace = self._workspace_of(place, hidden.dtype)
-            given, slots, ends = workspace.sorted_rows(hidden, ids, place.store.num_experts)
-            rows = self._run_blocks(place, given, ends, workspace)
-            return workspace.combined(rows, slots, weights, ends[-1])
+            return self._run_sorted(place, hidden, ids, weights)
+
+    @torch.no_grad()
+    def _run_sorted(
+        self, place: BufferedSite, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor
+    ) -> torch.Tensor:
+        """Runs a dispatch expert by expert."""
+        workspace = self._workspace_of(place, hidden.dtype)
+        given, slots, ends = workspace.sorted_rows(hidden, ids, place.store.num_experts)
+        rows = self._run_blocks(place, given, ends, workspace)
+        return workspace.combined(rows, slots, weights, ends[-1])
 
     @torch.no_grad()
     def run_sorted(self, site: int, rows: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
@@ -375,6 +440,7 @@ class ExpertBuffer:
             workspace.reserve(rows.shape[0])
             return self._run_blocks(place, rows, workspace.ends_on_host(ends), workspace)
 
+    @torch.no_grad()
     def _run_streamed(
         self,
         place: BufferedSite,
@@ -397,21 +463,69 @@ class ExpertBuffer:
             self._is_halfway = False
         return streamed.combined()
 
-    def _plan(self, place: BufferedSite, experts: list[int], rows: list[int]) -> list[Planned]:
-        """Returns what is done about active experts; whoever asks says when it is done.
+    def _run_directly(
+        self,
+        place: BufferedSite,
+        streamed: StreamedDispatch,
+        direct: DirectRuns,
+        launches: Launches,
+        hidden: torch.Tensor,
+        stream: int,
+    ) -> torch.Tensor:
+        """Runs a dispatch of a few tokens as `_run_streamed` does, without Python between."""
+        site = place.site
+        out = streamed.out()
+        direct.learn(streamed, launches, stream)
+        if self._residency is not None:
+            self._begin_dispatch()
+        try:
+            count = direct.decide(site, streamed)
+        except IndexError as error:
+            # Nothing was decided.
+            self._is_halfway = False
+            raise MoeprofError(
+                f"the router chose an expert that there is not: {error}",
+                hint="ids are indices into the site's experts; a row that is no number has none",
+            ) from None
+        if not count:
+            self._is_halfway = False
+            direct.combine(launches, stream)
+            return out
+        if self._residency is not None:
+            self._log.append((self._step, site, direct.decision.columns[:, :count].copy()))
+        if direct.needs_host:
+            with torch.no_grad():
+                self._run_pieces(place, streamed, direct.decision.planned(), hidden)
+                self._is_halfway = False
+                return streamed.combined()
+        ahead = direct.run(site, streamed, launches, stream, ahead=bool(self.settings.prefetch))
+        copied = int(direct.decision.counts[NUM_COPIES])
+        self._num_copies += copied
+        self._copied_bytes += copied * place.store.shape.block_bytes
+        if ahead:
+            self._count_ahead(direct.decision.fetched_list(ahead))
+        self._is_halfway = False
+        return out
+
+    def _begin_dispatch(self) -> None:
+        """Notes that copies of a dispatch are under way; whoever asks says when it is done.
 
         Raises:
             MoeprofError: The last dispatch broke off: its copies may be missing.
         """
-        assert self._residency is not None
         if self._is_halfway:
             raise MoeprofError(
                 "the last dispatch broke off halfway, so what lies in the slots is not known",
                 hint="start anew: ExpertBuffer.reset()",
             )
         self._is_halfway = True
+
+    def _plan(self, place: BufferedSite, experts: list[int], rows: list[int]) -> list[Planned]:
+        """Returns what is done about active experts; see `_begin_dispatch`."""
+        assert self._residency is not None
+        self._begin_dispatch()
         planned = self._residency.plan(place.site, experts, rows, self._rule)
-        self._log.append((self._step, place.site, planned, rows))
+        self._log.append((self._step, place.site, columns_of(planned, rows)))
         return planned
 
     def _run_pieces(
@@ -489,8 +603,11 @@ class ExpertBuffer:
                 self._transfers.load_all([(one.slot, block)], behind=waits_for)
             else:
                 self._transfers.load(one.slot, block)
-            self._num_ahead += 1
-            self._ahead_bytes += block.numel()
+        self._count_ahead(fetched)
+
+    def _count_ahead(self, fetched: Sequence[Fetched]) -> None:
+        self._num_ahead += len(fetched)
+        self._ahead_bytes += sum(self._by_id[one.site].store.shape.block_bytes for one in fetched)
 
     def _run_blocks(
         self, place: BufferedSite, given: torch.Tensor, ends: list[int], workspace: Workspace
@@ -584,44 +701,42 @@ class ExpertBuffer:
         Columns step, stack, site, layer, expert, hit; then copied (its block went to the device for
         this lookup), ahead (it missed, but had been copied ahead), on_host and rows.
         """
-        columns: dict[str, list[Any]] = {name: [] for name in LOOKUP_COLUMNS}
-        for step, site, planned, rows in self._log:
-            place, ids = self._by_id[site], self._ids[site]
-            count = len(planned)
-            columns["step"] += [step] * count
-            columns["stack"] += [place.stack] * count
-            columns["site"] += [site] * count
-            columns["layer"] += [place.layer] * count
-            columns["expert"] += [int(ids[each.expert]) for each in planned]
-            columns["hit"] += [each.hit for each in planned]
-            columns["copied"] += [each.loads for each in planned]
-            columns["ahead"] += [each.ahead for each in planned]
-            columns["on_host"] += [each.on_host for each in planned]
-            columns["rows"] += rows
-        return pd.DataFrame(columns)
+        log = self._log
+        count = np.array([columns.shape[1] for _, _, columns in log], np.int64)
+        every = np.concatenate([_NO_COLUMNS, *[columns for _, _, columns in log]], axis=1)
+        places = [self._by_id[site] for _, site, _ in log]
+        ids = [self._ids[site][columns[EXPERT]] for _, site, columns in log]
+        values = {
+            "step": np.repeat(np.array([step for step, _, _ in log], np.int64), count),
+            "stack": np.repeat(np.array([place.stack for place in places], object), count),
+            "site": np.repeat(np.array([place.site for place in places], np.int64), count),
+            "layer": np.repeat(np.array([place.layer for place in places], np.int64), count),
+            "expert": np.concatenate([np.zeros(0, np.int64), *ids]),
+            "hit": every[HIT].astype(bool),
+            "copied": every[LOADS].astype(bool),
+            "ahead": every[AHEAD].astype(bool),
+            "on_host": every[ON_HOST].astype(bool),
+            "rows": every[ROWS].astype(np.int64),
+        }
+        return pd.DataFrame({name: values[name] for name in LOOKUP_COLUMNS})
 
     def counts(self) -> BufferCounts:
         """Returns what was done so far."""
-        every = [step for _, _, planned, _ in self._log for step in planned]
-        host_rows = [
-            count
-            for _, _, planned, rows in self._log
-            for step, count in zip(planned, rows, strict=True)
-            if step.on_host
-        ]
+        every = np.concatenate([_NO_COLUMNS, *[columns for _, _, columns in self._log]], axis=1)
+        on_host = every[ON_HOST] > 0
         spaces = self._spaces()
         return BufferCounts(
             dispatches=len(self._log),
-            lookups=len(every),
-            hits=sum(step.hit for step in every),
+            lookups=every.shape[1],
+            hits=int(every[HIT].sum()),
             copies=self._num_copies + self._num_ahead,
             copied_bytes=self._copied_bytes + self._ahead_bytes,
             prefetches=self._num_ahead,
             prefetch_bytes=self._ahead_bytes,
-            prefetch_used=sum(step.ahead for step in every),
+            prefetch_used=int(every[AHEAD].sum()),
             initial_copies=self._num_initial,
-            host_experts=len(host_rows),
-            host_rows=sum(host_rows),
+            host_experts=int(on_host.sum()),
+            host_rows=int(every[ROWS][on_host].sum()),
             waits=sum(space.num_waits for space in spaces),
             wait_s=sum(space.wait_s for space in spaces),
         )
@@ -696,6 +811,9 @@ class ExpertBuffer:
         if self._transfers is not None:
             self._transfers.finish()
         self._views.clear()
+        self._direct = None
+        self._memory.clear()
+        self._pool_of.clear()
         self._all.clear()
         self._blocks.clear()
         for streamed in self._distinct_streamed():

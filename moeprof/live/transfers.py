@@ -7,17 +7,19 @@ that it reads has arrived. Nothing waits on the host. Leaves out what is copied 
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 
-from moeprof.live.device_copies import copy_to_device
+from moeprof.live.device_copies import copy_to_device, wait_for_event
+from moeprof.live.direct_dispatch import DirectSlots
 from moeprof.live.expert_store import ALIGNMENT_BYTES, Bytes
 
 _NUM_EVENTS = 256
+_AS_IT_IS: AbstractContextManager[Any] = nullcontext()
 
 
 def new_event() -> torch.cuda.Event:
@@ -31,9 +33,18 @@ def made_current(device: torch.device) -> AbstractContextManager[Any]:
     Triton launches on the current device, and the driver takes streams of its context only,
     wherever the tensors lie.
     """
-    if device.type != "cuda":
-        return nullcontext()
+    if device.type != "cuda" or device.index in (None, torch.cuda.current_device()):
+        return _AS_IT_IS
     return torch.cuda.device(device)
+
+
+def current_handle(device: torch.device) -> int:
+    """Returns the handle of the current stream of a CUDA device.
+
+    `torch.cuda.current_stream` makes an object for it, which takes ten times as long.
+    """
+    index = torch.cuda.current_device() if device.index is None else device.index
+    return int(torch._C._cuda_getCurrentRawStream(index))
 
 
 class Computations:
@@ -45,16 +56,25 @@ class Computations:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
+        self._is_cuda = device.type == "cuda"
         self._stream: torch.cuda.Stream | None = None
+        self._handle = 0
 
-    def begin(self) -> None:
-        """Lets what follows on the current stream wait for all that was begun before."""
-        if self._device.type != "cuda":
-            return
-        current = torch.cuda.current_stream(self._device)
-        if self._stream is not None and current != self._stream:
-            current.wait_stream(self._stream)
-        self._stream = current
+    def begin(self) -> int:
+        """Lets what follows on the current stream wait for all that was begun before.
+
+        Returns:
+            Handle of the current stream; 0 without streams.
+        """
+        if not self._is_cuda:
+            return 0
+        handle = current_handle(self._device)
+        if self._stream is None or handle != self._handle:
+            current = torch.cuda.current_stream(self._device)
+            if self._stream is not None:
+                current.wait_stream(self._stream)
+            self._stream, self._handle = current, handle
+        return handle
 
     def finish(self) -> None:
         """Waits on the host until all that was begun has finished."""
@@ -74,6 +94,14 @@ class Transfers(Protocol):
     @property
     def slots(self) -> Sequence[Bytes]:
         """The slots."""
+
+    @property
+    def direct(self) -> DirectSlots | None:
+        """The slots as compiled code uses them, or None."""
+
+    @property
+    def stream(self) -> int:
+        """Handle of the stream of copies; 0 where there is none."""
 
     def begin(self) -> None:
         """Called once per dispatch, before anything else."""
@@ -111,6 +139,9 @@ class HostTransfers:
     Args:
         slots: As `make_slots` returned them.
     """
+
+    direct = None
+    stream = 0
 
     def __init__(self, slots: Sequence[Bytes]) -> None:
         self.slots = slots
@@ -158,20 +189,37 @@ class CudaTransfers:
         self.is_blank = False
         device = slots[0].device
         self._copies = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-        self._stream = self._copies.cuda_stream
-        self._addresses = [slot.data_ptr() for slot in slots]
+        self.stream = self._copies.cuda_stream
         self._slot_bytes = [slot.numel() for slot in slots]
-        self._arrived = [new_event() for _ in slots]
-        self._read = [new_event() for _ in slots]
-        self._is_read = [False] * len(slots)
-        # The event that says that the copy into a slot has arrived, until a reader has waited.
-        self._pending: dict[int, torch.cuda.Event] = {}
+        self._arrived = self._events(len(slots))
+        self._read = self._events(len(slots))
         # Apart: an arrival that nobody has waited for must not become a mark of the other stream.
-        self._arrivals = itertools.cycle([new_event() for _ in range(_NUM_EVENTS)])
-        self._marks = itertools.cycle([new_event() for _ in range(_NUM_EVENTS)])
+        self._arrivals, self._marks = self._events(_NUM_EVENTS), self._events(_NUM_EVENTS)
+        self.direct = DirectSlots(
+            address=np.array([slot.data_ptr() for slot in slots], np.int64),
+            offset=np.array([slot.storage_offset() // ALIGNMENT_BYTES for slot in slots], np.int32),
+            pending=np.zeros(len(slots), np.int64),
+            is_read=np.zeros(len(slots), np.uint8),
+            arrivals=np.array([each.cuda_event for each in self._arrivals], np.int64),
+            marks=np.array([each.cuda_event for each in self._marks], np.int64),
+            turns=np.zeros(3, np.int64),
+        )
         # The slots' memory may have been somebody else's on the stream that made them.
         torch.cuda.synchronize(device)
         self._compute = torch.cuda.current_stream(device)
+
+    def _events(self, count: int) -> list[torch.cuda.Event]:
+        """Returns events that the driver knows already, as it does those that were recorded."""
+        found = [new_event() for _ in range(count)]
+        for event in found:
+            event.record(self._copies)
+        return found
+
+    def _next_event(self, events: Sequence[torch.cuda.Event], turn: int) -> torch.cuda.Event:
+        turns = self.direct.turns
+        event: torch.cuda.Event = events[int(turns[turn])]
+        turns[turn] = (turns[turn] + 1) % len(events)
+        return event
 
     def begin(self) -> None:
         """Keeps the order of computations where the caller has changed streams."""
@@ -182,30 +230,28 @@ class CudaTransfers:
 
     def load(self, slot: int, block: Bytes) -> None:
         """Starts the copy."""
-        if self._is_read[slot]:
+        if self.direct.is_read[slot]:
             self._copies.wait_event(self._read[slot])
-            self._is_read[slot] = False
+            self.direct.is_read[slot] = 0
         self._copy(slot, block)
         self._arrived[slot].record(self._copies)
-        self._pending[slot] = self._arrived[slot]
+        self.direct.pending[slot] = self._arrived[slot].cuda_event
 
     def _copy(self, slot: int, block: Bytes) -> None:
         num_bytes = block.numel()
         assert num_bytes <= self._slot_bytes[slot]
         if self.is_blank:
             return
-        copy_to_device(self._addresses[slot], block.data_ptr(), num_bytes, self._stream)
+        copy_to_device(int(self.direct.address[slot]), block.data_ptr(), num_bytes, self.stream)
 
     def await_load(self, slot: int) -> None:
         """Lets the computing stream wait."""
-        arrived = self._pending.pop(slot, None)
-        if arrived is not None:
-            self._compute.wait_event(arrived)
+        self.await_all([slot])
 
     def release(self, slot: int) -> None:
         """Marks the computing stream."""
         self._read[slot].record(self._compute)
-        self._is_read[slot] = True
+        self.direct.is_read[slot] = 1
 
     def load_all(self, copies: Sequence[tuple[int, Bytes]], *, behind: Any = None) -> None:
         """Starts copies, with one event for all of them."""
@@ -216,21 +262,22 @@ class CudaTransfers:
         for slot, block in copies:
             self._copy(slot, block)
         # An event may be in use still: waiting for its later record is waiting too long, no more.
-        arrived = next(self._arrivals)
+        arrived = self._next_event(self._arrivals, 0)
         arrived.record(self._copies)
         for slot, _ in copies:
-            self._pending[slot] = arrived
-            self._is_read[slot] = False
+            self.direct.pending[slot] = arrived.cuda_event
+            self.direct.is_read[slot] = 0
 
     def await_all(self, slots: Sequence[int]) -> None:
         """Lets the computing stream wait, once per event."""
-        found = [self._pending.pop(slot, None) for slot in slots]
-        for arrived in {id(one): one for one in found if one is not None}.values():
-            self._compute.wait_event(arrived)
+        pending = self.direct.pending
+        for event in {int(pending[slot]) for slot in slots} - {0}:
+            wait_for_event(self._compute.cuda_stream, event)
+        pending[list(slots)] = 0
 
     def mark(self) -> torch.cuda.Event:
         """Marks the computing stream."""
-        marked = next(self._marks)
+        marked = self._next_event(self._marks, 1)
         marked.record(self._compute)
         return marked
 

@@ -1,8 +1,9 @@
 """A dispatch of a few tokens in pieces: some experts now, others once their weights have arrived.
 
 As `few`, with two differences: experts are named by a table that the host wrote, each with the
-place of its weights in a pool of blocks, and the slots are added up by a launch of their own. What
-a row of an expert gives does not depend on the piece, nor on where the weights lie.
+place of its weights in a pool of blocks, and the slots are added up by a launch of their own. The
+host may be told what was chosen by a launch too, which writes to its memory. What a row of an
+expert gives does not depend on the piece, nor on where the weights lie.
 """
 # mypy: disable-error-code="no-untyped-def,no-untyped-call,untyped-decorator,index,arg-type"
 
@@ -12,6 +13,15 @@ import triton
 import triton.language as tl
 
 from moeprof.live.kernels.few import chosen_by, columns_in, columns_out, some_rows
+
+
+@triton.jit(do_not_specialize=["turn", "num_slots"])
+def publish(ids, words, turn, num_slots, SLOTS: tl.constexpr):
+    """Writes each id where the host looks for it, below the number of the dispatch."""
+    slot = tl.arange(0, SLOTS)
+    chosen = tl.load(ids + slot, mask=slot < num_slots, other=-1).to(tl.int64)
+    word = (turn.to(tl.int64) << 32) | (chosen & 0xFFFFFFFF)
+    tl.store(words + slot, word, mask=slot < num_slots)
 
 
 @triton.jit(do_not_specialize=["first", "num_tokens"])

@@ -2,20 +2,31 @@
 
 The host learns the choice of the router with one small copy and needs no order of rows; a piece is
 two launches however many experts it has. So a dispatch of a few tokens is bound by copies and
-weights, not by launches. Leaves out which expert belongs to which piece and where weights lie.
+weights, not by launches. Dispatches of a kind that ran before can be asked for from compiled code
+(`moeprof.live.direct_dispatch`). Leaves out which expert belongs to which piece and where weights
+lie.
 """
 
 from __future__ import annotations
 
 import importlib.util
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 
 from moeprof.live.device_copies import copy_to_host
+from moeprof.live.direct_launches import (
+    CELL,
+    CELLS,
+    KERNELS,
+    Launches,
+    PreparedKernel,
+    launches_of,
+    prepared,
+)
 from moeprof.live.expert_store import ALIGNMENT_BYTES, BlockShape, Bytes
 from moeprof.live.kernels.fused import suits_device
 from moeprof.live.transfers import new_event
@@ -31,6 +42,9 @@ _POINTER_ALIGNMENT = 16
 _ID_BYTES = 8
 _LEAST_TOKENS = 16
 _ADDED_COLUMNS = 512
+_OUT, _WORDS = CELL["out"], CELL["words"]
+_HIDDEN, _IDS, _WEIGHTS, _TOKENS = (CELL[each] for each in ("hidden", "ids", "weights",
+                                                            "num_tokens"))  # fmt: skip
 
 
 def can_stream(shape: BlockShape, device: torch.device | str) -> bool:
@@ -81,6 +95,9 @@ class StreamedDispatch:
         self.num_growths = 0
         self._unit = ALIGNMENT_BYTES // shape.itemsize
         self._compiled: dict[tuple[Any, ...], Any] = {}
+        self._prepare: Callable[[Any], PreparedKernel | None] = prepared
+        self._launches: dict[tuple[Any, ...], Launches | None] = {}
+        self.cells = np.zeros(len(CELLS), np.int64)
         from moeprof.live.kernels import few, parts, piecewise
 
         self._kernels = piecewise
@@ -90,12 +107,17 @@ class StreamedDispatch:
             # Kernels read it where it lies: a copy would queue behind those of experts. Its size is
             # in their code, so it never changes.
             self._table = torch.zeros(2, num_experts, dtype=torch.int32, pin_memory=self._is_cuda)
-        self._entries = self._table.numpy()
+        self.entries = self._table.numpy()
+        self.cells[CELL["table"]] = self._table.data_ptr()
+        self.cells[CELL["D_FF"]], self.cells[CELL["D_MODEL"]] = self._d_ff, self._width
         self._grow(STREAMED_TOKENS)
 
     def _grow(self, num_slots: int) -> None:
         with torch.inference_mode(False):
-            self._host_ids = torch.zeros(num_slots, dtype=torch.int64, pin_memory=self._is_cuda)
+            self._host_ids, self._words = (
+                torch.zeros(num_slots, dtype=torch.int64, pin_memory=self._is_cuda)
+                for _ in range(2)
+            )
             self._put_slots = torch.zeros(num_slots, dtype=torch.int32, pin_memory=self._is_cuda)
             self._inner = torch.zeros(
                 num_slots, self._d_ff, dtype=self._shape.dtype, device=self._device
@@ -103,7 +125,9 @@ class StreamedDispatch:
             self._rows = torch.zeros(
                 num_slots, self._width, dtype=torch.float32, device=self._device
             )
-        self._put_entries, self._chosen = self._put_slots.numpy(), self._host_ids.numpy()
+        self._put_entries, self.chosen = self._put_slots.numpy(), self._host_ids.numpy()
+        for name, tensor in (("inner", self._inner), ("rows", self._rows), ("words", self._words)):
+            self.cells[CELL[name]] = tensor.data_ptr()
         self._host_address = self._host_ids.data_ptr()
         self._num_slots = num_slots
         self.num_growths += 1
@@ -117,6 +141,22 @@ class StreamedDispatch:
     def top_k(self) -> int:
         """Slots per token of the dispatch."""
         return self._ids.shape[1]
+
+    @property
+    def num_ids(self) -> int:
+        """(token, slot) pairs of the dispatch."""
+        return self._ids.numel()
+
+    @property
+    def words_address(self) -> int:
+        """Where the device writes what it chose, for `moeprof.live.direct_dispatch.learn`."""
+        return int(self.cells[_WORDS])
+
+    def out(self) -> torch.Tensor:
+        """Returns memory for the output of the dispatch [T, d_model], and writes it to `cells`."""
+        out = torch.empty_like(self._hidden)
+        self.cells[_OUT] = out.data_ptr()
+        return out
 
     def let_go(self) -> None:
         """Lets go of the memory of blocks; what was counted stays."""
@@ -136,11 +176,7 @@ class StreamedDispatch:
             weights: [T, k].
         """
         assert 0 < hidden.shape[0] <= STREAMED_TOKENS and hidden.dtype == self._shape.dtype
-        self._hidden = hidden.contiguous()
-        self._ids = ids.long().contiguous()
-        self._weights = weights.contiguous()
-        self._filled = 0
-        self.reserve(ids.numel())
+        self._take(hidden, ids, weights)
         if self._ready is None:
             self._host_ids[: ids.numel()].copy_(self._ids.view(-1))
             return
@@ -150,6 +186,20 @@ class StreamedDispatch:
         )
         self._ready.record(stream)
 
+    def _publish(self) -> None:
+        """Launches what writes the ids where the host looks for them."""
+        words = self._num_words()
+        self._call(
+            self._code_of("publish"), 1, (self._ids, self._words, 0, self._ids.numel(), words), {}
+        )
+
+    def _take(self, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> None:
+        self._hidden = hidden.contiguous()
+        self._ids = ids.to(torch.int64).contiguous()
+        self._weights = weights.contiguous()
+        self._filled = 0
+        self.reserve(ids.numel())
+
     def active(self) -> tuple[list[int], list[int]]:
         """Waits for the device; returns the experts that have rows, ascending, and their rows."""
         begun_s = time.perf_counter()
@@ -157,14 +207,81 @@ class StreamedDispatch:
             self._ready.synchronize()
         self.wait_s += time.perf_counter() - begun_s
         self.num_waits += 1
-        chosen = self._chosen[: self._ids.numel()]
+        chosen = self.chosen[: self._ids.numel()]
         counts = np.bincount(chosen[chosen >= 0], minlength=self._num_experts)
         found = np.flatnonzero(counts)
         return found.tolist(), counts[found].tolist()
 
+    def launches(
+        self, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor
+    ) -> Launches | None:
+        """Takes a dispatch, to be asked for from compiled code.
+
+        Args:
+            hidden: As in `begin`, as for the others.
+            ids: See there.
+            weights: See there.
+
+        Returns:
+            What launches it, with its arguments in `cells`; None where none like it ran before, or
+            only Triton can launch it: then it has to `begin`.
+        """
+        self._take(hidden, ids, weights)
+        places = self._hidden.data_ptr(), self._ids.data_ptr(), self._weights.data_ptr()
+        key = (
+            self._ids.shape,
+            self._weights.dtype,
+            *[place % _POINTER_ALIGNMENT for place in places],
+        )
+        if key not in self._launches:
+            own = [self._compiled.get(self._code_of(name)) for name in KERNELS]
+            if any(one is None for one in own):
+                # The next one like this learns its experts from that.
+                self._publish()
+                return None
+            self._launches[key] = self._laid_out(own)
+        cells = self.cells
+        cells[_HIDDEN], cells[_IDS], cells[_WEIGHTS] = places
+        cells[_TOKENS] = self._ids.shape[0]
+        return self._launches[key]
+
+    def _laid_out(self, compiled: Sequence[Any]) -> Launches | None:
+        """Returns launches of the kernels of a dispatch, as Triton compiled them."""
+        kernels = [self._prepare(one) for one in compiled]
+        if any(one is None for one in kernels):
+            return None
+        tiles_in, tiles_out = self._tiles
+        programs = (
+            1,
+            -(-self._d_ff // tiles_in.columns),
+            -(-self._width // tiles_out.columns),
+            self._ids.shape[0] * -(-self._width // _ADDED_COLUMNS),
+        )
+        return launches_of([one for one in kernels if one is not None], programs, self.cells)
+
+    def _code_of(self, kernel: str) -> tuple[Any, ...]:
+        """Returns what names the code of a kernel for this dispatch, besides own sizes."""
+        num_tokens, top_k = self._ids.shape
+        tokens = self._padded(num_tokens)
+        variant: tuple[Any, ...]
+        if kernel == "publish":
+            variant = (self._num_words(),)
+        elif kernel == "piece_in":
+            variant = (tokens, top_k, self._hidden.data_ptr() % _POINTER_ALIGNMENT)
+        elif kernel == "piece_out":
+            variant = (tokens, top_k)
+        else:
+            at = self._weights.data_ptr() % _POINTER_ALIGNMENT
+            variant = (top_k, self._weights.dtype, at)
+        return kernel, *variant, self._ids.data_ptr() % _POINTER_ALIGNMENT
+
+    def _num_words(self) -> int:
+        """Returns the words that the kernel counts slots up to."""
+        return max(_LEAST_TOKENS, 1 << (self._ids.numel() - 1).bit_length())
+
     def slots_of(self, expert: int) -> list[int]:
         """Returns the flat slots that have an expert; known after `active`."""
-        chosen = self._chosen[: self._ids.numel()]
+        chosen = self.chosen[: self._ids.numel()]
         found: list[int] = np.flatnonzero(chosen == expert).tolist()
         return found
 
@@ -192,17 +309,16 @@ class StreamedDispatch:
     def _launch(self, experts: Sequence[int], offsets: Sequence[int], pool: torch.Tensor) -> None:
         first, count = self._filled, len(experts)
         self._filled += count
-        self._entries[0, first : first + count] = experts
-        self._entries[1, first : first + count] = offsets
+        self.entries[0, first : first + count] = experts
+        self.entries[1, first : first + count] = offsets
         shape, (num_tokens, top_k) = self._shape, self._ids.shape
         width, d_ff, offset = self._width, self._d_ff, self._offsets
         tokens, table, unit = self._padded(num_tokens), self._table.shape[1], self._unit
         tiles_in, tiles_out = self._tiles
         has_bias = "b_in" in offset
         self._call(
-            "piece_in",
+            self._code_of("piece_in"),
             count * -(-d_ff // tiles_in.columns),
-            (tokens, top_k, self._hidden.data_ptr() % _POINTER_ALIGNMENT),
             (
                 self._hidden, self._ids, self._table, pool, self._inner, first, num_tokens, d_ff,
                 table, unit, offset["w_in"], offset.get("b_in", 0), width, top_k, tokens,
@@ -212,9 +328,8 @@ class StreamedDispatch:
             {"num_stages": tiles_in.num_stages, "num_warps": tiles_in.num_warps},
         )  # fmt: skip
         self._call(
-            "piece_out",
+            self._code_of("piece_out"),
             count * -(-width // tiles_out.columns),
-            (tokens, top_k),
             (
                 self._inner, self._ids, self._table, pool, self._rows, first, num_tokens, width,
                 table, unit, offset["w_out"], offset.get("b_out", 0), d_ff, top_k, tokens,
@@ -234,27 +349,24 @@ class StreamedDispatch:
 
     def _call(
         self,
-        name: str,
+        code: tuple[Any, ...],
         num_programs: int,
-        variant: tuple[Any, ...],
         given: tuple[Any, ...],
         options: dict[str, Any],
     ) -> None:
         """Launches a kernel; what Triton compiled for a variant is launched without asking again.
 
         Args:
-            name: Of the kernel.
+            code: Name of the kernel, then what its code depends on besides this object's own sizes.
             num_programs: How many.
-            variant: What its code depends on, besides this object's own sizes.
             given: Arguments, those that are constants to the compiler included.
             options: For the compiler.
         """
-        key = (name, *variant, self._ids.data_ptr() % _POINTER_ALIGNMENT)
-        compiled = self._compiled.get(key)
+        compiled = self._compiled.get(code)
         if compiled is None:
-            kernel = getattr(self._kernels, name)
+            kernel = getattr(self._kernels, code[0])
             # None in Triton's interpreter, which compiles nothing.
-            self._compiled[key] = kernel[(num_programs,)](*given, **options)
+            self._compiled[code] = kernel[(num_programs,)](*given, **options)
             return
         compiled[(num_programs, 1, 1)](*given)
 
@@ -268,9 +380,8 @@ class StreamedDispatch:
         count = len(slots)
         self._put_entries[:count] = slots
         self._call(
-            "put_rows",
+            ("put_rows", rows.dtype, rows.data_ptr() % _POINTER_ALIGNMENT),
             count * -(-self._width // _ADDED_COLUMNS),
-            (rows.dtype, rows.data_ptr() % _POINTER_ALIGNMENT),
             (rows, self._put_slots, self._rows, self._width, _ADDED_COLUMNS),
             {},
         )
@@ -280,9 +391,8 @@ class StreamedDispatch:
         num_tokens, top_k = self._ids.shape
         out = torch.empty_like(self._hidden)
         self._call(
-            "add_slots",
+            self._code_of("add_slots"),
             num_tokens * -(-self._width // _ADDED_COLUMNS),
-            (top_k, self._weights.dtype, self._weights.data_ptr() % _POINTER_ALIGNMENT),
             (self._rows, self._ids, self._weights, out, self._width, top_k, _ADDED_COLUMNS),
             {},
         )

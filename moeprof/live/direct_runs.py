@@ -27,9 +27,16 @@ from moeprof.live.direct_dispatch import (
     learn,
     take_all,
 )
-from moeprof.live.direct_launches import CELL, Launches
+from moeprof.live.direct_launches import Launches
 from moeprof.live.expert_store import ALIGNMENT_BYTES
-from moeprof.replay.cache.decisions import NUM_ON_HOST, Decision, empty_decision
+from moeprof.replay.cache.decisions import (
+    EXPERT,
+    NUM_EXPERTS,
+    NUM_ON_HOST,
+    ON_HOST,
+    Decision,
+    empty_decision,
+)
 from moeprof.replay.compiled import bare
 
 if TYPE_CHECKING:
@@ -40,8 +47,7 @@ if TYPE_CHECKING:
 Int32s = NDArray[np.int32]
 Int64s = NDArray[np.int64]
 
-_OUT = CELL["out"]
-_POOL, _SOURCE, _SIZE = range(3)
+_POOL = 0
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -167,56 +173,76 @@ class DirectRuns:
             raise IndexError(f"site {site} has {place.num_experts} experts")
         return count
 
-    @property
-    def needs_host(self) -> bool:
-        """True where the host computes experts of the dispatch."""
-        return bool(self.decision.counts[NUM_ON_HOST])
+    def on_host(self) -> list[int]:
+        """Returns the experts of the dispatch that the host computes."""
+        own = self.decision
+        if not own.counts[NUM_ON_HOST]:
+            return []
+        active = own.columns[:, : own.counts[NUM_EXPERTS]]
+        found: list[int] = active[EXPERT][active[ON_HOST] > 0].tolist()
+        return found
 
     def run(
-        self, site: int, streamed: StreamedDispatch, launches: Launches, stream: int, *, ahead: bool
-    ) -> int:
-        """Asks for a dispatch that was decided.
+        self,
+        site: int,
+        streamed: StreamedDispatch,
+        launches: Launches,
+        stream: int,
+        *,
+        combines: bool,
+    ) -> None:
+        """Asks for the copies and pieces of a dispatch that was decided.
 
         Args:
             site: Site id.
             streamed: The dispatch.
             launches: Of it; ``out`` is in the cells.
             stream: Handle of the stream of computations.
-            ahead: Experts are copied ahead afterwards.
-
-        Returns:
-            Copies ahead.
+            combines: Add the slots up as well: nothing else follows.
 
         Raises:
             MoeprofError: The driver refuses.
         """
         own, blocks = self.decision, self._blocks[site]
         slots, copies = self._slots_of(site)
-        if self._transfers is not None and self._transfers.is_blank:
+        if self._is_blank:
             blocks = np.array([blocks[_POOL], 0, 0])
         check_driver(
             self._execute(
                 self._driver, launches.table, streamed.cells, streamed.entries, own.columns,
                 own.piece_starts, own.piece_places, own.copy_starts, own.copy_places, own.counts,
                 slots.address, slots.offset, slots.pending, slots.is_read, slots.arrivals,
-                slots.marks, slots.turns, blocks, stream, copies, int(not ahead),
+                slots.marks, slots.turns, blocks, stream, copies, int(combines),
             )
         )  # fmt: skip
-        if not ahead:
-            return 0
+
+    def copy_ahead(self, site: int) -> int:
+        """Says what is copied ahead after a dispatch, and asks for it.
+
+        Args:
+            site: Site id; its dispatch was run, and its slots not yet added up.
+
+        Returns:
+            Copies.
+
+        Raises:
+            MoeprofError: The driver refuses.
+        """
         assert self._residency is not None
         count = self._residency.foresee(site)
-        every = self._blocks
-        if self._transfers is not None and self._transfers.is_blank:
-            every = np.zeros_like(every)
+        slots, copies = self._slots_of(site)
         check_driver(
             copy_ahead(
-                self._driver, own.fetched, count, slots.address, slots.pending, slots.is_read,
-                slots.arrivals, slots.turns, every, copies,
+                self._driver, self.decision.fetched, count, slots.address, slots.pending,
+                slots.is_read, slots.arrivals, slots.turns,
+                np.zeros_like(self._blocks) if self._is_blank else self._blocks, copies,
             )
         )  # fmt: skip
-        self.combine(launches, stream)
         return count
+
+    @property
+    def _is_blank(self) -> bool:
+        return self._transfers is not None and self._transfers.is_blank
 
     def combine(self, launches: Launches, stream: int) -> None:
         """Adds the slots of a dispatch up."""

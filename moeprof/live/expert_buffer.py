@@ -493,19 +493,35 @@ class ExpertBuffer:
             return out
         if self._residency is not None:
             self._log.append((self._step, site, direct.decision.columns[:, :count].copy()))
-        if direct.needs_host:
-            with torch.no_grad():
-                self._run_pieces(place, streamed, direct.decision.planned(), hidden)
-                self._is_halfway = False
-                return streamed.combined()
-        ahead = direct.run(site, streamed, launches, stream, ahead=bool(self.settings.prefetch))
+        prefetches = bool(self.settings.prefetch)
+        on_host = direct.on_host()
+        if on_host:
+            assert self._host_lane is not None
+            self._host_lane.fetch([hidden])
+        is_last = not (prefetches or on_host)
+        direct.run(site, streamed, launches, stream, combines=is_last)
         copied = int(direct.decision.counts[NUM_COPIES])
         self._num_copies += copied
         self._copied_bytes += copied * place.store.shape.block_bytes
-        if ahead:
-            self._count_ahead(direct.decision.fetched_list(ahead))
+        if prefetches:
+            self._count_ahead(direct.decision.fetched_list(direct.copy_ahead(site)))
+        if on_host:
+            self._put_from_host(place, streamed, on_host)
+        if not is_last:
+            direct.combine(launches, stream)
         self._is_halfway = False
         return out
+
+    def _put_from_host(
+        self, place: BufferedSite, streamed: StreamedDispatch, experts: list[int]
+    ) -> None:
+        """Computes experts on the host and puts their rows among those of a dispatch."""
+        assert self._host_lane is not None
+        own = [streamed.slots_of(expert) for expert in experts]
+        rows = [[slot // streamed.top_k for slot in slots] for slots in own]
+        with torch.no_grad():
+            given = self._host_lane.compute(place, experts, rows)
+            streamed.put([slot for slots in own for slot in slots], torch.cat(given))
 
     def _begin_dispatch(self) -> None:
         """Notes that copies of a dispatch are under way; whoever asks says when it is done.
@@ -562,12 +578,7 @@ class ExpertBuffer:
             self._load_all(place, [planned[each] for each in asked[-1]], behind=mark)
         self._load_ahead(fetched, streamed=True, behind=mark)
         if on_host:
-            assert lane is not None
-            experts = [step.expert for step in on_host]
-            own = [streamed.slots_of(expert) for expert in experts]
-            rows = [[slot // streamed.top_k for slot in slots] for slots in own]
-            given = lane.compute(place, experts, rows)
-            streamed.put([slot for slots in own for slot in slots], torch.cat(given))
+            self._put_from_host(place, streamed, [step.expert for step in on_host])
 
     def _load_all(self, place: BufferedSite, steps: list[Planned], *, behind: Any) -> None:
         if not steps:

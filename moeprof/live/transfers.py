@@ -33,9 +33,15 @@ def made_current(device: torch.device) -> AbstractContextManager[Any]:
     Triton launches on the current device, and the driver takes streams of its context only,
     wherever the tensors lie.
     """
-    if device.type != "cuda" or device.index in (None, torch.cuda.current_device()):
+    if device.type != "cuda" or _index_of(device) == torch.cuda.current_device():
         return _AS_IT_IS
     return torch.cuda.device(device)
+
+
+def _index_of(device: torch.device) -> int:
+    """Returns the index of a CUDA device; that of the current one where it has none."""
+    index: int | None = device.index
+    return torch.cuda.current_device() if index is None else index
 
 
 def current_handle(device: torch.device) -> int:
@@ -43,8 +49,7 @@ def current_handle(device: torch.device) -> int:
 
     `torch.cuda.current_stream` makes an object for it, which takes ten times as long.
     """
-    index = torch.cuda.current_device() if device.index is None else device.index
-    return int(torch._C._cuda_getCurrentRawStream(index))
+    return int(torch._C._cuda_getCurrentRawStream(_index_of(device)))
 
 
 class Computations:

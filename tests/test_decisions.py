@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
@@ -12,11 +13,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
+from moeprof.replay import buffer_plans
 from moeprof.replay.cache import decisions, policies
 from moeprof.replay.cache.decisions import CompiledResidency, can_compile, make_residency
 from moeprof.replay.cache.foresight import Foresight
 from moeprof.replay.cache.pieces import copies_of, pieces_of
 from moeprof.replay.cache.residency import CacheSpec, Fetched, MissRule, Planned, Residency
+from moeprof.replay.serving_settings import BufferingSetting
+from moeprof.trace.reader import Trace
+from moeprof.trace.synthetic import synthetic_trace
 
 NUM_EXPERTS = 12
 # Sites of different sizes; ids are no indices.
@@ -32,6 +37,14 @@ RULES = (MissRule(), MissRule(action="host"), MissRule(action="split", host_rows
 
 Chosen = NDArray[np.int64]
 Dispatches = Sequence[tuple[int, Chosen]]
+
+
+@pytest.fixture(scope="module")
+def trace(tmp_path_factory: pytest.TempPathFactory) -> Trace:
+    return synthetic_trace(
+        tmp_path_factory.mktemp("trace") / "t", num_requests=6, num_sites=3, num_experts=12,
+        top_k=2, batch=3, prompt_tokens=8, output_tokens=16, seed=4,
+    )  # fmt: skip
 
 
 class Both(NamedTuple):
@@ -232,7 +245,9 @@ def test_an_expert_that_there_is_not_changes_nothing() -> None:
         with pytest.raises(IndexError, match="does not have"):
             compiled.decide(5, np.array(chosen), len(chosen))
         assert (compiled.decision.planned(), compiled.residents()) == before
-    for experts in ([8], [-1, 2]):
+    with pytest.raises(IndexError, match="more slots"):
+        compiled.decide(5, np.array([1, 2]), 3)
+    for experts in ([8], [-1, 2], [1, 9, 2]):
         with pytest.raises(IndexError, match="does not have"):
             compiled.plan(5, experts, [1] * len(experts), MissRule())
     assert compiled.decide(5, np.array([2, 2]), 2) == 1
@@ -367,3 +382,38 @@ def test_fetched_names_its_rows() -> None:
     rows = [decisions.SITE, decisions.FETCHED_EXPERT, decisions.FETCHED_SLOT]
     assert compiled.decision.fetched[rows, 0].tolist() == [9, 2, 1]
     assert compiled.decision.fetched_list(1) == [Fetched(9, 2, 1, -1)]
+
+
+def test_nothing_is_foreseen_for_experts_that_there_are_not() -> None:
+    compiled = CompiledResidency([lru_cache()], [4], prefetch=1, foresight=Foresight([[(5, 8)]]))
+    compiled.decide(5, np.array([7]), 1)
+    for experts in ([8], [1, -1]):
+        with pytest.raises(IndexError, match="does not have"):
+            compiled.fetch_ahead(5, experts)
+    assert compiled.foresee(5) == 0
+
+
+@pytest.mark.parametrize("policy", ["lru", "paper", "min_bypass", "pinned"])
+def test_plans_of_a_trace(policy: str, trace: Trace, monkeypatch: pytest.MonkeyPatch) -> None:
+    routed = buffer_plans.read_routed_rows(trace, "decoder")
+    for setting in (
+        BufferingSetting(capacity=0.3, policy=policy, prefetch=2),
+        BufferingSetting(capacity=2, policy=policy, miss="split", initial="full", scope="stack"),
+    ):
+        made = buffer_plans.residency_of(trace, routed, setting)
+        assert isinstance(made.residency, CompiledResidency)
+        compiled = buffer_plans.plan_buffer(trace, routed, setting)
+        with monkeypatch.context() as patch:
+            patch.setattr(buffer_plans, "make_residency", Residency)
+            expected = buffer_plans.plan_buffer(trace, routed, setting)
+        assert compiled.loads.any() and compiled.hit.any()
+        _assert_same(compiled, expected)
+
+
+def _assert_same(one: Any, other: Any) -> None:
+    for field in dataclasses.fields(one):
+        found, expected = getattr(one, field.name), getattr(other, field.name)
+        if dataclasses.is_dataclass(found):
+            _assert_same(found, expected)
+        else:
+            np.testing.assert_array_equal(found, expected, strict=True)

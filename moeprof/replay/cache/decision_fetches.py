@@ -19,6 +19,7 @@ from moeprof.replay.cache.decision_state import (
     LAST_SITE,
     LOOKUPS,
     NO_FREE_SLOT,
+    NO_SUCH_EXPERT,
     NUM_AHEAD,
     NUM_EXPERTS,
     NUM_LAST,
@@ -156,7 +157,7 @@ def _drop(ints, longs, pool, upcoming, found):  # type: ignore[no-untyped-def]
 def foresee(
     ints: Int32s, longs: Int64s, pairs: Int32s, index: int, experts: Int32s, num: int
 ) -> int:
-    """Says what is copied ahead (`Residency.fetch_ahead`); returns how much, or `NO_FREE_SLOT`.
+    """Says what is copied ahead (`Residency.fetch_ahead`); returns how much, or what is wrong.
 
     Args:
         ints: Of `decision_state`.
@@ -166,6 +167,10 @@ def foresee(
         experts: [num or more] its active experts.
         num: How many; at least one.
     """
+    count = longs[longs[SITES] + index * SITE_FIELDS + SITE_EXPERTS]
+    for each in range(num):
+        if experts[each] < 0 or experts[each] >= count:
+            return NO_SUCH_EXPERT
     _learn(ints, longs, pairs, index, experts, num)
     found = _likeliest(ints, longs, pairs, index, experts, num)
     if found == 0:

@@ -31,6 +31,7 @@ from moeprof.replay.cache.decision_state import (
     MOST_EXPERTS,
     NO_FREE_SLOT,
     NO_SUCH_EXPERT,
+    NO_SUCH_SLOT,
     NUM_AHEAD,
     NUM_CACHES,
     NUM_COPIES,
@@ -98,8 +99,10 @@ def _activate(ints, longs, count):  # type: ignore[no-untyped-def]
 
 @inlined("int64(int32[::1], int64[::1], int64[::1], int64, int64, int64)", allocates=False)
 def _read(ints, longs, chosen, num, given, count):  # type: ignore[no-untyped-def]
-    """Lists and marks active experts; returns their number, or `NO_SUCH_EXPERT`."""
+    """Lists and marks active experts; returns their number, or what is wrong."""
     most, marks = longs[MOST_EXPERTS], longs[MARKS]
+    if given != GIVEN and num > len(chosen):
+        return NO_SUCH_SLOT
     if given == CHOSEN:
         for slot in range(num):
             expert = chosen[slot]
@@ -234,7 +237,7 @@ def decide(
     index: int,
     host_rows: int,
 ) -> int:
-    """Decides a dispatch; returns its active experts, `NO_SUCH_EXPERT` or `NO_FREE_SLOT`.
+    """Decides a dispatch; returns its active experts, or below 0 what is wrong.
 
     Args:
         ints: Of `decision_state`.

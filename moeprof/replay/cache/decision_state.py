@@ -55,7 +55,7 @@ LAST_SITE, NUM_LAST, LAST_EXPERTS = range(3)
 STACK_FIELDS = 3
 
 # What decisions return instead of a count.
-NO_SUCH_EXPERT, NO_FREE_SLOT = -1, -2
+NO_SUCH_EXPERT, NO_FREE_SLOT, NO_SUCH_SLOT = -1, -2, -3
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -103,6 +103,8 @@ def make_state(
     count_of = {site: count for cache in caches for site, count in cache.sites}
     for site, count in (each for sites in stacks for each in sites):
         assert count_of.setdefault(site, count) == count, "the caches know another site"
+    in_stacks = {site for sites in stacks for site, _ in sites}
+    assert not stacks or in_stacks.issuperset(site for cache in caches for site, _ in cache.sites)
     index = {site: number for number, site in enumerate(count_of)}
     most = max(count_of.values())
     ints, longs = _Blocks(), _Blocks()

@@ -34,6 +34,7 @@ from moeprof.replay.cache.decision_state import (
     LOADS,
     MOST_EXPERTS,
     NO_SUCH_EXPERT,
+    NO_SUCH_SLOT,
     NUM_AHEAD,
     NUM_COLUMNS,
     NUM_COPIES,
@@ -295,7 +296,8 @@ class CompiledResidency:
             Active experts; where there are none nothing was decided.
 
         Raises:
-            IndexError: An expert that the site does not have; nothing was decided.
+            IndexError: An expert that the site does not have, or fewer of them than slots; nothing
+                was decided.
             RuntimeError: A pool has too few slots; nothing may be decided before `reset`.
         """
         found: int = self._decide(
@@ -328,7 +330,7 @@ class CompiledResidency:
     ) -> list[Planned]:
         """Looks up the active experts of a dispatch; as `Residency.plan`."""
         num = len(experts)
-        if num and not 0 <= experts[0] <= experts[-1] < self._site(site)[SITE_EXPERTS]:
+        if num and not 0 <= min(experts) <= max(experts) < self._site(site)[SITE_EXPERTS]:
             raise _error(NO_SUCH_EXPERT)
         self.decision.columns[EXPERT, :num] = experts
         self.decision.columns[ROWS, :num] = rows
@@ -431,6 +433,8 @@ def _host_rows(rule: MissRule) -> int:
 def _error(code: int) -> Exception:
     if code == NO_SUCH_EXPERT:
         return IndexError("an expert that the site does not have")
+    if code == NO_SUCH_SLOT:
+        return IndexError("more slots than experts are given for")
     return RuntimeError("a pool has fewer slots than its caches and what is not kept take")
 
 

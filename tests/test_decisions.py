@@ -353,6 +353,8 @@ def test_the_next_site_may_be_in_no_cache() -> None:
     for experts in ([1], [2, 3]):
         compiled.decide(0, np.array(experts), len(experts))
         assert compiled.foresee(0) == 0
+    with pytest.raises(KeyError):
+        compiled.decide(1, np.array([3]), 1)
 
 
 def test_columns_of_a_plan() -> None:

@@ -259,12 +259,16 @@ class CompiledResidency:
             foresight=foresight,
         )
         self._ints, self._longs, self._pairs = state.ints, state.longs, state.pairs
-        self._index = state.index
+        # Others are known to the foresight alone: they are in no cache.
+        cached = [site for cache in caches for site, _ in cache.sites]
+        self._index = {site: state.index[site] for site in cached}
+        self._num_sites = len(state.index)
         self._num_pools, self._num_caches = len(pools), len(caches)
-        self._prefetch = prefetch
         self.decision = _decision(self._ints, self._longs, max(prefetch, 1))
         self.rule = rule or MissRule()
+        # Compiled now, not in the first dispatch.
         self._decide = bare(decision_loops.decide)
+        self._foresee = bare(decision_fetches.foresee) if prefetch else None
         if full:
             decision_loops.fill(self._ints, self._longs)
         self._at_start = self._ints.copy(), self._longs.copy()
@@ -355,11 +359,9 @@ class CompiledResidency:
         return self.decision.fetched_list(self._foreseen(site, active, len(active)))
 
     def _foreseen(self, site: int, experts: Int32s, num: int) -> int:
-        if not self._prefetch or not num:
+        if self._foresee is None or not num:
             return 0
-        found = decision_fetches.foresee(
-            self._ints, self._longs, self._pairs, self._index[site], experts, num
-        )
+        found = self._foresee(self._ints, self._longs, self._pairs, self._index[site], experts, num)
         if found < 0:
             raise _error(found)
         return found
@@ -368,7 +370,7 @@ class CompiledResidency:
         """Returns (site, expert, slot) of every expert on the device."""
         found = []
         caches = self._table(CACHES, self._num_caches, CACHE_FIELDS)
-        sites = self._table(SITES, len(self._index), SITE_FIELDS)
+        sites = self._table(SITES, self._num_sites, SITE_FIELDS)
         for row in sorted(
             sites[sites[:, SITE_CACHE] >= 0].tolist(),
             key=lambda row: (row[SITE_CACHE], row[SITE_FIRST_KEY]),
@@ -383,7 +385,7 @@ class CompiledResidency:
     def fetched(self) -> list[tuple[int, int, int]]:
         """Returns (site, expert, slot) of every expert that is ahead of its lookup."""
         found = []
-        sites = self._table(SITES, len(self._index), SITE_FIELDS)
+        sites = self._table(SITES, self._num_sites, SITE_FIELDS)
         for pool in self._table(POOLS, self._num_pools, POOL_FIELDS).tolist():
             first, count = pool[POOL_AHEAD], pool[NUM_AHEAD]
             ahead = self._ints[first : first + AHEAD_FIELDS * count].reshape(-1, AHEAD_FIELDS)

@@ -26,8 +26,9 @@ from moeprof.live.decision_times import decision_times, foresee_time  # noqa: E4
 from moeprof.live.kernels.fused import _has_triton  # noqa: E402
 from moeprof.live.kernels.streamed import STREAMED_TOKENS  # noqa: E402
 from moeprof.live.part_times import PartTimes  # noqa: E402
+from moeprof.live.piece_bench import PieceBench  # noqa: E402
 from moeprof.live.setting_runs import SettingRun, open_stack, timed_steps  # noqa: E402
-from moeprof.live.transfers import make_slots, open_transfers  # noqa: E402
+from moeprof.live.transfers import make_slots  # noqa: E402
 from moeprof.replay import cost_model  # noqa: E402
 from moeprof.replay.buffer_plans import read_routed_rows  # noqa: E402
 from moeprof.replay.execution_orders import is_streamed  # noqa: E402
@@ -204,7 +205,7 @@ def test_pieces_are_measured_at_the_sizes_asked_for(tmp_path: Path) -> None:
     trace = synthetic_trace(tmp_path / "t.moeprof", num_requests=1, num_sites=1, num_experts=3)
     store = bench._store(shape, 3, trace)
     slots, _pools = make_slots([3], [shape.block_bytes], "cpu")
-    found = bench._of_pieces(store, slots, open_transfers(slots))
+    found = PieceBench(torch.device("cpu"), sizes).of_store(store, slots)
     assert found.device.sizes == found.host.sizes == (1.0, 4.0)
     assert found.combine_device.sizes == (2.0, 6.0)
     assert min(one.median for one in found.device.times_s) > 0
@@ -247,7 +248,7 @@ def test_saying_what_is_copied_ahead_is_timed(calibrated: Any, tmp_path: Path) -
     assert 0 < machine.foresee_s.low <= machine.foresee_s.median <= machine.foresee_s.high
     made = made_up(tmp_path, TINY, Regime(batch=1, num_layers=2, num_steps=6))
     routed = read_routed_rows(made.trace, "decoder")
-    assert foresee_time([made]).num_repetitions == len(routed.site)
+    assert foresee_time([made], streamed=True).num_repetitions == len(routed.site)
     # A calibration without it tries none.
     before = calibration_trials.trial_settings(dataclasses.replace(machine, foresee_s=None))
     assert not any("ahead" in setting.name for setting in before)

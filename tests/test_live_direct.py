@@ -6,6 +6,7 @@ Its streams run as late or as early as events allow, so that whatever is not wai
 from __future__ import annotations
 
 import ctypes
+import dataclasses
 import importlib.util
 import inspect
 from types import SimpleNamespace
@@ -15,14 +16,17 @@ import pytest
 import torch
 
 from moeprof.errors import MoeprofError
-from moeprof.live import expert_buffer
+from moeprof.live import expert_buffer, piece_bench
+from moeprof.live.calibration_sizes import CPU_SIZES
 from moeprof.live.direct_dispatch import DirectSlots
 from moeprof.live.direct_launches import CELLS, PreparedKernel
 from moeprof.live.driver_calls import FUNCTIONS, NOT_READY
 from moeprof.live.expert_buffer import BufferedSite, BufferSettings, ExpertBuffer
 from moeprof.live.expert_store import ALIGNMENT_BYTES, store_of_weights
 from moeprof.live.experts import random_experts
-from moeprof.live.transfers import HostTransfers
+from moeprof.live.kernels.streamed import StreamedDispatch
+from moeprof.live.transfers import HostTransfers, make_slots
+from moeprof.replay.calibration_file import Measured
 
 pytestmark = [
     pytest.mark.skipif(not importlib.util.find_spec("triton"), reason="Triton is not installed"),
@@ -574,3 +578,63 @@ def test_every_argument_has_a_cell():
         for name, kind in kinds.items():
             if "constexpr" not in str(kind.annotation):
                 assert {"rows_out": "rows"}.get(name, name) in CELLS
+
+
+class Clock:
+    """Runs what is to be timed, in the order of a clock that is real; seconds are made up."""
+
+    is_serial = False
+
+    def __init__(self, driver):
+        self.driver = driver
+
+    def settle(self):
+        self.driver.run(COMPUTATIONS)
+        self.driver.run(COPIES)
+
+    def host(self, function, *, before=lambda: None):
+        before()
+        self.settle()
+        calls = len(self.driver.calls)
+        out = function()
+        took = len(self.driver.calls) - calls
+        self.settle()
+        del out
+        return Measured.of([float(took)] * 3)
+
+    late = device_part = host
+
+
+def test_a_bench_counts_what_is_asked_for(monkeypatch, tmp_path):
+    """Seconds are calls of the driver: a piece takes two, a copy one, and so on."""
+    driver = Driver(eager=False)
+    # At once: what is timed drops what it computes.
+    driver.add = lambda stream, work: work()
+
+    def made(*given, **named):
+        dispatch = StreamedDispatch(*given, **named)
+        dispatch._kernels = Module(dispatch._kernels, is_real=True)
+        dispatch._prepare = driver.prepare
+        return dispatch
+
+    monkeypatch.setattr(piece_bench, "StreamedDispatch", made)
+    monkeypatch.setattr(piece_bench, "open_transfers", lambda slots: DriverTransfers(slots, driver))
+    monkeypatch.setattr(piece_bench, "driver_functions", lambda: driver.functions)
+    monkeypatch.setattr(piece_bench, "current_handle", lambda device: COMPUTATIONS)
+    sizes = dataclasses.replace(
+        CPU_SIZES, dtype="float16", slots=(2, 4), pieces=(1, 3), d_model=32, top_k=2
+    )
+    bench = piece_bench.PieceBench(torch.device("cpu"), sizes)
+    bench.times = Clock(driver)
+    store = sites_of(1, 4)[0].store
+    slots, _pools = make_slots([4], [store.shape.block_bytes], "cpu")
+    for expert, slot in enumerate(slots):
+        slot.copy_(store.block(expert))
+    found = bench.of_store(store, slots)
+    assert found.known.median == 1
+    assert [one.median for one in found.host.times_s] == [2, 2]
+    assert found.load.median == 1
+    # The arrival of copies is recorded and waited for.
+    assert found.slot.median == 2
+    assert found.combine_host.median == 1
+    assert found.rest.median == 0

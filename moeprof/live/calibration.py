@@ -181,6 +181,7 @@ def _measured(
     probe()
     show("dispatches", next(count), parts)
     constants = bench.of_dispatch()
+    streamed = streamed_times(by_size)
     machine = Calibration(
         device=asdict(hardware(bench.device)),
         versions=versions(),
@@ -197,8 +198,8 @@ def _measured(
         slot_host_s=by_size[0].slot,
         load_host_s=by_size[0].load,
         handover_s=by_size[0].handover,
-        foresee_s=foresee_time(regimes),
-        streamed=streamed_times(by_size),
+        foresee_s=foresee_time(regimes, streamed=streamed is not None),
+        streamed=streamed,
         **constants,
     )
     decisions = {}

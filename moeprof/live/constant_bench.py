@@ -14,18 +14,14 @@ import torch.nn.functional as F
 
 from moeprof.live.bench import Bench
 from moeprof.live.expert_store import ExpertStore
-from moeprof.live.kernels.streamed import (
-    ROWS_AT_ONCE,
-    STREAMED_TOKENS,
-    StreamedDispatch,
-    can_stream,
-)
+from moeprof.live.kernels.streamed import ROWS_AT_ONCE, STREAMED_TOKENS, can_stream
 from moeprof.live.measured_curves import ascending, scaled, surface
 from moeprof.live.part_times import PartTimes
+from moeprof.live.piece_bench import PieceBench, PieceParts
 from moeprof.live.routed_runs import random_sites
 from moeprof.live.row_blocks import Workspace
 from moeprof.live.setting_runs import geometry_of
-from moeprof.live.transfers import HostTransfers, Transfers, make_slots, open_transfers
+from moeprof.live.transfers import HostTransfers, make_slots, open_transfers
 from moeprof.replay.calibration_file import Curve, Measured, StreamedTimes
 from moeprof.replay.expert_shapes import ExpertShape
 from moeprof.trace.synthetic import synthetic_trace
@@ -36,20 +32,6 @@ if TYPE_CHECKING:
 _SMALL_ROWS = 8
 _CHAIN = 16
 _COPIES = 8
-
-
-@dataclass(frozen=True, kw_only=True)
-class PieceParts:
-    """What was measured of dispatches that run in pieces, at one size of experts."""
-
-    known: Measured
-    late: Measured
-    host: Curve
-    slot: Measured
-    load: Measured
-    device: Curve
-    combine_host: Measured
-    combine_device: Curve
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,6 +67,7 @@ def streamed_times(by_size: Sequence[ExpertParts]) -> StreamedTimes | None:
         piece_device=surface([(size, one.device) for size, one in found]),
         combine_host_s=own.combine_host,
         combine_device=own.combine_device,
+        rest_host_s=own.rest,
     )
 
 
@@ -172,7 +155,7 @@ class ConstantBench(Bench):
             slot=self.times.host(order),
             load=self.times.host(ask),
             handover=self._handover(chain, copy.median + curve.times_s[0].median),
-            pieces=self._of_pieces(store, slots, transfers)
+            pieces=PieceBench(self.device, self.sizes).of_store(store, slots)
             if not self.times.is_serial and can_stream(store.shape, self.device)
             else None,
         )
@@ -201,91 +184,6 @@ class ConstantBench(Bench):
             high=beyond(whole.high),
             error=whole.error,
             num_repetitions=whole.num_repetitions,
-        )
-
-    def _of_pieces(
-        self, store: ExpertStore, slots: Sequence[torch.Tensor], transfers: Transfers
-    ) -> PieceParts:
-        """Measures dispatches of a few tokens in pieces."""
-        sizes, times, shape = self.sizes, self.times, store.shape
-        most = max(len(slots), sizes.pieces[-1])
-        memory = torch.empty(most * shape.block_bytes, dtype=torch.uint8, device=self.device)
-        size = shape.block_bytes
-        blocks = [memory[each * size : (each + 1) * size] for each in range(most)]
-        for index, block in enumerate(blocks):
-            block.copy_(slots[index % len(slots)][:size])
-        dispatch = StreamedDispatch(shape, num_experts=most, device=self.device)
-        dispatch.reserve(STREAMED_TOKENS * sizes.top_k)
-        first = itertools.count()
-
-        def begun(num_slots: int, num_experts: int) -> Callable[[], object]:
-            """Returns what takes a dispatch whose experts are 0, 1, ..."""
-            tokens = min(STREAMED_TOKENS, max(1, -(-num_slots // sizes.top_k)))
-            hidden = self.rows(tokens)
-            ids = torch.arange(tokens * sizes.top_k, device=self.device) % num_experts
-            ids = ids.view(tokens, sizes.top_k)
-            gates = torch.full(ids.shape, 1 / sizes.top_k, dtype=self.dtype, device=self.device)
-
-            def begin() -> None:
-                rows = F.rms_norm(hidden, hidden.shape[-1:])
-                dispatch.begin(rows, ids, gates)
-
-            return begin
-
-        def piece(num_experts: int) -> Callable[[], object]:
-            def run() -> None:
-                # Others each time: no cache of the device holds them.
-                start = next(first) * num_experts
-                own = [blocks[(start + each) % most] for each in range(num_experts)]
-                dispatch.run(range(num_experts), own)
-
-            return run
-
-        def known() -> None:
-            begin()
-            dispatch.active()
-
-        def after(stream: torch.Tensor) -> Callable[[], object]:
-            return lambda: stream + dispatch.combined()
-
-        def order() -> None:
-            transfers.await_all([0])
-            transfers.mark()
-
-        group = range(min(len(slots), sizes.top_k))
-
-        def ask() -> None:
-            transfers.load_all([(each, store.block(each)) for each in group])
-
-        host, device = [], []
-        for experts in sizes.pieces:
-            begin = begun(experts, experts)
-            host.append((experts, times.host(piece(experts), before=begin)))
-            device.append((experts, times.device_part(piece(experts), before=begin)))
-        combine = []
-        combine_host = None
-        for num_slots in sizes.slots:
-            if num_slots > STREAMED_TOKENS * sizes.top_k:
-                continue
-            begin = begun(num_slots, min(num_slots, most))
-            begin()
-            tokens = min(STREAMED_TOKENS, max(1, -(-num_slots // sizes.top_k)))
-            added = after(self.rows(tokens))
-            combine.append((tokens * sizes.top_k, times.device_part(added)))
-            combine_host = combine_host or times.host(added)
-        assert combine_host is not None
-        begin = begun(sizes.top_k, sizes.top_k)
-        asked = times.host(ask)
-        transfers.finish()
-        return PieceParts(
-            known=times.host(known),
-            late=times.late(known),
-            host=ascending(host),
-            slot=times.host(order),
-            load=scaled(asked, 1 / len(group)),
-            device=ascending(device),
-            combine_host=combine_host,
-            combine_device=ascending(combine),
         )
 
     def _on_host(self, function: Callable[[], object]) -> Measured:

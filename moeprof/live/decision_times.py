@@ -1,18 +1,28 @@
-"""Times what is decided about a dispatch, over made-up routing; on the host alone."""
+"""Times what is decided about a dispatch, over made-up routing; on the host alone.
+
+Dispatches in pieces are decided by compiled code where it knows the policy, as the buffer does.
+"""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
 from moeprof.live.calibration_trials import MadeUp
-from moeprof.replay.buffer_plans import planned_dispatches, read_routed_rows, residency_of
+from moeprof.replay.buffer_plans import (
+    RoutedRows,
+    planned_dispatches,
+    read_routed_rows,
+    residency_of,
+)
 from moeprof.replay.cache import streams
+from moeprof.replay.cache.decisions import HIT, CompiledResidency
 from moeprof.replay.cache.pieces import copies_of, pieces_of
+from moeprof.replay.cache.residency import Residency
 from moeprof.replay.calibration_file import DecisionTimes, Measured
 from moeprof.replay.least_squares import fit_parts
 from moeprof.replay.serving_settings import BufferingSetting
@@ -54,15 +64,7 @@ def _decisions(trace: Trace, policy: str, share: float, *, streamed: bool) -> tu
     runs = []
     for _ in range(_PLAN_REPEATS):
         made = residency_of(trace, routed, setting, rows=rows)
-        dispatches = planned_dispatches(made.residency, routed, setting)
-        times, hits = [], []
-        for _ in range(len(count)):
-            begun_s = time.perf_counter()
-            planned = next(dispatches)
-            if streamed:
-                copies_of(planned, pieces_of(planned, streamed=True))
-            times.append(time.perf_counter() - begun_s)
-            hits.append(sum(one.hit for one in planned))
+        times, hits = _timed(made.residency, routed, setting, streamed=streamed)
         runs.append(times)
     hit = np.array(hits, np.float64)
     missed = count - hit
@@ -72,30 +74,79 @@ def _decisions(trace: Trace, policy: str, share: float, *, streamed: bool) -> tu
     return columns, np.median(np.array(runs), axis=0)
 
 
-def foresee_time(regimes: Sequence[MadeUp]) -> Measured:
+def _timed(
+    residency: Residency | CompiledResidency,
+    routed: RoutedRows,
+    setting: BufferingSetting,
+    *,
+    streamed: bool,
+) -> tuple[list[float], list[int]]:
+    """Returns the times [dispatches] of decisions in seconds, and the hits."""
+    times, hits = [], []
+    if streamed and isinstance(residency, CompiledResidency):
+        for site, chosen in _chosen(routed):
+            begun_s = time.perf_counter()
+            count = residency.decide(site, chosen, len(chosen))
+            times.append(time.perf_counter() - begun_s)
+            hits.append(int(residency.decision.columns[HIT, :count].sum()))
+        return times, hits
+    dispatches = planned_dispatches(residency, routed, setting)
+    for _ in range(len(routed.site)):
+        begun_s = time.perf_counter()
+        planned = next(dispatches)
+        if streamed:
+            copies_of(planned, pieces_of(planned, streamed=True))
+        times.append(time.perf_counter() - begun_s)
+        hits.append(sum(one.hit for one in planned))
+    return times, hits
+
+
+def _chosen(routed: RoutedRows) -> Iterator[tuple[int, NDArray[np.int64]]]:
+    """Yields the site of each dispatch and what the router may have chosen."""
+    starts = routed.starts.tolist()
+    for dispatch, index in enumerate(routed.site.tolist()):
+        own = slice(starts[dispatch], starts[dispatch + 1])
+        chosen = np.repeat(routed.expert[own].astype(np.int64), routed.rows[own])
+        yield routed.sites[index].site, chosen
+
+
+def foresee_time(regimes: Sequence[MadeUp], *, streamed: bool) -> Measured:
     """Times what a dispatch teaches, and saying which experts are copied ahead.
 
     Asking for the copies is not in it: they take as long to ask for as others.
     """
-    found = [_foreseen_s(made.trace) for made in regimes]
+    found = [_foreseen_s(made.trace, streamed=streamed) for made in regimes]
     return Measured.of(np.concatenate(found).tolist())
 
 
-def _foreseen_s(trace: Trace) -> Floats:
+def _foreseen_s(trace: Trace, *, streamed: bool) -> Floats:
     """Returns the times [dispatches] in seconds, medians of repetitions."""
     routed = read_routed_rows(trace, "decoder")
     rows = streams.read_rows(trace)
-    sites = [routed.sites[index].site for index in routed.site.tolist()]
     runs = []
     for _ in range(_PLAN_REPEATS):
         residency = residency_of(trace, routed, _FORESEEN, rows=rows).residency
-        times = []
-        for site, planned in zip(
-            sites, planned_dispatches(residency, routed, _FORESEEN), strict=True
-        ):
-            begun_s = time.perf_counter()
-            residency.fetch_ahead(site, [step.expert for step in planned])
-            times.append(time.perf_counter() - begun_s)
-        runs.append(times)
+        if streamed and isinstance(residency, CompiledResidency):
+            runs.append(list(_compiled_foreseen_s(residency, routed)))
+        else:
+            runs.append(list(_planned_foreseen_s(residency, routed)))
     found: Floats = np.median(np.array(runs), axis=0)
     return found
+
+
+def _compiled_foreseen_s(residency: CompiledResidency, routed: RoutedRows) -> Iterator[float]:
+    for site, chosen in _chosen(routed):
+        residency.decide(site, chosen, len(chosen))
+        begun_s = time.perf_counter()
+        residency.foresee(site)
+        yield time.perf_counter() - begun_s
+
+
+def _planned_foreseen_s(
+    residency: Residency | CompiledResidency, routed: RoutedRows
+) -> Iterator[float]:
+    sites = [routed.sites[index].site for index in routed.site.tolist()]
+    for site, planned in zip(sites, planned_dispatches(residency, routed, _FORESEEN), strict=True):
+        begun_s = time.perf_counter()
+        residency.fetch_ahead(site, [step.expert for step in planned])
+        yield time.perf_counter() - begun_s

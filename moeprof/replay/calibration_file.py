@@ -205,6 +205,8 @@ class StreamedTimes:
             of one are read (in place of rows).
         combine_host_s: Host time of what follows the experts.
         combine_device: Device time of it, by (token, slot) rows.
+        rest_host_s: Host time of a dispatch besides, once the host knows; None where dispatches
+            are asked for from Python, and all their time lies in the others.
     """
 
     most_tokens: int
@@ -217,6 +219,7 @@ class StreamedTimes:
     piece_device: ExpertTimes
     combine_host_s: Measured
     combine_device: Curve
+    rest_host_s: Measured | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -487,12 +490,11 @@ def _calibration(content: Mapping[str, Any]) -> Calibration:
     if min(one.median for one in [*rates, *parts["to_device"].times_s]) <= 0:
         raise ValueError("a rate, or the time of a copy, is zero")
     # Files from before experts were copied ahead do not have it.
-    foresee = content.get("foresee_s")
     # Nor have files from before one machine's trials served another.
     source = content.get("trials_of")
     return Calibration(
         **parts,
-        foresee_s=None if foresee is None else _measured(foresee),
+        foresee_s=_measured_or_none(content.get("foresee_s")),
         # Nor do files from before the host was probed have that.
         host_probes_ms=_probes(content.get("host_probes_ms", ())),
         streamed=None if streamed is None else _streamed(streamed),
@@ -548,7 +550,12 @@ def _streamed(content: Mapping[str, Any]) -> StreamedTimes:
         piece_device=_surface(content["piece_device"]),
         combine_host_s=_measured(content["combine_host_s"]),
         combine_device=_curve(content["combine_device"]),
+        rest_host_s=_measured_or_none(content.get("rest_host_s")),
     )
+
+
+def _measured_or_none(content: Any) -> Measured | None:
+    return None if content is None else _measured(content)
 
 
 def _by_size(content: Any) -> dict[int, Corrections]:

@@ -444,6 +444,8 @@ def buffering_work_of(
         expert_s = np.where(by_piece, piece_device, expert_s)
         known_s = np.where(streamed, own.known_s.median, known_s)
         sort_s = np.where(streamed, own.late_s.median, sort_s)
+        if own.rest_host_s is not None:
+            decide = decide + streamed * own.rest_host_s.median
         combine_host = np.where(streamed, own.combine_host_s.median, combine_host)
         combine_device = np.where(streamed, own.combine_device.at(slots), combine_device)
     on_host = _per_dispatch(plan.on_host, routed.starts)

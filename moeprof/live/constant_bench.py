@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from moeprof.live.bench import Bench
 from moeprof.live.expert_store import ExpertStore
 from moeprof.live.kernels.streamed import ROWS_AT_ONCE, STREAMED_TOKENS, can_stream
-from moeprof.live.measured_curves import ascending, scaled, surface
+from moeprof.live.measured_curves import ascending, middle, middle_curve, scaled, surface
 from moeprof.live.part_times import PartTimes
 from moeprof.live.piece_bench import PieceBench, PieceParts
 from moeprof.live.routed_runs import random_sites
@@ -51,23 +51,27 @@ class ExpertParts:
 
 
 def streamed_times(by_size: Sequence[ExpertParts]) -> StreamedTimes | None:
-    """Returns what depends on the size of experts by size, all else as it is for the smallest."""
+    """Returns what depends on the size of experts by size, and the middle of all else.
+
+    The host asks for large experts as it does for small ones: they are moments of one measurement.
+    """
     found = [(one.expert_bytes, one.pieces) for one in by_size if one.pieces is not None]
     if not found:
         return None
-    own = found[0][1]
+    every = [parts for _, parts in found]
+    rest = [parts.rest for parts in every if parts.rest is not None]
     return StreamedTimes(
         most_tokens=STREAMED_TOKENS,
         rows_at_once=ROWS_AT_ONCE,
-        known_s=own.known,
-        late_s=own.late,
-        piece_host=own.host,
-        slot_host_s=own.slot,
-        load_host_s=own.load,
-        piece_device=surface([(size, one.device) for size, one in found]),
-        combine_host_s=own.combine_host,
-        combine_device=own.combine_device,
-        rest_host_s=own.rest,
+        known_s=middle([parts.known for parts in every]),
+        late_s=middle([parts.late for parts in every]),
+        piece_host=middle_curve([parts.host for parts in every]),
+        slot_host_s=middle([parts.slot for parts in every]),
+        load_host_s=middle([parts.load for parts in every]),
+        piece_device=surface([(size, parts.device) for size, parts in found]),
+        combine_host_s=middle([parts.combine_host for parts in every]),
+        combine_device=middle_curve([parts.combine_device for parts in every]),
+        rest_host_s=middle(rest) if rest else None,
     )
 
 

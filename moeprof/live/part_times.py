@@ -13,6 +13,9 @@ import torch
 from moeprof.replay.calibration_file import Measured
 
 _AHEAD_CYCLES = 8_000_000
+_HOST_TIMES = 3
+"""As many repetitions of what the host does: it takes microseconds, and varies most."""
+
 _NOTHING = Measured(median=0.0, low=0.0, high=0.0, error=0.0, num_repetitions=0)
 
 
@@ -46,6 +49,7 @@ class PartTimes:
         *,
         before: Callable[[], object] = _nothing,
         settle: bool = True,
+        times: int = 1,
     ) -> Measured:
         """Returns the time in seconds on the host's clock, from an idle device.
 
@@ -53,19 +57,20 @@ class PartTimes:
             function: What to time.
             before: What each run of it needs; not timed.
             settle: The device has to be done too; else the function returns when it likes.
+            times: As many repetitions as usual.
         """
         self._warm_up(function, before)
-        times = []
-        for _ in range(self._repeats):
+        found = []
+        for _ in range(times * self._repeats):
             before()
             self.settle()
             begun_s = time.perf_counter()
             function()
             if settle:
                 self.settle()
-            times.append(time.perf_counter() - begun_s)
+            found.append(time.perf_counter() - begun_s)
         self.settle()
-        return Measured.of(times)
+        return Measured.of(found)
 
     def host(
         self, function: Callable[[], object], *, before: Callable[[], object] = _nothing
@@ -73,7 +78,7 @@ class PartTimes:
         """Returns the time in seconds that the host needs to ask for something; see `wall`."""
         if self.is_serial:
             return _NOTHING
-        return self.wall(function, before=before, settle=False)
+        return self.wall(function, before=before, settle=False, times=_HOST_TIMES)
 
     def device_part(
         self, function: Callable[[], object], *, before: Callable[[], object] = _nothing

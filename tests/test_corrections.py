@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from calibrations import (
+    FREE,
     corrections,
     exactly,
     flat,
@@ -21,8 +22,9 @@ from calibrations import (
 
 from moeprof.errors import CalibrationError
 from moeprof.replay import cost_model
-from moeprof.replay.calibration_file import Trial, TrialSource
+from moeprof.replay.calibration_file import Corrections, Trial, TrialSource
 from moeprof.replay.corrections import (
+    BETWEEN_SIZES,
     PRIOR,
     TriedBuffer,
     fit_by_size,
@@ -38,13 +40,12 @@ SHAPE = ExpertShape(d_model=8, d_ff=8, dtype="bfloat16")
 SETTINGS = ("unbuffered", "lru:2", "lru:8", "paper:2", "min:4", "lru:4:host", "lru:4:split")
 
 
-@pytest.fixture(scope="module")
-def works(tmp_path_factory: pytest.TempPathFactory) -> list[Work]:
-    """What settings do at batch 1 and 4, on a machine where copies count most."""
+def works_on(folder: Path, copy_s: float) -> list[Work]:
+    """What settings do at batch 1 and 4, on a machine whose copies take so long."""
     machine = hand_calibration(
-        to_device=flat(2e-4),
+        to_device=flat(copy_s),
         host_expert=surface(3e-4),
-        decisions={name: cost_model_free() for name in ("lru", "paper", "min")},
+        decisions=dict.fromkeys(("lru", "paper", "min"), FREE),
         fetch_s=exactly(2e-5),
         return_host_s=exactly(2e-5),
         sync_s=exactly(1e-5),
@@ -62,7 +63,7 @@ def works(tmp_path_factory: pytest.TempPathFactory) -> list[Work]:
     found = []
     for batch in (1, 4):
         trace = synthetic_trace(
-            tmp_path_factory.mktemp("corrections") / "t.moeprof",
+            folder / f"{batch}.moeprof",
             num_requests=2 * batch,
             num_sites=3,
             num_experts=16,
@@ -76,10 +77,21 @@ def works(tmp_path_factory: pytest.TempPathFactory) -> list[Work]:
     return found
 
 
-def cost_model_free() -> Any:
-    from calibrations import FREE
+@pytest.fixture(scope="module")
+def works(tmp_path_factory: pytest.TempPathFactory) -> list[Work]:
+    """Work on a machine where copies count most."""
+    return works_on(tmp_path_factory.mktemp("corrections"), 2e-4)
 
-    return FREE
+
+@pytest.fixture(scope="module")
+def bound_works(tmp_path_factory: pytest.TempPathFactory) -> list[Work]:
+    """Work on a machine where copies hide all that can be hidden."""
+    return works_on(tmp_path_factory.mktemp("bound"), 1e-2)
+
+
+def only(works: Sequence[Work], *settings: str) -> list[Work]:
+    """The work of some of `SETTINGS`."""
+    return [work for index, work in enumerate(works) if SETTINGS[index % len(SETTINGS)] in settings]
 
 
 def trial_of(ms: Any, modelled_ms: Any, kind: str = "buffering") -> Trial:
@@ -97,8 +109,8 @@ def logs_of(factors: Mapping[str, float]) -> Any:
 
 
 def tried(
-    works: list[Work], factors: Mapping[str, float], *, between: float = 0.0, noise: float = 0.0,
-    of_host: float = 0.0, expert_bytes: int = SHAPE.expert_bytes, seed: int = 0,
+    works: Sequence[Work], factors: Mapping[str, float], *, between: float = 0.0,
+    noise: float = 0.0, of_host: float = 0.0, expert_bytes: int = SHAPE.expert_bytes, seed: int = 0,
 ) -> list[TriedBuffer]:  # fmt: skip
     """Trials on a machine that is off by ``factors``, settings by ``between``, steps by noise.
 
@@ -223,6 +235,97 @@ def test_each_size_of_experts_is_fitted_by_itself(works: list[Work]) -> None:
     assert 0.85 < factor(both, "copy") < 1.25
     assert both.buffering.spread > 0.1
     assert fit_by_size([]) == {}
+
+
+def test_a_size_takes_from_the_others_what_its_trials_do_not_see(works: list[Work]) -> None:
+    factors = {"copy": 1.2, "host_expert": 0.7}
+    seen = tried(works, factors, expert_bytes=1024)
+    # The host computes nothing at the larger size.
+    unseen = tried(only(works, "lru:2", "lru:8", "min:4"), factors, expert_bytes=4096)
+    overall = fit_corrections([*seen, *unseen], {})
+    found = fit_by_size([*seen, *unseen])
+    assert overall is not None
+    assert factor(overall, "host_expert") == pytest.approx(0.7, rel=0.05)
+    part = "host_expert"
+    assert factor(found[4096], part) == pytest.approx(factor(overall, part), rel=0.01)
+    # It is as sure as it is of all sizes, and as sizes are alike.
+    assert error(found[4096], part) == pytest.approx(
+        np.hypot(error(overall, part), BETWEEN_SIZES), rel=0.02
+    )
+    assert error(found[1024], part) < 0.5 * error(found[4096], part)
+    assert found[4096].host is None
+    # By itself it would know nothing of it.
+    alone = fit_corrections(unseen, {})
+    assert alone is not None
+    assert factor(alone, part) == pytest.approx(1, abs=1e-6)
+    assert error(alone, part) == pytest.approx(PRIOR)
+    # What nobody sees stays, and is no surer than a constant.
+    assert factor(found[4096], "decide") == pytest.approx(1, abs=1e-6)
+    assert error(found[4096], "decide") == pytest.approx(np.hypot(PRIOR, BETWEEN_SIZES))
+
+
+def test_a_size_that_differs_keeps_its_own(works: list[Work]) -> None:
+    # Three sizes agree: what they say of all does not move the fourth, nor it them.
+    by_size = {1024: 1.0, 2048: 1.0, 4096: 1.0, 8192: 1.6}
+    given = [
+        one for size, copy in by_size.items()
+        for one in tried(works, {"copy": copy}, noise=0.01, expert_bytes=size, seed=size)
+    ]  # fmt: skip
+    found = fit_by_size(given)
+    overall = fit_corrections(given, {})
+    assert overall is not None and factor(overall, "copy") < 1.3
+    for size, copy in by_size.items():
+        assert factor(found[size], "copy") == pytest.approx(copy, rel=0.02)
+        own = found[size].buffering
+        assert own is not None and own.spread < 0.03
+    # What hardly differs, in trials that differ more among themselves, is drawn to the others.
+    unsure = [
+        *tried(works, {}, noise=0.01, expert_bytes=1024),
+        *tried(only(works, "lru:2"), {"copy": 1.2}, between=0.3, expert_bytes=4096, seed=3),
+    ]
+    drawn = fit_by_size(unsure)[4096]
+    apart = fit_corrections([one for one in unsure if one.expert_bytes == 4096], {})
+    assert apart is not None
+    assert abs(drawn.log_factors[PARTS.index("copy")]) < abs(
+        0.8 * apart.log_factors[PARTS.index("copy")]
+    )
+
+
+def test_trials_without_a_buffer_tell_what_copies_hide(bound_works: list[Work]) -> None:
+    # A host that is slower than its constants say, where nearly all of a step is copies.
+    slow = dict.fromkeys(("known", "launch", "combine_host"), 1.4)
+    bound = only(bound_works, "lru:2", "paper:2")
+    free = only(bound_works, "unbuffered")
+
+    def fitted(given: Sequence[Work]) -> Corrections:
+        return fit_by_size(tried(given, slow, noise=0.002, expert_bytes=1024))[1024]
+
+    def off(found: Corrections) -> float:
+        """How far a run without a buffer is from what it is predicted to take."""
+        scale = np.exp(np.array([found.log_factors, logs_of(slow)]))
+        every = [step_times(work, scale) for work in free]
+        return float(max(abs(np.log(np.median(own / exact))) for own, exact in every))
+
+    def unsure(found: Corrections) -> float:
+        """The standard deviation of the log of what such a run is predicted to take."""
+        root = np.linalg.cholesky(np.array(found.covariance))
+        draws = np.random.default_rng(0).standard_normal((200, len(PARTS))) @ root.T
+        scale = np.exp(np.array(found.log_factors) + draws)
+        return float(max(np.std(np.log(step_times(work, scale).sum(axis=1))) for work in free))
+
+    hidden, told = fitted(bound), fitted([*bound, *free])
+    for found in (hidden, told):
+        assert factor(found, "copy") == pytest.approx(1, abs=0.01)
+    # Copies alone leave the host's parts as they are thought to be.
+    for part in slow:
+        assert factor(hidden, part) == pytest.approx(1, abs=0.01)
+        assert error(hidden, part) > PRIOR
+        assert factor(told, part) > 1.1
+    assert off(hidden) > 0.1
+    assert off(told) < 0.01
+    # Which of them it is may be open still; what they take together is not.
+    assert unsure(hidden) > 0.1
+    assert unsure(told) < 0.05
 
 
 def test_kernels_have_a_factor_each() -> None:

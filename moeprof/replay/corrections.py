@@ -1,20 +1,24 @@
 """What trial runs say about the constants of a machine.
 
 Constants are measured one by one; a run may still take longer than they say, by what they do to
-each other. Trials of expert buffers, in several regimes, correct the kinds of work: the log of a
-factor for each of `pipeline.PARTS` is fitted so that the modelled steps come out as measured.
-Damped Gauss-Newton steps minimise
+each other. Trials of expert buffers, and of none, in several regimes, correct the kinds of work:
+the log of a factor for each of `pipeline.PARTS` is fitted so that the modelled steps come out as
+measured. Damped Gauss-Newton steps minimise
 
     sum over trials of mean over steps of (log measured - log modelled)^2 / sigma^2
-    + sum over parts of (log factor / `PRIOR`)^2
+    + (log factors - start)^T known^-1 (log factors - start)
 
 where measured is a step's median over the repetitions and sigma what is left over in the trials,
-found along with the factors, apart for trials in which the host computes. The second sum keeps
-parts where they are that no trial sees, or that several explain alike: a constant is thought to be
-right within `PRIOR`. Trials of a gating kernel give one factor for that kernel.
+found along with the factors, apart for trials in which the host computes. The second term keeps
+parts where they are that no trial sees, or that several explain alike. Of all trials together,
+start is 0 and known `PRIOR`^2 I: a constant is thought to be right within `PRIOR`. Of those of one
+size of experts, start is the fit to all, and known its covariance + `BETWEEN_SIZES`^2 I.
+
+Without a buffer nothing is copied: those trials tell what the host and the device take where
+copies hide it in others. Trials of a gating kernel give one factor for that kernel.
 
 What remains is judged by leaving out one trial at a time: how far off is a setting that was not
-fitted to.
+fitted to. At one size of experts it is left out there, not in the fit to all that it starts from.
 """
 
 from __future__ import annotations
@@ -41,6 +45,9 @@ Floats = NDArray[np.float64]
 PRIOR = 0.3
 """Standard deviation of the log of a factor before any trial."""
 
+BETWEEN_SIZES = 0.15
+"""Standard deviation of the log of a factor from one size of experts to another."""
+
 _LEAST_SIGMA = 0.01
 _FIRST_SIGMA = 0.1
 _NUM_SIGMAS = 4
@@ -56,7 +63,7 @@ _MEDIAN_PENALTY = 1.2533
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class TriedBuffer:
-    """A trial of an expert buffer, with what its steps did.
+    """A trial of an expert buffer, or of none, with what its steps did.
 
     Attributes:
         trial: What was measured.
@@ -80,36 +87,35 @@ def fit_corrections(
     """Returns what trials say; None without any.
 
     Args:
-        buffers: Trials of expert buffers.
+        buffers: Trials of expert buffers, and of none.
         kernels: Trials by gating kernel.
     """
     known = {name: own for name, own in kernels.items() if own}
     if not buffers and not known:
         return None
-    fit = _fit_parts(buffers)
-    of_kernels = {name: [_middle(trial) for trial in own] for name, own in known.items()}
-    return Corrections(
-        parts=PARTS,
-        log_factors=tuple(fit.log_factors.tolist()),
-        covariance=tuple(tuple(row) for row in fit.covariance.tolist()),
-        buffering=fit.leftovers,
-        host=fit.host_leftovers,
-        kernels={name: _correction(logs) for name, logs in of_kernels.items()},
-        gating=_kernel_leftovers(of_kernels, known) if known else None,
-    )
+    return _corrections(_fit_all(buffers), known)
 
 
 def fit_by_size(buffers: Sequence[TriedBuffer]) -> dict[int, Corrections]:
     """Returns what trials say at each size of experts, by the bytes of one.
 
     What parts do to each other depends on whether copies, the host or the device are waited for,
-    and that on the size: large experts are bound by copies, small ones by the host.
+    and that on the size: large experts are bound by copies, small ones by the host. But a host is
+    as fast for large experts as for small ones, and a link as fast in every setting: the factors of
+    a size are thought to lie within `BETWEEN_SIZES` of those of all trials. So what a size does not
+    tell, the others do.
+
+    Args:
+        buffers: Trials of expert buffers, and of none.
     """
-    found = {}
+    found: dict[int, Corrections] = {}
+    if not buffers:
+        return found
+    every = _fit_all(buffers)
+    near = every.covariance + BETWEEN_SIZES**2 * np.eye(len(PARTS))
     for size in sorted({each.expert_bytes for each in buffers}):
-        own = fit_corrections([each for each in buffers if each.expert_bytes == size], {})
-        assert own is not None
-        found[size] = own
+        own = [each for each in buffers if each.expert_bytes == size]
+        found[size] = _corrections(_fit_parts(own, every.log_factors, near), {})
     return found
 
 
@@ -179,22 +185,41 @@ class _PartFit:
     host_leftovers: Leftovers | None
 
 
-def _fit_parts(buffers: Sequence[TriedBuffer]) -> _PartFit:
-    num_parts = len(PARTS)
-    factors = np.zeros(num_parts)
-    prior = np.eye(num_parts) / PRIOR**2
+def _corrections(fit: _PartFit, known: Mapping[str, Sequence[Trial]]) -> Corrections:
+    of_kernels = {name: [_middle(trial) for trial in own] for name, own in known.items()}
+    return Corrections(
+        parts=PARTS,
+        log_factors=tuple(fit.log_factors.tolist()),
+        covariance=tuple(tuple(row) for row in fit.covariance.tolist()),
+        buffering=fit.leftovers,
+        host=fit.host_leftovers,
+        kernels={name: _correction(logs) for name, logs in of_kernels.items()},
+        gating=_kernel_leftovers(of_kernels, known) if known else None,
+    )
+
+
+def _fit_all(buffers: Sequence[TriedBuffer]) -> _PartFit:
+    """Returns what trials say where nothing else is known but the constants."""
+    return _fit_parts(buffers, np.zeros(len(PARTS)), PRIOR**2 * np.eye(len(PARTS)))
+
+
+def _fit_parts(buffers: Sequence[TriedBuffer], start: Floats, known: Floats) -> _PartFit:
+    """Returns what trials say.
+
+    Args:
+        buffers: The trials.
+        start: [parts] logs of the factors as they are thought to be before.
+        known: [parts, parts] covariance of their errors.
+    """
+    factors = start
+    prior = np.asarray(np.linalg.inv(known), np.float64)
     if not buffers:
-        return _PartFit(
-            log_factors=factors,
-            covariance=PRIOR**2 * np.eye(num_parts),
-            leftovers=None,
-            host_leftovers=None,
-        )
+        return _PartFit(log_factors=factors, covariance=known, leftovers=None, host_leftovers=None)
     measured = [np.log(each.trial.step_ms() / _MS) for each in buffers]
     uses_host = np.array([each.uses_host for each in buffers])
     sigmas = np.full(len(buffers), _FIRST_SIGMA)
     for _ in range(_NUM_SIGMAS):
-        factors = _descended(buffers, measured, factors, sigmas)
+        factors = _descended(buffers, measured, factors, sigmas, start, prior)
         squares = np.array([np.mean(r**2) for r in _residuals(buffers, measured, factors)])
         # The host's own computing is less steady than anything else: it must not blur the rest.
         for kind in np.unique(uses_host):
@@ -232,23 +257,31 @@ def _fit_parts(buffers: Sequence[TriedBuffer]) -> _PartFit:
 
 
 def _descended(
-    buffers: Sequence[TriedBuffer], measured: Sequence[Floats], factors: Floats, sigmas: Floats
+    buffers: Sequence[TriedBuffer],
+    measured: Sequence[Floats],
+    factors: Floats,
+    sigmas: Floats,
+    start: Floats,
+    prior: Floats,
 ) -> Floats:
-    """Returns the factors that minimise the sum in the module's description, for some sigmas."""
+    """Returns the factors that minimise the sum in the module's description, for some sigmas.
+
+    ``prior`` [parts, parts] is the inverse of what is called known there.
+    """
 
     def total(given: Floats, residuals: Sequence[Floats]) -> float:
         misfit = sum(
             float(np.mean(r**2)) / sigma**2 for r, sigma in zip(residuals, sigmas, strict=True)
         )
-        return float(misfit + given @ given / PRIOR**2)
+        return float(misfit + (given - start) @ prior @ (given - start))
 
     residuals = _residuals(buffers, measured, factors)
     least = total(factors, residuals)
     damping = _DAMPING
     for _ in range(_NUM_STEPS):
         slopes = _slopes(buffers, factors)
-        curvature = np.eye(len(factors)) / PRIOR**2
-        pull = -factors / PRIOR**2
+        curvature = prior.copy()
+        pull = -prior @ (factors - start)
         for slope, residual, sigma in zip(slopes, residuals, sigmas, strict=True):
             curvature += slope.T @ slope / len(slope) / sigma**2
             pull += slope.T @ residual / len(residual) / sigma**2

@@ -20,7 +20,6 @@ from moeprof.replay.calibration_file import (
     Trial,
 )
 from moeprof.replay.pipeline import PARTS
-from moeprof.replay.serving_settings import UNBUFFERED
 
 
 def exactly(value: float, error: float = 0.0) -> Measured:
@@ -56,7 +55,7 @@ def leftovers(residuals: Sequence[float]) -> Leftovers:
 def corrections(
     ratio: float = 1.0, *, residuals: Sequence[float] = (0.0,) * 5, kernel: str = "dynamic"
 ) -> Corrections:
-    """All takes ``ratio`` times as long, with a kernel or no buffer too; that alone is sure."""
+    """All takes ``ratio`` times as long, with a kernel too; that alone is sure."""
     left = leftovers(residuals)
     whole = KernelCorrection(log_factor=math.log(ratio), error=0.0)
     return Corrections(
@@ -67,7 +66,7 @@ def corrections(
             for row in range(len(PARTS))
         ),
         buffering=left,
-        kernels={kernel: whole, UNBUFFERED: whole},
+        kernels={kernel: whole},
         gating=left,
     )
 

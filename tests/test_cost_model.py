@@ -377,41 +377,69 @@ def test_the_nearest_size_of_experts_corrects(trace: Any) -> None:
     # Sizes are compared by their ratio: 384 bytes are nearer to 768 than to 96.
     own = {SHAPE.expert_bytes // 4: corrections(2.0), SHAPE.expert_bytes * 2: corrections(5.0)}
     machine = any_machine(corrections=corrections(3.0), by_size=own)
-    for text in ("lru:4", "lru:4:host", "lru:4:split"):
+    for text in ("lru:4", "lru:4:host", "lru:4:split", "unbuffered"):
         found = predicted(trace, machine, parse_setting(text))
         np.testing.assert_allclose(found.step_ms, 5 * found.modelled_ms)
     # What has one factor for all of it is fitted over all sizes.
-    for text in ("gating:dynamic", "unbuffered"):
-        found = predicted(trace, machine, parse_setting(text))
-        np.testing.assert_allclose(found.step_ms, 3 * found.modelled_ms)
+    found = predicted(trace, machine, parse_setting("gating:dynamic"))
+    np.testing.assert_allclose(found.step_ms, 3 * found.modelled_ms)
     smaller = ExpertShape(d_model=8, d_ff=1, dtype="float32")
     assert smaller.expert_bytes == min(own)
     question = cost_model.question_of(trace, shape=smaller)
-    found = cost_model.predict(question, parse_setting("lru:4"), machine)
-    np.testing.assert_allclose(found.step_ms, 2 * found.modelled_ms)
+    for text in ("lru:4", "unbuffered"):
+        found = cost_model.predict(question, parse_setting(text), machine)
+        np.testing.assert_allclose(found.step_ms, 2 * found.modelled_ms)
 
 
 @pytest.mark.usefixtures("_steady_host")
-def test_what_is_not_buffered_has_a_factor_of_its_own(trace: Any) -> None:
-    own = {
-        "dynamic": KernelCorrection(log_factor=np.log(3.0), error=0.0),
-        "unbuffered": KernelCorrection(log_factor=np.log(1.5), error=0.0),
-    }
+def test_a_gating_kernel_has_a_factor_of_its_own(trace: Any) -> None:
+    own = {"dynamic": KernelCorrection(log_factor=np.log(3.0), error=0.0)}
     known = dataclasses.replace(corrections(2.0), kernels=own, gating=leftovers(WIDE))
     machine = any_machine(corrections=known)
-    for text, expected in {"unbuffered": 1.5, "lru:4": 2.0, "gating:dynamic": 3.0}.items():
+    for text, expected in {"unbuffered": 2.0, "lru:4": 2.0, "gating:dynamic": 3.0}.items():
         found = predicted(trace, machine, parse_setting(text))
         np.testing.assert_allclose(found.step_ms, expected * found.modelled_ms)
-    # Its leftovers are those of whole trials too, and its factor's error counts.
-    assert width(trace, machine, "unbuffered") > 1.3
-    assert width(trace, machine, "lru:4") == pytest.approx(1)
-    unsure = KernelCorrection(log_factor=np.log(1.5), error=0.1)
-    known = dataclasses.replace(corrections(2.0), kernels={"unbuffered": unsure})
+    # Its leftovers are those of kernels, and its factor's error counts.
+    assert width(trace, machine, "gating:dynamic") > 1.3
+    for text in ("unbuffered", "lru:4"):
+        assert width(trace, machine, text) == pytest.approx(1)
+    unsure = {"dynamic": KernelCorrection(log_factor=np.log(1.5), error=0.1)}
+    known = dataclasses.replace(corrections(2.0), kernels=unsure)
     # 90 % of a log of standard deviation 0.1, from 200 draws.
-    wide = width(trace, any_machine(corrections=known), "unbuffered")
+    wide = width(trace, any_machine(corrections=known), "gating:dynamic")
     assert np.log(wide) == pytest.approx(2 * 1.645 * 0.1, rel=0.2)
     # Without trials of it the constants speak, and nothing is known of how far they are off.
-    alone = dataclasses.replace(corrections(2.0), kernels={"dynamic": own["dynamic"]})
+    alone = any_machine(corrections=dataclasses.replace(corrections(2.0), kernels={}))
+    found = predicted(trace, alone, parse_setting("gating:dynamic"))
+    np.testing.assert_array_equal(found.step_ms, found.modelled_ms)
+    assert found.percentiles_ms[50][1:] == (None, None)
+
+
+@pytest.mark.usefixtures("_steady_host")
+def test_what_is_not_buffered_is_corrected_part_by_part(trace: Any) -> None:
+    # Launching is all that counts without a buffer; with one, copies take ten times as long.
+    slow = {"expert_host_s": exactly(1.0), "to_device": flat(10.0)}
+    plain = corrections()
+    factors = {"launch": 3.0, "copy": 0.5}
+    logs = tuple(np.log([factors.get(part, 1.0) for part in pipeline.PARTS]).tolist())
+    machine = any_machine(corrections=dataclasses.replace(plain, log_factors=logs), **slow)
+    found = predicted(trace, machine, parse_setting("unbuffered"))
+    np.testing.assert_allclose(found.step_ms, 3 * found.modelled_ms, rtol=1e-3)
+    # Errors of its parts count, those of others do not.
+    place = {part: pipeline.PARTS.index(part) for part in ("launch", "copy")}
+    for part, expected in (("launch", 0.1), ("copy", 0.0)):
+        covariance = np.array(plain.covariance)
+        covariance[place[part], place[part]] = 0.1**2
+        own = dataclasses.replace(plain, covariance=tuple(map(tuple, covariance.tolist())))
+        wide = np.log(width(trace, any_machine(corrections=own, **slow), "unbuffered"))
+        assert wide == pytest.approx(2 * 1.645 * expected, rel=0.2, abs=1e-3), part
+    # What is left over of it is what is left over of buffers that the host computes nothing for.
+    left = dataclasses.replace(
+        corrections(residuals=WIDE), host=leftovers((0.0,) * 5), gating=leftovers((0.0,) * 5)
+    )
+    assert width(trace, any_machine(corrections=left), "unbuffered") > 1.3
+    # Without such trials the constants speak: those of kernels say nothing of it.
+    alone = dataclasses.replace(corrections(3.0), buffering=None)
     found = predicted(trace, any_machine(corrections=alone), parse_setting("unbuffered"))
     np.testing.assert_array_equal(found.step_ms, found.modelled_ms)
     assert found.percentiles_ms[50][1:] == (None, None)
@@ -462,7 +490,8 @@ def test_hosts_vary_where_they_are_waited_for(trace: Any) -> None:
     by_link = width(trace, any_machine(**link_bound), "lru:2")
     assert np.log(by_host) == pytest.approx(2 * 1.645 * cost_model.HOST_SPREAD, rel=0.2)
     assert np.log(by_link) < 0.01
-    # What has one factor for all it does is off by as much, where it waits for the host.
+    # Without a buffer too; what has one factor for all it does is off by as much, where it waits
+    # for the host.
     unbuffered = width(trace, any_machine(**host_bound), "unbuffered")
     assert np.log(unbuffered) == pytest.approx(2 * 1.645 * cost_model.HOST_SPREAD, rel=0.2)
     machine = any_machine(**host_bound)

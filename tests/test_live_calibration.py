@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from calibrations import hand_calibration
+from calibrations import exactly, flat, hand_calibration
 from calibrations import streamed_times as hand_streamed_times
 
 torch = pytest.importorskip("torch")
@@ -26,11 +26,12 @@ from moeprof.live.decision_times import decision_times, foresee_time  # noqa: E4
 from moeprof.live.kernels.fused import _has_triton  # noqa: E402
 from moeprof.live.kernels.streamed import STREAMED_TOKENS  # noqa: E402
 from moeprof.live.part_times import PartTimes  # noqa: E402
-from moeprof.live.piece_bench import PieceBench  # noqa: E402
+from moeprof.live.piece_bench import PieceBench, PieceParts  # noqa: E402
 from moeprof.live.setting_runs import SettingRun, open_stack, timed_steps  # noqa: E402
 from moeprof.live.transfers import make_slots  # noqa: E402
 from moeprof.replay import cost_model  # noqa: E402
 from moeprof.replay.buffer_plans import read_routed_rows  # noqa: E402
+from moeprof.replay.calibration_file import Curve  # noqa: E402
 from moeprof.replay.execution_orders import is_streamed  # noqa: E402
 from moeprof.replay.expert_shapes import ExpertShape  # noqa: E402
 from moeprof.replay.serving_settings import parse_setting  # noqa: E402
@@ -170,6 +171,9 @@ def test_parts_of_a_device_with_a_queue() -> None:
     assert len(calls) == 6
     assert times.wall(lambda: calls.append(1)).median > 0
     assert len(calls) == 12
+    # Repeated more often, and no more often warmed up.
+    assert times.wall(lambda: calls.append(1), times=3).num_repetitions == 12
+    assert len(calls) == 12 + 2 + 12
 
 
 @pytest.mark.parametrize(
@@ -218,6 +222,39 @@ def test_pieces_are_measured_at_the_sizes_asked_for(tmp_path: Path) -> None:
     assert times is not None and times.most_tokens == STREAMED_TOKENS
     assert times.piece_device.expert_bytes == (shape.expert_bytes,)
     assert streamed_times([dataclasses.replace(parts, pieces=None)]) is None
+
+
+def test_what_does_not_depend_on_the_size_of_experts_is_the_middle() -> None:
+    def at(size: int, factor: float, rest: Any) -> ExpertParts:
+        def curve(first: float) -> Curve:
+            times = (exactly(first * factor), exactly(2 * first * factor))
+            return Curve(sizes=(1.0, 4.0), times_s=times)
+
+        nothing = exactly(0.0)
+        return ExpertParts(
+            expert_bytes=size, block_bytes=size, copy=nothing, on_device=flat(0.0),
+            on_host=flat(0.0), launch=nothing, slot=nothing, load=nothing, handover=nothing,
+            pieces=PieceParts(
+                known=exactly(factor), late=exactly(2 * factor), host=curve(1.0),
+                slot=exactly(3 * factor), load=exactly(4 * factor), device=curve(10.0),
+                combine_host=exactly(5 * factor), combine_device=curve(3.0), rest=rest,
+            ),
+        )  # fmt: skip
+
+    # The smallest was measured while the host was slow.
+    found = streamed_times([at(1, 9.0, None), at(2, 1.0, exactly(7.0)), at(3, 2.0, exactly(6.0))])
+    assert found is not None and found.rest_host_s is not None
+    own = (found.known_s, found.late_s, found.slot_host_s, found.load_host_s, found.combine_host_s)
+    assert [one.median for one in own] == [2, 4, 6, 8, 10]
+    assert min(one.error for one in own) > 0
+    assert [one.median for one in found.piece_host.times_s] == [2, 4]
+    assert [one.median for one in found.combine_device.times_s] == [6, 12]
+    assert found.rest_host_s.median == 6.5
+    # What does depend on it is not mixed.
+    assert found.piece_device.expert_bytes == (1, 2, 3)
+    assert [each.times_s[0].median for each in found.piece_device.by_rows] == [90, 10, 20]
+    unknown = streamed_times([at(1, 9.0, None), at(2, 1.0, None)])
+    assert unknown is not None and unknown.rest_host_s is None
 
 
 @pytest.mark.parametrize("regime", live.GPU_SIZES.regimes, ids=lambda regime: regime.batch)
@@ -308,12 +345,17 @@ def test_corrections_come_from_the_trials(calibrated: Any) -> None:
     found = machine.corrections
     num_runs = len(TINY.expert_bytes) * len(TINY.regimes)
     names = [trial.setting for trial in machine.trials]
-    is_whole = [name == "unbuffered" or name.startswith("gating:") for name in names]
+    # Only kernels have one factor for all they do: without a buffer parts are told apart as with.
+    is_whole = [name.startswith("gating:") for name in names]
+    assert names.count("unbuffered") == num_runs
     assert len(found.buffering.residuals) + len(found.host.residuals) == is_whole.count(False)
+    assert len(found.buffering.residuals) >= num_runs + sum(
+        name.startswith(("lru", "min")) and not name.endswith((":host", ":split")) for name in names
+    )
     # Where a miss is the host's it computes; where misses are split it may.
     assert num_runs <= len(found.host.residuals) <= 2 * num_runs
-    assert set(found.kernels) == {"unbuffered", "dynamic_loop", "static_mask"}
-    assert len(found.gating.residuals) == is_whole.count(True) == 3 * num_runs
+    assert set(found.kernels) == {"dynamic_loop", "static_mask"}
+    assert len(found.gating.residuals) == is_whole.count(True) == 2 * num_runs
     # On the host nothing is handed over, and nothing is launched.
     for part in ("handover", "launch", "load"):
         assert found.log_factors[found.parts.index(part)] == pytest.approx(0, abs=1e-9)
@@ -356,11 +398,12 @@ def test_what_was_measured_decides_what_is_fitted_again(calibrated: Any, tmp_pat
         assert own.log_factor == pytest.approx(before + np.log(2))
     shape = TINY.shape(TINY.expert_bytes[0])
     question = trial_question(made_up(tmp_path, TINY, TINY.regimes[0]), shape, TINY)
-    once, twice = (
-        cost_model.predict(question, parse_setting("lru:50%"), each).step_ms.sum()
-        for each in (machine, found)
-    )
-    assert twice > 1.4 * once
+    for text in ("lru:50%", "unbuffered"):
+        once, twice = (
+            cost_model.predict(question, parse_setting(text), each).step_ms.sum()
+            for each in (machine, found)
+        )
+        assert twice > 1.4 * once, text
 
 
 @pytest.mark.parametrize("damage", ["none", "fewer", "more", "others"])
@@ -396,7 +439,7 @@ def test_trials_are_not_those_of_other_sizes(calibrated: Any, change: Any) -> No
         live.refitted(machine, dataclasses.replace(TINY, **change))
 
 
-def test_calibrations_of_one_machine_are_pooled(calibrated: Any) -> None:
+def test_calibrations_of_one_machine_are_pooled(calibrated: Any, tmp_path: Path) -> None:
     machine, _ = calibrated
     once = live.refitted(machine, TINY)
     # Nothing new is learned from the same twice, but of how sure it is.
@@ -415,9 +458,17 @@ def test_calibrations_of_one_machine_are_pooled(calibrated: Any) -> None:
     later = dataclasses.replace(machine, trials=doubled)
     found = live.pooled([machine, later], TINY)
     assert len(found.trials) == 2 * len(machine.trials)
-    assert found.corrections.kernels["unbuffered"].log_factor == pytest.approx(
-        once.corrections.kernels["unbuffered"].log_factor + np.log(2) / 2, abs=0.2
-    )
+    for name, own in found.corrections.kernels.items():
+        before = once.corrections.kernels[name].log_factor
+        assert own.log_factor == pytest.approx(before + np.log(2) / 2, abs=0.2)
+    shape = TINY.shape(TINY.expert_bytes[0])
+    question = trial_question(made_up(tmp_path, TINY, TINY.regimes[0]), shape, TINY)
+    for text in ("unbuffered", "lru:50%"):
+        earlier, between = (
+            cost_model.predict(question, parse_setting(text), each).step_ms.sum()
+            for each in (once, found)
+        )
+        assert np.log(between / earlier) == pytest.approx(np.log(2) / 2, abs=0.2), text
     assert found.corrections.buffering.spread > once.corrections.buffering.spread
     with pytest.raises(UsageError, match="no calibrations"):
         live.pooled([], TINY)

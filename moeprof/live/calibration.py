@@ -49,7 +49,7 @@ from moeprof.replay.corrections import (
     with_trials_of,
 )
 from moeprof.replay.pooled_constants import pooled_constants
-from moeprof.replay.serving_settings import UNBUFFERED, BufferingSetting
+from moeprof.replay.serving_settings import BufferingSetting
 
 Progress = Callable[[str, int, int], None]
 
@@ -228,10 +228,7 @@ def _corrected(machine: Calibration, tried: Sequence[TriedSetting]) -> Calibrati
         for one in tried
         if one.whole is None
     ]
-    kernels = {
-        name: [one.trial for one in tried if one.whole == name]
-        for name in (UNBUFFERED, *machine.gating)
-    }
+    kernels = {name: [one.trial for one in tried if one.whole == name] for name in machine.gating}
     return dataclasses.replace(
         machine,
         trials=tuple(one.trial for one in tried),

@@ -68,7 +68,14 @@ def made_up(folder: Path, sizes: CalibrationSizes, regime: Regime) -> MadeUp:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class TriedSetting:
-    """A trial, and what is modelled of it; ``whole`` names what has one factor for all its work."""
+    """A trial, and what is modelled of it.
+
+    Attributes:
+        trial: What was measured.
+        work: What is modelled.
+        whole: The gating kernel, which has one factor for all its work; None where parts have one.
+        expert_bytes: Of an expert.
+    """
 
     trial: Trial
     work: Work

@@ -264,9 +264,10 @@ class Corrections:
         parts: Kinds of work, as `moeprof.replay.pipeline.PARTS`.
         log_factors: [parts] logs of the factors by which their times are multiplied.
         covariance: [parts][parts] of their errors.
-        buffering: What is left over of buffers whose host computes no experts; None without.
-        host: Of those whose host does.
-        kernels: By gating kernel.
+        buffering: What is left over where the host computes no experts, with a buffer or without;
+            None without such trials.
+        host: Where it does, likewise.
+        kernels: By gating kernel; nothing else has one factor for all it does.
         gating: What is left over; None without trials of kernels.
     """
 
@@ -364,7 +365,8 @@ class Calibration:
         exchange_ranks: Ranks that exchanged; None where none did.
         trials: Runs that say what the model leaves over.
         corrections: What they say together; None without.
-        by_size: What those of buffers say at each size, by the bytes of an expert.
+        by_size: What those of buffers, and of none, say at each size, by the bytes of an expert;
+            what a size does not tell is as in ``corrections``.
         trials_of: Where trials and what they say come from; None where from this machine.
     """
 

@@ -3,7 +3,8 @@
 Every step of the trace is run through the pipeline of the live runtime (`pipeline`) with the exact
 lookups and copies of the ``sequential`` replay (`buffer_plans`), in the runtime's order
 (`execution_orders`), with the constants of the calibration times the factors that its trial runs
-ask for (`corrections`). Leaves out attention, embeddings and everything else around the experts: a
+ask for (`corrections`): one for each kind of work, with a buffer or without; a gating kernel has
+one for all it does. Leaves out attention, embeddings and everything else around the experts: a
 step is what `moeprof.live` runs, all experts of one stack.
 
 A measurement takes the median of every step over its repetitions, then percentiles over steps: a
@@ -37,12 +38,7 @@ from moeprof.replay.expert_shapes import ExpertShape, shape_of_trace
 from moeprof.replay.gating_work import Dispatches, device_seconds, kernel_work
 from moeprof.replay.pipeline import NOTHING, PARTS, Work, step_times
 from moeprof.replay.result import Result
-from moeprof.replay.serving_settings import (
-    UNBUFFERED,
-    BufferingSetting,
-    GatingSetting,
-    Setting,
-)
+from moeprof.replay.serving_settings import BufferingSetting, GatingSetting, Setting
 
 if TYPE_CHECKING:
     from moeprof.replay.calibration_file import Calibration, Leftovers
@@ -281,9 +277,7 @@ class _Knowledge:
 
 def whole_of(setting: Setting) -> str | None:
     """Returns the name under which trials give a setting one factor for all it does, or None."""
-    if isinstance(setting, GatingSetting):
-        return setting.kernel
-    return UNBUFFERED if setting.capacity is None else None
+    return setting.kernel if isinstance(setting, GatingSetting) else None
 
 
 def host_spread(machine: Calibration) -> float:
@@ -302,7 +296,7 @@ def host_spread(machine: Calibration) -> float:
 
 
 def _knowledge_of(setting: Setting, machine: Calibration, expert_bytes: int) -> _Knowledge:
-    """Returns what is known; of the nearest size of experts that was tried."""
+    """Returns what is known; of kinds of work at the nearest size of experts that was tried."""
     found = machine.corrections
     nothing = np.zeros(len(PARTS))
     plain = _Knowledge(log_factors=nothing, error=np.diag(part_errors(machine)))

@@ -36,8 +36,7 @@ from moeprof.live.exchange_times import exchange_curve
 from moeprof.live.host_probe import probe_ms
 from moeprof.live.kernel_bench import KernelBench
 from moeprof.live.kernels import KERNELS
-from moeprof.live.measured_curves import ascending, surface
-from moeprof.live.transfers import made_current
+from moeprof.live.measured_curves import ascending, middle, surface
 from moeprof.recording.hardware import hardware, versions
 from moeprof.replay.cache import policies
 from moeprof.replay.calibration_file import Calibration, Measured
@@ -194,9 +193,10 @@ def _measured(
         to_device=ascending([(one.block_bytes, one.copy) for one in by_size]),
         device_expert=surface([(one.expert_bytes, one.on_device) for one in by_size]),
         host_expert=surface([(one.expert_bytes, one.on_host) for one in by_size]),
-        expert_host_s=by_size[0].launch,
-        slot_host_s=by_size[0].slot,
-        load_host_s=by_size[0].load,
+        # The host asks for large experts as it does for small ones.
+        expert_host_s=middle([one.launch for one in by_size]),
+        slot_host_s=middle([one.slot for one in by_size]),
+        load_host_s=middle([one.load for one in by_size]),
         handover_s=by_size[0].handover,
         foresee_s=foresee_time(regimes, streamed=streamed is not None),
         streamed=streamed,

@@ -220,6 +220,7 @@ def test_the_script_runs_on_a_cpu(tmp_path: Path) -> None:
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.filterwarnings("ignore:Warning. Profiler clears events:UserWarning")
 def test_on_a_gpu_copies_bits_and_memory_hold(tmp_path: Path) -> None:
     trace = synthetic_trace(
         tmp_path / "t.moeprof", num_requests=4, num_sites=3, num_experts=8, top_k=2, seed=1

@@ -13,7 +13,7 @@ import pytest
 torch = pytest.importorskip("torch")
 
 from moeprof.errors import MoeprofError  # noqa: E402
-from moeprof.live import expert_store, transfers  # noqa: E402
+from moeprof.live import expert_buffer, expert_store, transfers  # noqa: E402
 from moeprof.live.expert_buffer import BufferSettings, ExpertBuffer  # noqa: E402
 from moeprof.live.experts import random_experts  # noqa: E402
 from moeprof.replay.cache import policies  # noqa: E402
@@ -169,6 +169,19 @@ def test_a_copy_that_is_read_much_later_is_still_waited_for(device: Device) -> N
     device.now.work.append(lambda: seen.append(slots[0].held))
     device.now.synchronize()
     assert seen == ["a"]
+
+
+def test_a_device_stays_the_same_whichever_is_current(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    assert transfers.with_index(torch.device("cuda")) == torch.device("cuda:3")
+    assert transfers.with_index(torch.device("cuda:1")) == torch.device("cuda:1")
+    monkeypatch.setattr(expert_buffer, "with_index", lambda device: torch.device(device.type, 0))
+    experts = random_experts(num_experts=2, d_model=8, d_ff=8, dtype=torch.float32)
+    store = expert_store.store_of_weights(experts)
+    site = expert_buffer.BufferedSite(site=0, stack="decoder", layer=0, store=store)
+    buffer = ExpertBuffer([site], BufferSettings(capacity=None), device="cpu")
+    assert buffer.device == torch.device("cpu", 0)
+    buffer.close()
 
 
 def test_another_stream_waits_for_the_one_before(device: Device) -> None:

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 
-from moeprof.errors import MoeprofError
+from moeprof.errors import MoeprofError, UsageError
 from moeprof.live import expert_buffer, piece_bench
 from moeprof.live.calibration_sizes import CPU_SIZES
 from moeprof.live.direct_dispatch import DirectSlots
@@ -25,6 +25,7 @@ from moeprof.live.expert_buffer import BufferedSite, BufferSettings, ExpertBuffe
 from moeprof.live.expert_store import ALIGNMENT_BYTES, store_of_weights
 from moeprof.live.experts import random_experts
 from moeprof.live.kernels.streamed import StreamedDispatch
+from moeprof.live.row_blocks import Workspace
 from moeprof.live.transfers import HostTransfers, make_slots
 from moeprof.replay.calibration_file import Measured
 
@@ -533,6 +534,101 @@ def test_an_expert_that_there_is_not_is_refused_and_nothing_is_lost(direct, capa
     for (site, given), out in zip(every[2:], outputs, strict=True):
         assert torch.equal(out, plain.run(site, *given))
     plain.close()
+    buffer.close()
+
+
+@pytest.mark.parametrize("capacity", [None, 2])
+def test_the_first_of_its_kind_may_choose_wrongly_too(direct, capacity):
+    sites = [*sites_of(1, 6), *(dataclasses.replace(each, site=2) for each in sites_of(1, 8))]
+    buffer, driver = direct(sites, BufferSettings(capacity=capacity, scope="stack"))
+    ((hidden, ids, weights),) = dispatches(1, 2, 6, 2)
+    with pytest.raises(MoeprofError, match="site 1 has 6"):
+        # The other site has that one.
+        buffer.run(1, hidden, ids.clamp(min=0) * 0 + 6, weights)
+    assert buffer.lookups().empty
+    kept = buffer.run(1, hidden, ids, weights)
+    plain = plain_buffer(sites[:1], BufferSettings(capacity=None))
+    assert torch.equal(kept, plain.run(1, hidden, ids, weights))
+    driver.run(COMPUTATIONS)
+    plain.close()
+    buffer.close()
+
+
+@pytest.mark.parametrize("num_before", [0, 3])
+@pytest.mark.parametrize("wrong", ["hidden", "ids", "weights", "elsewhere", "few", "narrow"])
+def test_what_kernels_cannot_read_is_refused(direct, wrong, num_before):
+    buffer, driver = direct(sites_of(1, 6), BufferSettings(capacity=None))
+    kept = [(given, buffer.run(1, *given)) for given in dispatches(num_before, 2, 6, 2)]
+    ((hidden, ids, weights),) = dispatches(1, 2, 6, 2)
+    given = {
+        "hidden": (hidden[:1], ids, weights),
+        "ids": (hidden, ids[:, :1], weights),
+        "weights": (hidden, ids, weights[:, :1]),
+        "elsewhere": (hidden, ids.to("meta"), weights),
+        "few": (hidden, ids.view(-1), weights.view(-1)),
+        "narrow": (hidden[:, :16], ids, weights),
+    }[wrong]
+    with pytest.raises(UsageError, match="lies on meta" if wrong == "elsewhere" else "no dispatch"):
+        buffer.run(1, *given)
+    assert len(kept) == num_before
+    driver.run(COMPUTATIONS)
+    buffer.close()
+
+
+@pytest.mark.parametrize("num_tokens", [100, 150])
+def test_memory_that_is_still_read_is_not_let_go_of(direct, monkeypatch, num_tokens):
+    """Of a dispatch in pieces, and of one that runs expert by expert."""
+    buffer, driver = direct(sites_of(1, 6), BufferSettings(capacity=None))
+    monkeypatch.setattr(buffer._computations, "finish", lambda: driver.run(COMPUTATIONS))
+    few = [(given, buffer.run(1, *given)) for given in dispatches(3, 2, 6, 2)]
+    under_way = []
+    for kind in (StreamedDispatch, Workspace):
+
+        def grow(own, num, grown=kind._grow):
+            under_way.append(len(driver.work[COMPUTATIONS]) - driver.done[COMPUTATIONS])
+            grown(own, num)
+
+        monkeypatch.setattr(kind, "_grow", grow)
+    assert driver.done[COMPUTATIONS] < len(driver.work[COMPUTATIONS])
+    ((hidden, ids, weights),) = dispatches(1, num_tokens, 6, 2)
+    many = buffer.run(1, hidden, ids, weights)
+    assert under_way == [0]
+    assert (len(few), len(many)) == (3, num_tokens)
+    driver.run(COMPUTATIONS)
+    buffer.close()
+
+
+def test_the_host_keeps_no_gradients(direct):
+    buffer, driver = direct(sites_of(1, 8), BufferSettings(capacity=4, miss="host"))
+    for hidden, ids, weights in dispatches(12, 2, 8, 2):
+        out = buffer.run(1, hidden.requires_grad_(), ids, weights.requires_grad_())
+        driver.run(COMPUTATIONS)
+        assert not out.requires_grad
+    assert driver.calls
+    assert not any(one.requires_grad for one in buffer._host_lane._buffers.values())
+    buffer.close()
+
+
+def test_nothing_runs_where_starting_anew_was_interrupted(direct, monkeypatch):
+    sites = sites_of(1, 6)
+    buffer, driver = direct(sites, BufferSettings(capacity=2))
+    every = [(1, given) for given in dispatches(4, 2, 6, 2)]
+    kept = []
+    run_all(buffer, driver, every, kept)
+
+    def interrupted():
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(buffer._residency, "reset", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            buffer.reset()
+    with pytest.raises(MoeprofError, match="broke off"):
+        buffer.run(1, *every[0][1])
+    driver.run(COMPUTATIONS)
+    buffer.reset()
+    run_all(buffer, driver, every, kept)
+    assert buffer.audit() == []
     buffer.close()
 
 

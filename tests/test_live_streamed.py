@@ -288,11 +288,18 @@ def test_the_order_of_computations_is_kept_before_experts_are_asked_for(streamin
         note(owner, name)
     sites = sites_of(1, 4, gated=True, bias=False)
     buffer = ExpertBuffer(sites, BufferSettings(capacity=2, initial="full"), device=DEVICE)
-    for num_tokens, first in ((3, "StreamedDispatch.begin"), (200, "Workspace.sorted_rows")):
+    for num_tokens, *then in (
+        (3, "StreamedDispatch.begin"),
+        # What it reads is taken anew, for more rows.
+        (200, "Computations.finish", "Workspace.sorted_rows"),
+        (200, "Workspace.sorted_rows"),
+        (128, "Computations.finish", "StreamedDispatch.begin"),
+        (128, "StreamedDispatch.begin"),
+    ):
         told.clear()
         ((hidden, ids, weights),) = dispatches(1, num_tokens, 4, 2)
         buffer.run(0, hidden, ids, weights)
-        assert told == ["Computations.begin", first]
+        assert told == ["Computations.begin", *then]
     told.clear()
     buffer.reset()
     assert told == ["Computations.finish", "CompiledResidency.reset"]

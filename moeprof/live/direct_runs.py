@@ -160,7 +160,7 @@ class DirectRuns:
             Active experts.
 
         Raises:
-            MoeprofError: There is no expert of some id.
+            IndexError: There is no expert of some id; nothing was decided.
         """
         if self._residency is not None:
             return self._residency.decide(site, streamed.chosen, streamed.num_ids)

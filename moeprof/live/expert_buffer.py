@@ -34,6 +34,7 @@ from moeprof.live.transfers import (
     make_slots,
     new_event,
     open_transfers,
+    with_index,
 )
 from moeprof.replay.cache.decisions import (
     AHEAD,
@@ -219,7 +220,7 @@ class ExpertBuffer:
             )
         self.sites = tuple(sites)
         self.settings = settings
-        self.device = torch.device(device)
+        self.device = with_index(torch.device(device))
         self._by_id = {site.site: site for site in self.sites}
         self._ids = {
             site.site: np.arange(site.store.num_experts)
@@ -345,7 +346,6 @@ class ExpertBuffer:
     def reset(self) -> None:
         """Starts anew: empty caches (full ones where so set), no lookups, steps from 0."""
         self._step = -1
-        self._is_halfway = False
         self._log.clear()
         self._num_copies = self._copied_bytes = self._num_initial = 0
         self._num_ahead = self._ahead_bytes = 0
@@ -355,6 +355,8 @@ class ExpertBuffer:
             streamed.wait_s, streamed.num_waits = 0.0, 0
         if self._residency is None:
             return
+        # Until all is done: this may be interrupted too.
+        self._is_halfway = True
         # Slots are filled anew, and nothing says which of them the last dispatch still reads.
         self._computations.finish()
         if self._transfers is not None:
@@ -365,6 +367,7 @@ class ExpertBuffer:
                 self._load(self._by_id[site], expert, slot)
                 self._num_initial += 1
         self._num_copies = self._copied_bytes = 0
+        self._is_halfway = False
 
     def leave_out_copies(self, *, left_out: bool) -> None:
         """Starts anew with or without the copies of experts, all else being done as it is.
@@ -394,7 +397,8 @@ class ExpertBuffer:
 
         Raises:
             MoeprofError: The last dispatch broke off halfway (no memory, an interruption): nothing
-                is run before `reset`.
+                is run before `reset`. Or there is no expert of some id.
+            UsageError: The tensors do not fit together, or lie elsewhere.
         """
         place = self._by_id[site]
         streamed = self._streamed.get(site)
@@ -405,6 +409,9 @@ class ExpertBuffer:
             # Before the host waits: then it waits for the dispatch before this one too.
             stream = self._computations.begin()
             if streamed is not None and is_small:
+                if ids.numel() > streamed.num_slots:
+                    # What grows lets go of memory that computations may still read.
+                    self._computations.finish()
                 if self._direct is not None:
                     launches = streamed.launches(hidden, ids, weights)
                     if launches is not None:
@@ -420,6 +427,8 @@ class ExpertBuffer:
     ) -> torch.Tensor:
         """Runs a dispatch expert by expert."""
         workspace = self._workspace_of(place, hidden.dtype)
+        if ids.numel() > workspace.num_rows:
+            self._computations.finish()
         given, slots, ends = workspace.sorted_rows(hidden, ids, place.store.num_experts)
         rows = self._run_blocks(place, given, ends, workspace)
         return workspace.combined(rows, slots, weights, ends[-1])
@@ -437,6 +446,8 @@ class ExpertBuffer:
         workspace = self._workspace_of(place, rows.dtype)
         with made_current(self.device):
             self._computations.begin()
+            if rows.shape[0] > workspace.num_rows:
+                self._computations.finish()
             workspace.reserve(rows.shape[0])
             return self._run_blocks(place, rows, workspace.ends_on_host(ends), workspace)
 
@@ -452,6 +463,8 @@ class ExpertBuffer:
         """Runs a dispatch of a few tokens, several experts at a time."""
         streamed.begin(hidden, ids, weights)
         experts, rows = streamed.active()
+        if experts and experts[-1] >= place.store.num_experts:
+            raise _no_such_expert(place)
         if self._residency is None:
             if experts:
                 blocks = self._blocks[place.site]
@@ -480,13 +493,10 @@ class ExpertBuffer:
             self._begin_dispatch()
         try:
             count = direct.decide(site, streamed)
-        except IndexError as error:
+        except IndexError:
             # Nothing was decided.
             self._is_halfway = False
-            raise MoeprofError(
-                f"the router chose an expert that there is not: {error}",
-                hint="ids are indices into the site's experts; a row that is no number has none",
-            ) from None
+            raise _no_such_expert(place) from None
         if not count:
             self._is_halfway = False
             direct.combine(launches, stream)
@@ -497,7 +507,8 @@ class ExpertBuffer:
         on_host = direct.on_host()
         if on_host:
             assert self._host_lane is not None
-            self._host_lane.fetch([hidden])
+            with torch.no_grad():
+                self._host_lane.fetch([hidden])
         is_last = not (prefetches or on_host)
         direct.run(site, streamed, launches, stream, combines=is_last)
         copied = int(direct.decision.counts[NUM_COPIES])
@@ -831,6 +842,14 @@ class ExpertBuffer:
             streamed.let_go()
         self._pools.clear()
         self._transfers = None
+
+
+def _no_such_expert(place: BufferedSite) -> MoeprofError:
+    return MoeprofError(
+        "the router chose an expert that there is not: "
+        f"site {place.site} has {place.store.num_experts}",
+        hint="ids are indices into the site's experts; a row that is no number has none",
+    )
 
 
 def _in_stacks(sites: Sequence[BufferedSite]) -> list[list[tuple[int, int]]]:

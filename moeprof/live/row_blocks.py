@@ -19,6 +19,9 @@ ROW_MARGIN = 2
 class Workspace:
     """Tensors that serve every dispatch of one site shape; they grow when a dispatch is larger.
 
+    What grows lets go of memory: whoever asks for more than ``num_rows`` has waited for those who
+    still read it.
+
     Args:
         num_experts: Most experts of a site.
         d_model: Width of a row.
@@ -32,7 +35,7 @@ class Workspace:
         self._device = device
         self._dtype = dtype
         self._width = d_model
-        self._num_rows = 0
+        self.num_rows = 0
         pinned = device.type == "cuda"
         with torch.inference_mode(False):
             self._host_ends = torch.zeros(num_experts, dtype=torch.int32, pin_memory=pinned)
@@ -55,13 +58,13 @@ class Workspace:
             self.given = torch.zeros(shape, dtype=self._dtype, device=self._device)
             self.returned = torch.zeros(shape, dtype=self._dtype, device=self._device)
             self._places = torch.arange(num_rows, device=self._device)
-        self._num_rows = num_rows
+        self.num_rows = num_rows
         self.num_growths += 1
 
     def reserve(self, num_rows: int) -> None:
         """Makes room for that many rows, and for some more where it has to grow."""
-        if num_rows > self._num_rows:
-            self._grow(max(num_rows, min(ROW_MARGIN * self._num_rows, num_rows * ROW_MARGIN)))
+        if num_rows > self.num_rows:
+            self._grow(max(num_rows, min(ROW_MARGIN * self.num_rows, num_rows * ROW_MARGIN)))
 
     def sorted_rows(
         self, hidden: torch.Tensor, ids: torch.Tensor, num_experts: int

@@ -1,8 +1,10 @@
 """Copies of experts from host memory into slots, ordered against the computations that read them.
 
-On a GPU copies run on a stream of their own. Two events per slot order them: a copy into a slot
-waits until the last computation that reads it has finished, and a computation waits until the copy
-that it reads has arrived. Nothing waits on the host. Leaves out what is copied where (`residency`).
+On a GPU copies run on a stream of their own. Events order them: a copy into a slot waits until the
+last computation that reads it has finished, and a computation waits until the copy that it reads
+has arrived. A slot has two events of its own for experts that run one by one; pieces of a dispatch
+take theirs from two rings. Nothing waits on the host. Leaves out what is copied where
+(`residency`).
 """
 
 from __future__ import annotations
@@ -25,6 +27,11 @@ _AS_IT_IS: AbstractContextManager[Any] = nullcontext()
 def new_event() -> torch.cuda.Event:
     """Returns an event that keeps no time, the cheapest kind."""
     return torch.cuda.Event()  # type: ignore[no-untyped-call]
+
+
+def with_index(device: torch.device) -> torch.device:
+    """Returns a device that stays the same one, whichever is the current one later."""
+    return torch.device(device.type, _index_of(device)) if device.type == "cuda" else device
 
 
 def made_current(device: torch.device) -> AbstractContextManager[Any]:

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from moeprof.errors import UsageError
 from moeprof.live.device_copies import copy_to_host
 from moeprof.live.direct_launches import (
     CELL,
@@ -71,7 +72,8 @@ class StreamedDispatch:
     """Dispatches of up to `STREAMED_TOKENS` tokens over experts of one shape.
 
     In turn: `begin`, `active`, any number of `run`, `put` once at most, `combined`. Device memory
-    is taken when a dispatch is larger than all before.
+    is taken when a dispatch has more than ``num_slots`` (token, slot) rows; that lets go of what
+    was taken before, so whoever asks for more has waited for those who still read it.
 
     Args:
         shape: Of an expert's block.
@@ -88,7 +90,7 @@ class StreamedDispatch:
         self._is_cuda = self._device.type == "cuda"
         self._ready = new_event() if self._is_cuda else None
         self._pools: dict[int, torch.Tensor] = {}
-        self._num_slots = 0
+        self.num_slots = 0
         self._filled = 0
         self.wait_s = 0.0
         self.num_waits = 0
@@ -129,7 +131,7 @@ class StreamedDispatch:
         for name, tensor in (("inner", self._inner), ("rows", self._rows), ("words", self._words)):
             self.cells[CELL[name]] = tensor.data_ptr()
         self._host_address = self._host_ids.data_ptr()
-        self._num_slots = num_slots
+        self.num_slots = num_slots
         self.num_growths += 1
 
     @property
@@ -164,7 +166,7 @@ class StreamedDispatch:
 
     def reserve(self, num_slots: int) -> None:
         """Makes room for dispatches of that many (token, slot) rows."""
-        if num_slots > self._num_slots:
+        if num_slots > self.num_slots:
             self._grow(num_slots)
 
     def begin(self, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> None:
@@ -174,9 +176,13 @@ class StreamedDispatch:
             hidden: [T, d_model].
             ids: [T, k]; -1 in slots that are not executed.
             weights: [T, k].
+
+        Raises:
+            UsageError: They do not fit together, or lie elsewhere.
         """
         assert 0 < hidden.shape[0] <= STREAMED_TOKENS and hidden.dtype == self._shape.dtype
         self._take(hidden, ids, weights)
+        self._check()
         if self._ready is None:
             self._host_ids[: ids.numel()].copy_(self._ids.view(-1))
             return
@@ -199,6 +205,22 @@ class StreamedDispatch:
         self._weights = weights.contiguous()
         self._filled = 0
         self.reserve(ids.numel())
+
+    def _check(self) -> None:
+        """Refuses what kernels would read beyond, or cannot read: they do not look."""
+        hidden, ids, weights = self._hidden, self._ids, self._weights
+        num_tokens, *by_slot = ids.shape
+        fits = len(by_slot) == 1 and hidden.shape == (num_tokens, self._width)
+        if not fits or ids.shape != weights.shape:
+            raise UsageError(
+                f"rows {tuple(hidden.shape)}, ids {tuple(ids.shape)} and weights"
+                f" {tuple(weights.shape)} are no dispatch over experts of width {self._width}"
+            )
+        for tensor in (hidden, ids, weights):
+            if tensor.device != self._rows.device:
+                raise UsageError(
+                    f"a dispatch lies on {tensor.device}, its experts on {self._rows.device}"
+                )
 
     def active(self) -> tuple[list[int], list[int]]:
         """Waits for the device; returns the experts that have rows, ascending, and their rows."""
@@ -225,15 +247,19 @@ class StreamedDispatch:
         Returns:
             What launches it, with its arguments in `cells`; None where none like it ran before, or
             only Triton can launch it: then it has to `begin`.
+
+        Raises:
+            UsageError: As in `begin`.
         """
         self._take(hidden, ids, weights)
         places = self._hidden.data_ptr(), self._ids.data_ptr(), self._weights.data_ptr()
         key = (
-            self._ids.shape,
-            self._weights.dtype,
+            hidden.shape, ids.shape, weights.shape, weights.dtype,
+            hidden.device, ids.device, weights.device,
             *[place % _POINTER_ALIGNMENT for place in places],
-        )
+        )  # fmt: skip
         if key not in self._launches:
+            self._check()
             own = [self._compiled.get(self._code_of(name)) for name in KERNELS]
             if any(one is None for one in own):
                 # The next one like this learns its experts from that.

@@ -632,6 +632,21 @@ def test_nothing_runs_where_starting_anew_was_interrupted(direct, monkeypatch):
     buffer.close()
 
 
+@pytest.mark.parametrize("num_before", [0, 2])
+def test_ids_are_no_less_wrong_for_being_large(direct, num_before):
+    buffer, driver = direct(sites_of(1, 6), BufferSettings(capacity=4), is_real=True)
+    kept = [(given, buffer.run(1, *given)) for given in dispatches(num_before, 1, 6, 2)]
+    ((hidden, ids, weights),) = dispatches(1, 1, 6, 2)
+    for large in (1 << 31, 1 << 32, 1 << 40):
+        with pytest.raises(MoeprofError, match="site 1 has 6"):
+            buffer.run(1, hidden, ids.clamp(min=0) + large, weights)
+    nobody = buffer.run(1, hidden, ids.clamp(min=0) - (1 << 33), weights)
+    driver.run(COMPUTATIONS)
+    assert not nobody.any()
+    assert buffer.counts().dispatches == len(kept) == num_before
+    buffer.close()
+
+
 def test_copies_left_out_copy_nothing_and_decide_the_same(direct):
     sites = sites_of(2, 6)
     settings = BufferSettings(capacity=2, prefetch=1)

@@ -20,6 +20,8 @@ def publish(ids, words, turn, num_slots, SLOTS: tl.constexpr):
     """Writes each id where the host looks for it, below the number of the dispatch."""
     slot = tl.arange(0, SLOTS)
     chosen = tl.load(ids + slot, mask=slot < num_slots, other=-1).to(tl.int64)
+    # What 32 bits do not hold stays nobody, or an expert that there is not.
+    chosen = tl.minimum(tl.maximum(chosen, -1), 0x7FFFFFFF)
     word = (turn.to(tl.int64) << 32) | (chosen & 0xFFFFFFFF)
     tl.store(words + slot, word, mask=slot < num_slots)
 

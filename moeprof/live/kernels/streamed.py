@@ -230,7 +230,9 @@ class StreamedDispatch:
         self.wait_s += time.perf_counter() - begun_s
         self.num_waits += 1
         chosen = self.chosen[: self._ids.numel()]
-        counts = np.bincount(chosen[chosen >= 0], minlength=self._num_experts)
+        # However large an id is that nobody has, it is counted in one place.
+        there = np.minimum(chosen[chosen >= 0], self._num_experts)
+        counts = np.bincount(there, minlength=self._num_experts)
         found = np.flatnonzero(counts)
         return found.tolist(), counts[found].tolist()
 

@@ -37,6 +37,7 @@ from moeprof.live.host_probe import probe_ms
 from moeprof.live.kernel_bench import KernelBench
 from moeprof.live.kernels import KERNELS
 from moeprof.live.measured_curves import ascending, middle, surface
+from moeprof.live.transfers import made_current
 from moeprof.recording.hardware import hardware, versions
 from moeprof.replay.cache import policies
 from moeprof.replay.calibration_file import Calibration, Measured

@@ -19,7 +19,7 @@ from moeprof.errors import MoeprofError, UsageError
 from moeprof.live import expert_buffer, piece_bench
 from moeprof.live.calibration_sizes import CPU_SIZES
 from moeprof.live.direct_dispatch import DirectSlots
-from moeprof.live.direct_launches import CELLS, PreparedKernel
+from moeprof.live.direct_launches import CELL, CELLS, PreparedKernel
 from moeprof.live.driver_calls import FUNCTIONS, NOT_READY
 from moeprof.live.expert_buffer import BufferedSite, BufferSettings, ExpertBuffer
 from moeprof.live.expert_store import ALIGNMENT_BYTES, store_of_weights
@@ -595,6 +595,37 @@ def test_memory_that_is_still_read_is_not_let_go_of(direct, monkeypatch, num_tok
     assert under_way == [0]
     assert (len(few), len(many)) == (3, num_tokens)
     driver.run(COMPUTATIONS)
+    buffer.close()
+
+
+@pytest.mark.parametrize("last", [torch.int32, HALF, torch.float32])
+def test_no_memory_to_grow_leaves_none_that_is_gone(direct, monkeypatch, last):
+    """Addresses of what was let go of are not used again."""
+    buffer, driver = direct(sites_of(1, 6), BufferSettings(capacity=None))
+    every = list(dispatches(4, 2, 6, 2))
+    kept = [buffer.run(1, *given) for given in every[:3]]
+    driver.run(COMPUTATIONS)
+    zeros = torch.zeros
+
+    def taken(*shape, dtype, **named):
+        if dtype == last:
+            raise MemoryError
+        return zeros(*shape, dtype=dtype, **named)
+
+    (many,) = dispatches(1, 100, 6, 2)
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "zeros", taken)
+        with pytest.raises(MemoryError):
+            buffer.run(1, *many)
+    kept.append(buffer.run(1, *every[3]))
+    driver.run(COMPUTATIONS)
+    (streamed,) = buffer._distinct_streamed()
+    for name in ("inner", "rows", "words"):
+        memory = getattr(streamed, f"_{name}")
+        assert streamed.cells[CELL[name]] == memory.data_ptr() and len(memory) >= 4
+    plain = plain_buffer(sites_of(1, 6), BufferSettings(capacity=None))
+    assert torch.equal(kept[-1], plain.run(1, *every[3]))
+    plain.close()
     buffer.close()
 
 

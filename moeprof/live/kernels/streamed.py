@@ -115,6 +115,8 @@ class StreamedDispatch:
         self._grow(STREAMED_TOKENS)
 
     def _grow(self, num_slots: int) -> None:
+        # Where memory is short, some is gone: then all is taken anew.
+        self.num_slots = 0
         with torch.inference_mode(False):
             self._host_ids, self._words = (
                 torch.zeros(num_slots, dtype=torch.int64, pin_memory=self._is_cuda)

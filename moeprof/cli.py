@@ -730,7 +730,8 @@ def _replay(
 @click.option(
     "--expert-bytes",
     callback=_listed(),
-    help="Sizes of experts that predictions are wanted for: 9MiB,64MiB",
+    help="Sizes of experts that predictions are wanted for, or their shapes where small:"
+    " 9MiB,256x48",
 )
 @click.option("--dtype", type=click.Choice(DTYPES[1:]), help="Of weights and rows.")
 @click.option("--policies", callback=_listed(), help="Cache policies to time; all of them.")
@@ -786,6 +787,7 @@ def calibrate(
         from moeprof.live.exchange_times import visible_ranks
     from moeprof.replay.cache.sizes import byte_count
     from moeprof.replay.calibration_file import read_calibration, write_calibration
+    from moeprof.replay.expert_shapes import parse_shape
 
     if pooled_files:
         measured = ("device", "expert_bytes", "dtype", "policies", "kernels", "ranks",
@@ -801,7 +803,17 @@ def calibrate(
         sizes = replace(sizes, dtype=dtype)
     given: dict[str, Any] = {"policies": policies, "kernels": kernels}
     if expert_bytes is not None:
-        given["expert_bytes"] = [byte_count(text) for text in expert_bytes]
+        shapes = [
+            parse_shape(text, dtype=sizes.dtype) if "x" in text.lower() else None
+            for text in expert_bytes
+        ]
+        if any(shape is not None and (shape.bias or not shape.gated) for shape in shapes):
+            raise click.UsageError("experts are measured gated and without bias", context)
+        given["expert_bytes"] = [
+            byte_count(text) if shape is None else shape.expert_bytes
+            for text, shape in zip(expert_bytes, shapes, strict=True)
+        ]
+        given["widths"] = {shape.expert_bytes: shape.d_model for shape in shapes if shape}
     if trials_from is not None:
         given["trials_from"] = read_calibration(trials_from)
     num_ranks = visible_ranks(place) if ranks is None else ranks

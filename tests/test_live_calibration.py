@@ -271,6 +271,18 @@ def test_trials_are_what_runs_in_pieces(regime: Regime, tmp_path: Path) -> None:
     assert (routed.num_tokens == regime.batch).mean() > 0.5
 
 
+def test_a_size_has_the_width_that_was_said() -> None:
+    sizes = dataclasses.replace(
+        live.GPU_SIZES, expert_bytes=(73728, 9 << 20), widths=((73728, 256),)
+    )
+    narrow, wide = (sizes.shape(size) for size in sizes.expert_bytes)
+    assert (narrow.d_model, narrow.d_ff, narrow.expert_bytes) == (256, 48, 73728)
+    assert (wide.d_model, wide.d_ff) == (2048, 768)
+    bench = ConstantBench(torch.device("cpu"), dataclasses.replace(TINY, dtype="float32"))
+    assert bench.rows(3, width=narrow.d_model).shape == (3, 256)
+    assert bench.rows(3).shape == (3, TINY.d_model)
+
+
 def test_a_device_that_streams_decides_about_pieces_too(tmp_path: Path) -> None:
     regime = Regime(batch=1, num_layers=2, num_steps=6)
     made = made_up(tmp_path, TINY, regime)

@@ -48,6 +48,16 @@ def calibrated(run: Run, *more: str) -> tuple[int, str, str]:
     )
 
 
+def test_small_experts_are_measured_at_their_own_width(run: Run, tmp_path: Path) -> None:
+    code, _, err = calibrated(run, "-o", "cpu.json", "--expert-bytes", "16x24,12KiB")
+    assert code == 0, err
+    machine = read_calibration(tmp_path / "cpu.json")
+    assert machine.device_expert.expert_bytes == (3 * 16 * 24 * 4, 12288)
+    code, _, err = calibrated(run, "-o", "other.json", "--expert-bytes", "16x24:bias")
+    assert code == 2 and "gated and without bias" in err
+    assert not (tmp_path / "other.json").exists()
+
+
 def test_from_the_machine_to_the_verdict(run: Run, tmp_path: Path) -> None:
     code, out, err = calibrated(run, "-o", "cpu.json", "--expert-bytes", "3KiB,12KiB")
     assert (code, out) == (0, "cpu.json\n"), err

@@ -22,8 +22,14 @@ class Bench:
         self.dtype: torch.dtype = getattr(torch, sizes.dtype)
         self.times = PartTimes(device, repeats=sizes.repeats)
 
-    def rows(self, count: int, device: torch.device | str | None = None) -> torch.Tensor:
-        """Returns rows [count, d_model], the same for the same count."""
+    def rows(
+        self,
+        count: int,
+        device: torch.device | str | None = None,
+        *,
+        width: int | None = None,
+    ) -> torch.Tensor:
+        """Returns rows [count, width or d_model], the same for the same count."""
         generator = torch.Generator().manual_seed(count)
-        rows = torch.randn(count, self.sizes.d_model, generator=generator)
+        rows = torch.randn(count, width or self.sizes.d_model, generator=generator)
         return rows.to(device=self.device if device is None else device, dtype=self.dtype)

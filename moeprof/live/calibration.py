@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
@@ -61,6 +61,7 @@ def calibrate(
     *,
     sizes: CalibrationSizes | None = None,
     expert_bytes: Sequence[int] | None = None,
+    widths: Mapping[int, int] | None = None,
     policies: Sequence[str] = DEFAULT_POLICIES,
     kernels: Sequence[str] = tuple(KERNELS),
     num_ranks: int | None = None,
@@ -75,6 +76,7 @@ def calibrate(
         sizes: How large things are; `GPU_SIZES` or `CPU_SIZES` when None.
         expert_bytes: Sizes of experts, instead of those in ``sizes``: those of the models that
             predictions are wanted for.
+        widths: Width of the rows of some of these sizes.
         policies: Cache policies whose decisions are timed.
         kernels: Gating kernels that are timed.
         num_ranks: Processes that exchange rows, each on a GPU of its own (on a CPU all on it); no
@@ -94,6 +96,8 @@ def calibrate(
     chosen = sizes or sizes_for(target)
     if expert_bytes is not None:
         chosen = dataclasses.replace(chosen, expert_bytes=tuple(sorted(set(expert_bytes))))
+    if widths is not None:
+        chosen = dataclasses.replace(chosen, widths=tuple(sorted(widths.items())))
     unknown = [name for name in kernels if name not in KERNELS]
     if unknown:
         raise UsageError(

@@ -32,7 +32,9 @@ class CalibrationSizes:
 
     Attributes:
         expert_bytes: Sizes of experts, ascending.
-        d_model: Width of a row.
+        d_model: Width of a row, where ``widths`` does not say.
+        widths: (size of an expert, width of a row) of sizes whose rows are wider or narrower: small
+            experts on the device take as long as their rows are wide, whatever their bytes.
         gated: Experts of three matrices, not two.
         dtype: Of weights and rows.
         num_experts: Experts per layer of trials.
@@ -52,6 +54,7 @@ class CalibrationSizes:
 
     expert_bytes: tuple[int, ...]
     d_model: int
+    widths: tuple[tuple[int, int], ...] = ()
     gated: bool = True
     dtype: str
     num_experts: int
@@ -75,7 +78,8 @@ class CalibrationSizes:
 
     def shape(self, expert_bytes: int) -> ExpertShape:
         """Returns the shape of experts of about that size, of widths as models have them."""
-        base = ExpertShape(d_model=self.d_model, d_ff=1, gated=self.gated, dtype=self.dtype)
+        width = dict(self.widths).get(expert_bytes, self.d_model)
+        base = ExpertShape(d_model=width, d_ff=1, gated=self.gated, dtype=self.dtype)
         near = base.with_bytes(expert_bytes)
         d_ff = max(1, round(near.d_ff / _WIDTH_MULTIPLE)) * _WIDTH_MULTIPLE
         return dataclasses.replace(near, d_ff=d_ff)

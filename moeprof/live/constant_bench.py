@@ -130,7 +130,7 @@ class ConstantBench(Bench):
             # As the live buffer does: the weights are looked up in their block each time.
             return lambda: store.weights(next(turn)).run(0, rows)
 
-        few = self.rows(self.sizes.rows[0])
+        few = self.rows(self.sizes.rows[0], width=shape.d_model)
 
         def chain() -> None:
             # The read event lies behind whatever the device is busy with.
@@ -141,8 +141,8 @@ class ConstantBench(Bench):
                 views[0].run(0, few)
                 transfers.release(0)
 
-        given = {rows: self.rows(rows) for rows in self.sizes.rows}
-        own = {rows: self.rows(rows, "cpu") for rows in self.sizes.host_rows}
+        given = {rows: self.rows(rows, width=shape.d_model) for rows in self.sizes.rows}
+        own = {n: self.rows(n, "cpu", width=shape.d_model) for n in self.sizes.host_rows}
         # One after another, as they are asked for; what the first waits for is a handover.
         copy = scaled(self.times.device_part(load), 1 / _COPIES)
         curve = ascending(

@@ -71,7 +71,7 @@ class KernelBench(Bench):
         shape = sizes.shape(size)
         experts = _stacked(shape, sizes.num_experts, self.device)
         kernel = KERNELS[name]
-        hidden = self.rows(max(sizes.tokens))
+        hidden = self.rows(max(sizes.tokens), width=shape.d_model)
         waits = _waits(name, hidden, experts)
         found = []
         for tokens, share in itertools.product(sizes.tokens, _ACTIVE_SHARES):

@@ -114,6 +114,7 @@ class PieceBench(Bench):
     def __init__(self, device: torch.device, sizes: CalibrationSizes) -> None:
         super().__init__(device, sizes)
         self._turn = itertools.count()
+        self._width = sizes.d_model
 
     def of_store(self, store: ExpertStore, slots: Sequence[torch.Tensor]) -> PieceParts:
         """Returns what dispatches over a store's experts take.
@@ -123,6 +124,7 @@ class PieceBench(Bench):
             slots: As many on the device, filled.
         """
         shape, sizes = store.shape, self.sizes
+        self._width = shape.shapes["w_out"][0]
         most, size = max(len(slots), sizes.pieces[-1]), shape.block_bytes
         memory = torch.empty(most * size, dtype=torch.uint8, device=self.device)
         blocks = [memory[each * size : (each + 1) * size] for each in range(most)]
@@ -143,7 +145,7 @@ class PieceBench(Bench):
         ids = torch.arange(tokens * top_k, device=self.device) % num_experts
         ids = ids.view(tokens, top_k)
         gates = torch.full(ids.shape, 1 / top_k, dtype=self.dtype, device=self.device)
-        return _Given(hidden=self.rows(tokens), ids=ids, gates=gates)
+        return _Given(hidden=self.rows(tokens, width=self._width), ids=ids, gates=gates)
 
     def _next_blocks(self, count: int, most: int) -> NDArray[np.int64]:
         """Returns others each time: no cache of the device holds them."""

@@ -1,6 +1,6 @@
 """A dispatch of a few tokens asked for from compiled code: what the host does between two waits.
 
-The same pieces in the same order as `ExpertBuffer` asks for from Python, in a tenth of the time.
+The same pieces in the same order as `ExpertBuffer` asks for from Python, without its calls.
 The host learns the choice of the router from words in its own memory that a kernel writes, each
 with the number of its dispatch, and so needs no copy and no event to wait for. Nothing is decided
 here (`moeprof.replay.cache.decisions`).

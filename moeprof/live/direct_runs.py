@@ -89,7 +89,9 @@ class DirectRuns:
         self._blocks = np.zeros((most_site + 1, 3), np.int64)
         self._resident: dict[int, ResidentSite] = {}
         self._turn = 0
-        self._learn, self._execute = bare(learn), bare(execute)
+        # Compiled now, not within the first dispatch that needs them.
+        self._learn, self._execute, self._combine = bare(learn), bare(execute), bare(combine)
+        self._take_all, self._copy_ahead = bare(take_all), bare(copy_ahead)
         self.decision: Decision = (
             empty_decision(most_experts) if residency is None else residency.decision
         )
@@ -165,7 +167,7 @@ class DirectRuns:
         if self._residency is not None:
             return self._residency.decide(site, streamed.chosen, streamed.num_ids)
         own, place = self.decision, self._resident[site]
-        count = take_all(
+        count = self._take_all(
             streamed.chosen, streamed.num_ids, place.num_experts, own.columns, own.piece_starts,
             own.piece_places, own.copy_starts, own.counts,
         )  # fmt: skip
@@ -232,7 +234,7 @@ class DirectRuns:
         count = self._residency.foresee(site)
         slots, copies = self._slots_of(site)
         check_driver(
-            copy_ahead(
+            self._copy_ahead(
                 self._driver, self.decision.fetched, count, slots.address, slots.pending,
                 slots.is_read, slots.arrivals, slots.turns,
                 np.zeros_like(self._blocks) if self._is_blank else self._blocks, copies,
@@ -246,7 +248,7 @@ class DirectRuns:
 
     def combine(self, launches: Launches, stream: int) -> None:
         """Adds the slots of a dispatch up."""
-        check_driver(combine(self._driver, launches.table, stream))
+        check_driver(self._combine(self._driver, launches.table, stream))
 
     def _slots_of(self, site: int) -> tuple[DirectSlots, int]:
         if site in self._resident:

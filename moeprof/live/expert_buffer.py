@@ -196,6 +196,8 @@ class BufferCounts:
 class ExpertBuffer:
     """The experts of several sites, buffered on one device.
 
+    For one thread. `close` waits for all that the device still does with its memory.
+
     Args:
         sites: The sites, in order of execution within their stacks.
         settings: How they are buffered.

@@ -3,7 +3,8 @@
 Compiling takes far longer than most replays, so it is kept small: a loop is compiled when it is
 first called, what loops share is compiled into them (`inlined`), and entry points that only C would
 call are left out. Where the cache lies is for Numba to say: beside the package, or in the user's
-cache folder where the package cannot be written to, or at ``NUMBA_CACHE_DIR``.
+cache folder where the package cannot be written to, or at ``NUMBA_CACHE_DIR``. A change to any
+source of the package's parts that are compiled makes loops be compiled again.
 """
 
 from __future__ import annotations
@@ -11,15 +12,20 @@ from __future__ import annotations
 import contextlib
 import functools
 import gc
+import hashlib
 import inspect
 import threading
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import numba
 import numpy as np
 from numba.core import sigutils
 from numba.core.compiler import Flags
+
+_COMPILED_PARTS = ("replay", "live")
+_DIGITS = 12
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -66,12 +72,28 @@ def _compile(function: Callable[..., Any], signature: str, *, allocates: bool) -
     options: dict[str, Any] = {"nogil": True, "no_cfunc_wrapper": True}
     if not allocates:
         options["_nrt"] = False
+    # Numba names the file by this, and looks at nothing but the loop's own source.
+    function.__qualname__ += f"-{_sources()}"
     with _uncollected():
         try:
             return numba.njit(signature, cache=True, **options)(function)
         except RuntimeError:
             # Numba's answer where neither the package nor the user's cache folder is writable.
             return numba.njit(signature, **options)(function)
+
+
+@functools.cache
+def _sources() -> str:
+    """Returns what changes whenever a source that may be compiled into a loop does.
+
+    Helpers and constants of other modules are: a loop that was compiled with earlier ones would
+    read and write where they were.
+    """
+    package = Path(__file__).resolve().parents[1]
+    files = sorted(path for part in _COMPILED_PARTS for path in (package / part).rglob("*.py"))
+    facts = [(path.relative_to(package).as_posix(), path.stat()) for path in files]
+    told = repr([(name, fact.st_size, fact.st_mtime_ns) for name, fact in facts])
+    return hashlib.sha256(told.encode()).hexdigest()[:_DIGITS]
 
 
 @contextlib.contextmanager

@@ -19,9 +19,9 @@ FAR = 0x7F00_1234_5678
 @pytest.fixture
 def _forgotten() -> Iterator[None]:
     """No driver is open, before and after."""
-    device_copies._driver.cache_clear()
+    device_copies.opened_driver.cache_clear()
     yield
-    device_copies._driver.cache_clear()
+    device_copies.opened_driver.cache_clear()
 
 
 class MadeUpDriver:
@@ -55,15 +55,15 @@ def test_no_driver_is_one_line(ask: Any, monkeypatch: pytest.MonkeyPatch) -> Non
 
 @pytest.mark.parametrize("ask", COPIES)
 def test_a_refusal_is_one_line(ask: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(device_copies, "_driver", lambda: MadeUpDriver(code=201))
-    with pytest.raises(MoeprofError, match="refused a copy: error 201") as caught:
+    monkeypatch.setattr(device_copies, "opened_driver", lambda: MadeUpDriver(code=201))
+    with pytest.raises(MoeprofError, match="refused a call: error 201") as caught:
         ask(FAR, FAR, 256, 7)
     assert "\n" not in caught.value.message
 
 
 def test_the_driver_is_asked_from_where_to_where(monkeypatch: pytest.MonkeyPatch) -> None:
     driver = MadeUpDriver(code=0)
-    monkeypatch.setattr(device_copies, "_driver", lambda: driver)
+    monkeypatch.setattr(device_copies, "opened_driver", lambda: driver)
     device_copies.copy_to_device(1, 2, 256, 7)
     device_copies.copy_to_host(2, 1, 512, 7)
     # To where comes first in both of the driver's calls.
@@ -78,9 +78,14 @@ def test_addresses_are_not_cut_short(monkeypatch: pytest.MonkeyPatch) -> None:
     # Functions of C with the driver's signatures: what they are given is what was asked for.
     seen: list[tuple[int | None, ...]] = []
     kinds = {
-        "cuMemcpyHtoDAsync_v2": (ctypes.c_uint64, ctypes.c_void_p),
-        "cuMemcpyDtoHAsync_v2": (ctypes.c_void_p, ctypes.c_uint64),
-    }
+        "cuMemcpyHtoDAsync_v2": (
+            ctypes.c_uint64, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p,
+        ),
+        "cuMemcpyDtoHAsync_v2": (
+            ctypes.c_void_p, ctypes.c_uint64, ctypes.c_size_t, ctypes.c_void_p,
+        ),
+        "cuStreamWaitEvent": (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint),
+    }  # fmt: skip
 
     def note(*arguments: int | None) -> int:
         seen.append(arguments)
@@ -91,8 +96,8 @@ def test_addresses_are_not_cut_short(monkeypatch: pytest.MonkeyPatch) -> None:
 
     library = Library()
     kept = []
-    for name, (to, origin) in kinds.items():
-        signature = ctypes.CFUNCTYPE(ctypes.c_int, to, origin, ctypes.c_size_t, ctypes.c_void_p)
+    for name, arguments in kinds.items():
+        signature = ctypes.CFUNCTYPE(ctypes.c_int, *arguments)
         kept.append(signature(note))
         address = ctypes.cast(kept[-1], ctypes.c_void_p).value
         assert address is not None
@@ -101,8 +106,10 @@ def test_addresses_are_not_cut_short(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(device_copies.ctypes, "CDLL", lambda _name: library)
     device_copies.copy_to_device(FAR, FAR + 4096, 1 << 33, FAR + 1)
     device_copies.copy_to_host(FAR + 4096, FAR, 1 << 33, 0)
+    device_copies.wait_for_event(FAR, FAR + 8)
     assert seen == [
         (FAR, FAR + 4096, 1 << 33, FAR + 1),
         # The default stream is no address.
         (FAR + 4096, FAR, 1 << 33, None),
+        (FAR, FAR + 8, 0),
     ]

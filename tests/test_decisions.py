@@ -130,14 +130,9 @@ def both(
 
 
 def decided(compiled: CompiledResidency, site: int, chosen: Chosen, turn: int) -> int:
-    """Decides by each of the three ways in turn."""
-    if turn % 3 == 0:
-        return compiled.decide(site, chosen, len(chosen))
-    if turn % 3 == 1:
-        # What lies behind the slots of the dispatch is not read.
-        return compiled.decide(site, np.append(chosen, NUM_EXPERTS), len(chosen))
-    rows = np.bincount(chosen[chosen >= 0], minlength=dict(SITES)[site])
-    return compiled.decide_rows(site, rows)
+    """Decides, with and without something behind the slots of the dispatch: it is not read."""
+    given = chosen if turn % 2 else np.append(chosen, NUM_EXPERTS)
+    return compiled.decide(site, given, len(chosen))
 
 
 def run_both(made: Both, dispatches: Dispatches, rule: MissRule) -> Iterator[list[Planned]]:

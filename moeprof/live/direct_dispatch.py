@@ -40,7 +40,7 @@ from moeprof.live.driver_calls import (
     call_4,
     loaded,
 )
-from moeprof.replay.cache.decisions import EXPERT, HIT, ROWS, SLOT
+from moeprof.replay.cache.decisions import EXPERT, HIT, NUM_EXPERTS, NUM_PIECES, ROWS, SLOT
 from moeprof.replay.cache.residency import AT_ONCE
 from moeprof.replay.compiled import compiled, inlined
 
@@ -192,8 +192,8 @@ def take_all(
     piece_starts[1] = count
     copy_starts[:3] = 0
     counts[:] = 0
-    counts[0] = count
-    counts[1] = 1 if count else 0
+    counts[NUM_EXPERTS] = count
+    counts[NUM_PIECES] = 1 if count else 0
     return count
 
 
@@ -261,7 +261,7 @@ def execute(  # noqa: PLR0912, PLR0917
     cells[_POOL] = blocks[0]
     turns[2] = 0
     filled = 0
-    num_pieces = counts[1]
+    num_pieces = counts[NUM_PIECES]
     for piece in range(num_pieces + 1):
         begin, end = copy_starts[piece], copy_starts[piece + 1]
         if end > begin:

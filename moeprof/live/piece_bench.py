@@ -252,14 +252,14 @@ class PieceBench(Bench):
     ) -> PieceParts:
         sizes, times = self.sizes, self.times
         direct = DirectRuns(
-            driver=self._driver(),
+            driver=driver_functions(),
             most_site=_SITE,
             most_experts=len(blocks),
             residency=None,
             transfers=transfers,
         )
         direct.add(_SITE, pool=blocks[0], memory=store.memory, block_bytes=store.shape.block_bytes)
-        stream = self._stream()
+        stream = 0 if self.times.is_serial else current_handle(self.device)
         given = self._given(sizes.top_k, sizes.top_k)
         launches = self._launches(dispatch, blocks, given)
         if launches is None:
@@ -316,12 +316,6 @@ class PieceBench(Bench):
             combine_device=on_device[1],
             rest=self._rest(store, given, [own_known, combine_host, difference(uncopied, bare)]),
         )
-
-    def _driver(self) -> NDArray[np.int64]:
-        return driver_functions()
-
-    def _stream(self) -> int:
-        return 0 if self.times.is_serial else current_handle(self.device)
 
     def _launches(
         self, dispatch: StreamedDispatch, blocks: Sequence[torch.Tensor], given: _Given

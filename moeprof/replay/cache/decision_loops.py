@@ -72,8 +72,8 @@ from moeprof.replay.compiled import compiled, inlined
 Int32s = NDArray[np.int32]
 Int64s = NDArray[np.int64]
 
-# What `decide` is given: an expert per slot, rows per expert, or columns that are filled in.
-CHOSEN, PER_EXPERT, GIVEN = range(3)
+# What `decide` is given: an expert per slot, or columns that are filled in.
+CHOSEN, GIVEN = range(2)
 # A mark of an expert: inactive, active, or more: active and ahead, in the slot of this mark - 2.
 _INACTIVE, _ACTIVE, _IS_AHEAD = range(3)
 # Levels of `pieces_of`.
@@ -113,10 +113,6 @@ def _read(ints, longs, chosen, num, given, count):  # type: ignore[no-untyped-de
             if expert >= 0:
                 ints[marks + expert] += 1
         return _activate(ints, longs, count)
-    if given == PER_EXPERT:
-        for expert in range(num):
-            ints[marks + expert] = chosen[expert]
-        return _activate(ints, longs, num)
     for place in range(num):
         ints[marks + ints[EXPERT * most + place]] = _ACTIVE
     return num
@@ -244,7 +240,7 @@ def decide(
         longs: Of `decision_state`.
         chosen: [num or more] what ``given`` says; of `GIVEN` nothing.
         num: Entries.
-        given: `CHOSEN` (negative: nobody), `PER_EXPERT` or `GIVEN`.
+        given: `CHOSEN` (negative: nobody) or `GIVEN`.
         index: Row of the site.
         host_rows: Misses of at most so many rows are computed on the host.
     """

@@ -19,7 +19,7 @@ from moeprof.replay.cache.decision_arrays import (
     decision_in,
     empty_decision,
 )
-from moeprof.replay.cache.decision_loops import CHOSEN, GIVEN, PER_EXPERT
+from moeprof.replay.cache.decision_loops import CHOSEN, GIVEN
 from moeprof.replay.cache.decision_state import (
     AFTER,
     AHEAD,
@@ -209,22 +209,7 @@ class CompiledResidency:
                 was decided.
             RuntimeError: A pool has too few slots; nothing may be decided before `reset`.
         """
-        found: int = self._decide(
-            self._ints, self._longs, chosen, num_slots, CHOSEN, self._index[site], self._host_rows
-        )
-        if found < 0:
-            raise _error(found)
-        return found
-
-    def decide_rows(self, site: int, rows: Int64s) -> int:
-        """Decides a dispatch whose rows were counted.
-
-        Args:
-            site: The site.
-            rows: [experts of the site] rows of each.
-        """
-        assert len(rows) == self._site(site)[SITE_EXPERTS]
-        return self._decided(site, rows, len(rows), PER_EXPERT, self._host_rows)
+        return self._decided(site, chosen, num_slots, CHOSEN, self._host_rows)
 
     def _decided(self, site: int, chosen: Int64s, num: int, given: int, host_rows: int) -> int:
         found: int = self._decide(

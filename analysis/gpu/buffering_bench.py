@@ -48,7 +48,8 @@ from moeprof.replay.serving_settings import BufferingSetting
 
 KEYS = ["step", "stack", "site", "layer", "expert", "hit"]
 GIB = 2**30
-OVERHEAD_COPIES = 256
+# What else crosses the link while these are copied must be nothing beside them.
+OVERHEAD_COPIES, OVERHEAD_BYTES = 256, 2 * GIB
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -377,7 +378,8 @@ class Bench:
             return
         block = self.sites[0].store.block(0)
         slot = torch.empty(block.numel(), dtype=torch.uint8, device=self.device)
-        found = [link_overhead(slot, block, count=OVERHEAD_COPIES) for _ in range(3)]
+        count = max(OVERHEAD_COPIES, OVERHEAD_BYTES // block.numel())
+        found = [link_overhead(slot, block, count=count) for _ in range(3)]
         known = [each for each in found if each is not None]
         self.overhead = float(np.median(known)) if known else None
         say(f"  bytes received per byte copied: {found}")

@@ -58,6 +58,7 @@ from moeprof.live.routed_runs import ExpertGeometry
 QWEN, MT, ZOO = "qwen3-30b-a3b", "mt-decoder", "zoo-lm"
 STUDIES = (QWEN, MT, ZOO)
 MT_TRACE, ZOO_TRACE = "sample:twin-mt", "sample:lm"
+ZOO_REPETITIONS = 3
 _PLACES = {"--out": "DIR", "--into": "FILE"}
 
 
@@ -106,7 +107,8 @@ def studies(options: argparse.Namespace) -> list[Study]:
             misses=(("lru", 16, "split"), ("pinned", 16, "host")),
             aheads=(("lru", 16, 2),),
             seconds=20.0,
-            **common,
+            # Little is copied: what else crosses the link differs from one run to the next.
+            **{**common, "repetitions": ZOO_REPETITIONS * options.repetitions},
         ),
     }
     if options.tiny:
@@ -130,7 +132,7 @@ def tiny(every: dict[str, Study], options: argparse.Namespace) -> dict[str, Stud
         ),
         MT: replace(every[MT], geometry=plain, max_steps=steps, policies=("paper", "min")),
         ZOO: replace(every[ZOO], max_steps=steps, policies=("lru",), capacities=(24,),
-                     aheads=()),
+                     aheads=(), repetitions=options.repetitions),
     }  # fmt: skip
 
 

@@ -223,11 +223,11 @@ def run_stack(part: str, setup: Setup, deadline_s: float) -> dict[str, Any]:
     parts: list[dict[str, Any]] = []
 
     def run(name: str, stack: MtStack, cursor: StepCursor, left: int) -> None:
-        """Measures one gating, in up to twice its even share of the time that is left."""
+        """Measures one gating, in up to nearly twice its even share of the time that is left."""
         now = time.monotonic()
-        limits = dataclasses.replace(
-            setup.limits, deadline_s=min(deadline_s, now + 2 * (deadline_s - now) / left)
-        )
+        # Whoever comes last has some time left, however long the others took.
+        until_s = now + 2 * (deadline_s - now) / (left + 1)
+        limits = dataclasses.replace(setup.limits, deadline_s=min(deadline_s, until_s))
         prepare = passes(part, stack, recorded, cursor)
         found = run_gating(
             name, sizes, prepare, device, limits=limits, growth=2 if name == "static_mask" else 1
@@ -240,7 +240,8 @@ def run_stack(part: str, setup: Setup, deadline_s: float) -> dict[str, Any]:
     stack = build(part, dense_config(config), device)
     widen(stack, config, device)
     made["dense_weight_bytes"] = weight_bytes(stack)
-    run("dense", stack, StepCursor(), len(GATINGS))
+    # The control counts as one more.
+    run("dense", stack, StepCursor(), len(GATINGS) + 1)
     del stack
     release(device)
     stack = build(part, config, device)
@@ -251,7 +252,7 @@ def run_stack(part: str, setup: Setup, deadline_s: float) -> dict[str, Any]:
             continue
         fraction = MT_FRACTION if name.startswith("static") else None
         with apply_gating(stack, name, token_fraction=fraction):
-            run(name, stack, cursor, len(GATINGS) - index)
+            run(name, stack, cursor, len(GATINGS) + 1 - index)
     control = uniform_control(recorded, config)
     cursor = force(stack, control.choices)
     with apply_gating(stack, "dynamic"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import gc
 import json
 import subprocess
 import sys
@@ -234,13 +235,18 @@ def test_on_a_gpu_copies_bits_and_memory_hold(tmp_path: Path) -> None:
         results = run_steps(buffer, steps, hidden, keep_outputs=True)
         return [out for result in results for out in result.outputs]
 
-    expected = outputs(ExpertBuffer(sites, BufferSettings(capacity=None), device="cuda"))
+    unbuffered = ExpertBuffer(sites, BufferSettings(capacity=None), device="cuda")
+    expected = outputs(unbuffered)
+    unbuffered.close()
+    del unbuffered
     predicted = moeprof.replay.buffering(
         trace, policies=["lru", "min", "pinned"], capacities=[3], semantics="sequential", jobs=1
     )
     routed = read_routed_rows(trace, "decoder")
     for policy in ("lru", "min", "pinned"):
         for miss, prefetch in (("load", 0), ("split", 0), ("load", 2)):
+            # What the last buffer held lies in cycles, and would be let go while this one is made.
+            gc.collect()
             before = torch.cuda.memory_stats()["requested_bytes.all.current"]
             settings = BufferSettings(
                 capacity=3, policy=policy, miss=miss, prefetch=prefetch, future=trace
@@ -275,6 +281,7 @@ def test_on_a_gpu_copies_bits_and_memory_hold(tmp_path: Path) -> None:
                     assert copies == [int(misses[s.step]) for s in steps]
             assert (buffer.counts().prefetch_used > 0) == (prefetch > 0)
             buffer.close()
+            del buffer
 
 
 def _in_ranges(buffer: Any, steps: Any, hidden: Any) -> None:

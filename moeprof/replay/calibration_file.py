@@ -19,7 +19,9 @@ from numpy.typing import ArrayLike, NDArray
 
 from moeprof.errors import CalibrationError, MoeprofError
 
-SCHEMA_VERSION = 2
+# 3 has the fields of 2: what changed is that compiled code asks for a buffer's small dispatches, so
+# that older files would predict a machine that is no more.
+SCHEMA_VERSION = 3
 KIND = "moeprof calibration"
 
 Floats = NDArray[np.float64]

@@ -694,6 +694,27 @@ def test_copies_left_out_copy_nothing_and_decide_the_same(direct):
     buffer.close()
 
 
+def test_copies_left_out_of_a_part_are_asked_for_after_it(direct):
+    sites = sites_of(2, 6)
+    settings = BufferSettings(capacity=2, prefetch=1)
+    every = [(sites[n % 2].site, given) for n, given in enumerate(dispatches(12, 2, 6, 2))]
+    whole, driver = direct(sites, settings)
+    run_all(whole, driver, every[:8], [])
+    driver.calls.clear()
+    run_all(whole, driver, every[8:], [])
+    expected = driver.calls.count("cuMemcpyHtoDAsync_v2")
+    buffer, driver = direct(sites, settings)
+    with buffer.without_copies():
+        run_all(buffer, driver, every[:8], [])
+    assert driver.calls.count("cuMemcpyHtoDAsync_v2") == 0
+    run_all(buffer, driver, every[8:], [])
+    assert driver.calls.count("cuMemcpyHtoDAsync_v2") == expected > 0
+    assert buffer.lookups().equals(whole.lookups())
+    assert buffer.counts().copies == whole.counts().copies
+    buffer.close()
+    whole.close()
+
+
 def test_a_wrong_slot_map_shows(direct):
     sites = sites_of(1, 4)
     whole = plain_buffer(sites, BufferSettings(capacity=None))

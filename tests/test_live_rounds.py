@@ -62,9 +62,9 @@ class _Run:
     def __init__(self, machine: Machine, name: str) -> None:
         self.machine, self.name = machine, name
 
-    def warm_up(self, share: float) -> None:
-        self.machine.log.append(("warm", (self.name, share)))
-        self.machine.now_s += share * self.machine.step_s[self.name]
+    def warm_up(self, *, is_whole: bool) -> None:
+        self.machine.log.append(("warm", (self.name, is_whole)))
+        self.machine.now_s += (1.0 if is_whole else 0.125) * self.machine.step_s[self.name]
 
     def step_ms(self) -> list[float]:
         self.machine._fail(self.machine.fails_running, self.name)
@@ -138,9 +138,9 @@ def test_rounds_go_there_and_back() -> None:
 def test_only_first_visits_are_warmed_up_whole() -> None:
     machine = Machine(dict.fromkeys("ab", 1.0))
     measure(machine, "ab", limits())
-    shares = machine.of("warm")
-    assert shares[:2] == [("a", 1.0), ("b", 1.0)]
-    assert len(shares) == 6 and all(0 < share < 0.5 for _, share in shares[2:])
+    warmed = machine.of("warm")
+    assert warmed[:2] == [("a", True), ("b", True)]
+    assert len(warmed) == 6 and not any(is_whole for _, is_whole in warmed[2:])
 
 
 def test_fewer_repetitions_than_rounds() -> None:

@@ -39,7 +39,6 @@ _TURNS = 2
 _TURN_S = 0.75
 _CHEAP_S = 0.1
 _MOST_REPETITIONS = 6
-_LATER_WARMUP = 1 / 8
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -164,7 +163,7 @@ class TrialBench(Bench):
     ) -> tuple[tuple[float, ...], ...]:
         run = SettingRun(stack, setting)
         try:
-            run.warm_up(1.0 if is_first else _LATER_WARMUP)
+            run.warm_up(is_whole=is_first)
             return self._repeated(run)
         finally:
             run.close()

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -381,6 +382,40 @@ class ExpertBuffer:
             self._transfers.finish()
             self._transfers.is_blank = left_out
         self.reset()
+
+    @contextmanager
+    def without_copies(self) -> Iterator[None]:
+        """Leaves the copies of what is asked for within it out, all else being done as it is.
+
+        Decisions are those with copies, and so is what later dispatches ask for, but slots keep
+        what they held: outputs are wrong from then on, until `reset`.
+        """
+        if self._transfers is None:
+            yield
+            return
+        before, self._transfers.is_blank = self._transfers.is_blank, True
+        try:
+            yield
+        finally:
+            self._transfers.is_blank = before
+
+    def fill_slots(self) -> None:
+        """Puts an expert into every slot, for runs that read slots that nothing was copied into.
+
+        Any expert does: it only is no memory full of zeros.
+        """
+        largest: dict[int, Bytes] = {}
+        for site, pool in self._pool_of.items():
+            block = self._by_id[site].store.block(0)
+            if block.numel() > largest.get(pool.data_ptr(), block[:0]).numel():
+                largest[pool.data_ptr()] = block
+        for pool in self._pools:
+            # Numbers of eight bytes: of single bytes the device writes far fewer at a time.
+            words = largest[pool.data_ptr()].to(pool.device).view(torch.int64)
+            pool.view(torch.int64).view(-1, words.numel()).copy_(words)
+        if self.device.type == "cuda":
+            # Copies have a stream of their own.
+            torch.cuda.synchronize(self.device)
 
     def begin_step(self, step: int | None = None) -> None:
         """Says that a forward pass of a stack begins; steps count from 0 unless given."""

@@ -27,16 +27,15 @@ Floats = NDArray[np.float64]
 Numbers = NDArray[np.int64]
 Progress = Callable[[str, int, int], None]
 
-# Kernels are compiled in the first visit; later ones only make what belongs to their own buffer:
-# streams, views of the first slots, room for rows.
+# Of a repetition, as long as no later visit has shown it: kernels are compiled in the first one.
 _LATER_WARMUP = 1 / 8
 
 
 class Run(Protocol):
     """What can be visited: `moeprof.live.setting_runs.SettingRun`."""
 
-    def warm_up(self, share: float) -> None:
-        """Runs that share of the steps."""
+    def warm_up(self, *, is_whole: bool) -> None:
+        """Runs all steps, or as many as anything that was warmed up before needs."""
 
     def step_ms(self) -> Sequence[float]:
         """Returns the time of each step."""
@@ -315,7 +314,7 @@ class _Schedule:
             run = self.opened(name)
             try:
                 built_s = self.clock()
-                run.warm_up(1.0 if is_first else _LATER_WARMUP)
+                run.warm_up(is_whole=is_first)
                 warmed_s = self.clock()
                 probed_ms = self.probe()
                 times: list[Sequence[float]] = []

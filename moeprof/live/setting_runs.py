@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import gc
-import math
+import itertools
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -36,6 +38,9 @@ if TYPE_CHECKING:
 
 WEIGHTS = ("auto", "random")
 
+# The first dispatch of a kind has its kernels looked up, the second has their launches laid out.
+_NEW_DISPATCHES = 3
+
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class RoutedStack:
@@ -58,6 +63,23 @@ class RoutedStack:
     shape: ExpertShape
     device: torch.device
     weights_source: str
+
+    @functools.cached_property
+    def most_rows(self) -> int:
+        """(token, slot) rows of the largest dispatch."""
+        return max(one.ids.numel() for step in self.steps for one in step.passes)
+
+    @functools.cached_property
+    def warming_steps(self) -> tuple[RoutedStep, ...]:
+        """Few steps that have every kind of dispatch, often enough that none is new."""
+        seen: Counter[tuple[int, ...]] = Counter()
+        found = []
+        for step in self.steps:
+            kinds = Counter(tuple(one.ids.shape) for one in step.passes)
+            if any(seen[kind] < _NEW_DISPATCHES for kind in kinds):
+                found.append(step)
+                seen += kinds
+        return tuple(found)
 
     def close(self) -> None:
         """Lets go of page locks."""
@@ -208,17 +230,30 @@ class ResidentExperts:
 class SettingRun:
     """A stack under one setting, ready to be timed.
 
+    Steps that nobody judges (a prefill copies nearly all experts, for half a second) only bring
+    caches to where judged steps find them. They are run without their copies: decisions, and with
+    them all that judged steps do, are the same. Slots are filled with an expert beforehand, so that
+    these read weights.
+
     Args:
         stack: The experts and their routing.
         setting: How they are run.
         resident: Where gating settings find all experts and leave them; a setting with a buffer
             lets go of them. Copied for this run alone when None.
+        judged: Indices of the steps whose times count; all when None.
     """
 
     def __init__(
-        self, stack: RoutedStack, setting: Setting, *, resident: ResidentExperts | None = None
+        self,
+        stack: RoutedStack,
+        setting: Setting,
+        *,
+        resident: ResidentExperts | None = None,
+        judged: Sequence[int] | None = None,
     ) -> None:
         self.setting = setting
+        every = stack.steps if judged is None else [stack.steps[index] for index in judged]
+        self._judged = frozenset(step.step for step in every)
         self._stack = stack
         self._buffer: ExpertBuffer | None = None
         self._is_shared = resident is not None
@@ -239,14 +274,28 @@ class SettingRun:
             future=stack.trace,
         )
         self._buffer = ExpertBuffer(stack.sites, settings, device=stack.device)
-        self._buffer.reserve(max(one.ids.numel() for step in stack.steps for one in step.passes))
+        self._buffer.reserve(stack.most_rows)
+        if len(self._judged) < len(stack.steps):
+            self._buffer.fill_slots()
 
-    def warm_up(self, share: float = 1.0) -> None:
-        """Runs the first steps, so many of all: what is made once is there afterwards."""
-        self._run(self._stack.steps[: math.ceil(share * len(self._stack.steps))])
+    def warm_up(self, *, is_whole: bool = True) -> None:
+        """Runs steps untimed: what is made once is there afterwards.
+
+        Args:
+            is_whole: Run them all. Else a few that have every kind of dispatch, without copies:
+                enough where such dispatches ran in this process before.
+        """
+        if is_whole or self._buffer is None:
+            self._run(self._stack.steps if is_whole else self._stack.warming_steps)
+            return
+        with self._buffer.without_copies():
+            self._run(self._stack.warming_steps)
 
     def step_ms(self) -> list[float]:
-        """Returns the time of every step, from caches as they are at the start."""
+        """Returns the time of every step, from caches as they are at the start.
+
+        Times of steps that are not judged are not theirs with copies.
+        """
         return self._run(self._stack.steps)
 
     def _run(self, steps: Sequence[RoutedStep]) -> list[float]:
@@ -256,7 +305,15 @@ class SettingRun:
                 return _gating_steps(self._stack, steps, self._kernel, weights)
         self._buffer.reset()
         _settle(self._stack.device)
-        return [result.wall_ms for result in run_steps(self._buffer, steps, self._stack.hidden)]
+        times: list[float] = []
+        for is_judged, group in itertools.groupby(steps, key=self._is_judged):
+            with nullcontext() if is_judged else self._buffer.without_copies():
+                results = run_steps(self._buffer, list(group), self._stack.hidden)
+                times += [result.wall_ms for result in results]
+        return times
+
+    def _is_judged(self, step: RoutedStep) -> bool:
+        return step.step in self._judged
 
     @property
     def copied_bytes(self) -> int:

@@ -5,7 +5,8 @@ of the setting, and hits other steps in every repetition. Percentiles are taken 
 of predictions (`moeprof.replay.cost_model`) and measurements alike; those of all repetitions of all
 steps together stand beside them (``raw_ms``). Settings are repeated in rounds over the whole run
 (`moeprof.live.rounds`), so that a slow stretch of the machine is not one setting's, until bootstrap
-draws of their visits say that both percentiles are known to `TOLERANCE`.
+draws of their visits say that both percentiles are known to `TOLERANCE`. Steps that are not judged
+run without their copies (`moeprof.live.setting_runs.SettingRun`).
 
 Predictions can be written to a file before anything is measured, and read back to be judged.
 """
@@ -416,6 +417,7 @@ def verify(
     rows = [row for row in predictions.rows if row["setting"] in measured]
     table = _table(rows, measured)
     visits = _visit_table(measured)
+    num_steps = len(question.routed.steps)
     return Result(
         name=NAME,
         title="Predicted against measured",
@@ -426,8 +428,9 @@ def verify(
             f"for {predictions.facts['calibrated_on']} as calibrated "
             f"{predictions.facts['calibrated']}",
             f"routing of {Path(trace.path).name} ({trace.model.name}), {stack.weights_source}",
-            f"{len(question.judged)} of {len(question.routed.steps)} steps judged, each by its "
-            "median over repetitions",
+            f"{len(question.judged)} of {num_steps} steps judged, each by its "
+            "median over repetitions"
+            + ("; the others without their copies" if len(question.judged) < num_steps else ""),
             f"{len(measured)} of {len(predictions.settings)} predicted settings run"
             + (f", no time for {', '.join(late)}" if late else ""),
             *_visit_notes(visits),
@@ -449,7 +452,7 @@ def _measured(
     resident = ResidentExperts()
 
     def opened(name: str) -> SettingRun:
-        return SettingRun(stack, parse_setting(name), resident=resident)
+        return SettingRun(stack, parse_setting(name), resident=resident, judged=judged.tolist())
 
     def spread(visited: Visited) -> float:
         times, visits = visited.of_steps(judged).times_ms, visited.visit_of

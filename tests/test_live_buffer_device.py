@@ -129,6 +129,7 @@ def device(monkeypatch: pytest.MonkeyPatch) -> Device:
     monkeypatch.setattr(torch.cuda, "stream", made.entered)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: made.now)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    monkeypatch.setattr(transfers, "_SPARE_EVENTS", {})
     monkeypatch.setattr(transfers, "copy_to_device", copy_to_device)
     monkeypatch.setattr(transfers, "wait_for_event", wait_for_event)
     monkeypatch.setattr(transfers, "current_handle", lambda device: id(made.now))
@@ -169,6 +170,37 @@ def test_a_copy_that_is_read_much_later_is_still_waited_for(device: Device) -> N
     device.now.work.append(lambda: seen.append(slots[0].held))
     device.now.synchronize()
     assert seen == ["a"]
+
+
+def test_events_go_from_one_to_the_next(device: Device) -> None:
+    def run(num_slots: int) -> tuple[Any, list[str]]:
+        slots: Any = [LazySlot() for _ in range(num_slots)]
+        moved, seen = transfers.CudaTransfers(slots), []
+        moved.begin()
+        for name in "abc":
+            moved.load(0, Block(name))  # type: ignore[arg-type]
+            moved.await_load(0)
+            device.now.work.append(lambda: seen.append(slots[0].held))
+            moved.release(0)
+        moved.finish()
+        device.now.synchronize()
+        return moved, seen
+
+    first, seen = run(2)
+    made = len(Event.every)
+    other, _ = run(2)
+    # Nothing is anybody's twice while both are open.
+    assert len(Event.every) > made
+    own = set(first.direct.arrivals) | set(first.direct.marks)
+    assert not own & (set(other.direct.arrivals) | set(other.direct.marks))
+    made = len(Event.every)
+    first.let_go()
+    third, again = run(2)
+    assert len(Event.every) == made
+    assert seen == again == list("abc")
+    third.let_go()
+    run(3)
+    assert len(Event.every) == made + 2
 
 
 def test_a_device_stays_the_same_whichever_is_current(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,6 +10,7 @@ import pytest
 torch = pytest.importorskip("torch")
 
 from moeprof.live import setting_runs  # noqa: E402
+from moeprof.live.cache_plans import prepare_caches  # noqa: E402
 from moeprof.live.setting_runs import ResidentExperts, SettingRun, open_stack  # noqa: E402
 from moeprof.replay.expert_shapes import ExpertShape  # noqa: E402
 from moeprof.replay.serving_settings import parse_setting  # noqa: E402
@@ -158,3 +159,46 @@ def test_copies_come_back_where_a_run_without_them_fails(stack: Any) -> None:
     with whole._buffer.without_copies():
         assert len(whole.step_ms()) == len(stack.steps)
     whole.close()
+
+
+@pytest.mark.parametrize("name", ["lru:3", "min:2", "lru:2:ahead=1", "random:2"])
+def test_caches_are_prepared_once_for_all_runs(
+    stack: Any, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    setting, made = parse_setting(name), []
+
+    def prepared_caches(*given: Any) -> Any:
+        made.append(given)
+        return prepare_caches(*given)
+
+    monkeypatch.setattr(setting_runs, "prepare_caches", prepared_caches)
+    prepared: dict[str, Any] = {}
+    found = []
+    for _ in range(3):
+        run = SettingRun(stack, setting, prepared=prepared)
+        run.warm_up(is_whole=False)
+        run.step_ms()
+        assert run._buffer is not None and run._buffer.audit() == []
+        found.append(run._buffer.lookups())
+        run.close()
+    assert len(made) == 1 and list(prepared) == [setting.name]
+    alone = SettingRun(stack, setting)
+    alone.step_ms()
+    assert alone._buffer is not None and len(made) == 2
+    assert all(alone._buffer.lookups().equals(each) for each in found)
+    alone.close()
+
+
+def test_experts_of_one_host_copy_are_all_there(stack: Any) -> None:
+    """On the device every site has experts of its own, however they came there."""
+    shared = open_stack(stack.trace, stack="decoder", device="cpu", shape=SHAPE, share_host=True)
+    first, second = shared.sites
+    assert first.store is second.store
+    own = ResidentExperts().of(shared)
+    expected = first.store.all_weights("cpu")
+    for site in shared.sites:
+        weights = own[site.site]
+        assert torch.equal(weights.w_in, expected.w_in)
+        assert torch.equal(weights.w_out, expected.w_out)
+        assert weights.w_in.is_contiguous() and weights.w_out.is_contiguous()
+    assert own[first.site].w_in.data_ptr() != own[second.site].w_in.data_ptr()

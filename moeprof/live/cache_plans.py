@@ -15,8 +15,10 @@ import numpy as np
 
 from moeprof.errors import UsageError
 from moeprof.replay.cache import policies, reference, streams
+from moeprof.replay.cache.decisions import CompiledResidency, make_residency
+from moeprof.replay.cache.foresight import Foresight
 from moeprof.replay.cache.policies import Machine
-from moeprof.replay.cache.residency import CacheSpec
+from moeprof.replay.cache.residency import CacheSpec, MissRule, Residency
 from moeprof.replay.cache.sizes import parse_capacity
 from moeprof.replay.serving_settings import check_prefetch
 
@@ -49,6 +51,50 @@ class CachePlan:
     cache_bytes: int
     staging_bytes: int
     padding_bytes: int
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class PreparedCaches:
+    """The caches of a buffer, and what decides about them: all that no device is needed for.
+
+    Buffers of the same sites and settings may have it one after the other: each begins with
+    ``residency.reset()``.
+
+    Attributes:
+        plan: The caches.
+        residency: Who is where.
+    """
+
+    plan: CachePlan
+    residency: Residency | CompiledResidency
+
+
+def prepare_caches(sites: Sequence[BufferedSite], settings: BufferSettings) -> PreparedCaches:
+    """Returns the caches of a buffer, planned, and their machines.
+
+    Raises:
+        UsageError: The settings make no sense.
+    """
+    plan = plan_caches(sites, settings)
+    residency = make_residency(
+        plan.caches,
+        plan.pool_slots,
+        full=settings.initial == "full",
+        prefetch=settings.prefetch,
+        # It counts pairs of experts: nothing to hold where nobody asks.
+        foresight=Foresight(_in_stacks(sites)) if settings.prefetch else None,
+    )
+    if isinstance(residency, CompiledResidency):
+        residency.rule = MissRule(action=settings.miss, host_rows=settings.host_rows)
+    return PreparedCaches(plan=plan, residency=residency)
+
+
+def _in_stacks(sites: Sequence[BufferedSite]) -> list[list[tuple[int, int]]]:
+    """Returns sites and their number of experts, stack by stack."""
+    found: dict[str, list[tuple[int, int]]] = {}
+    for site in sites:
+        found.setdefault(site.stack, []).append((site.site, site.store.num_experts))
+    return list(found.values())
 
 
 def plan_caches(sites: Sequence[BufferedSite], settings: BufferSettings) -> CachePlan:

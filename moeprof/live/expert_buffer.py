@@ -20,7 +20,7 @@ import torch
 from numpy.typing import NDArray
 
 from moeprof.errors import MoeprofError, UsageError
-from moeprof.live.cache_plans import plan_caches
+from moeprof.live.cache_plans import PreparedCaches, prepare_caches
 from moeprof.live.direct_launches import Launches
 from moeprof.live.direct_runs import DirectRuns
 from moeprof.live.driver_calls import driver_functions
@@ -48,9 +48,7 @@ from moeprof.replay.cache.decisions import (
     ROWS,
     CompiledResidency,
     columns_of,
-    make_residency,
 )
-from moeprof.replay.cache.foresight import Foresight
 from moeprof.replay.cache.pieces import copies_of, pieces_of
 from moeprof.replay.cache.residency import (
     AT_ONCE,
@@ -204,6 +202,8 @@ class ExpertBuffer:
         settings: How they are buffered.
         device: Where experts run.
         dtype: Of rows; that of the experts when None.
+        prepared: Its caches, from `moeprof.live.cache_plans.prepare_caches` for these sites and
+            settings; no other buffer that is open has them. Made here when None.
 
     Raises:
         UsageError: The settings make no sense, or contradict each other.
@@ -216,6 +216,7 @@ class ExpertBuffer:
         *,
         device: torch.device | str,
         dtype: torch.dtype | None = None,
+        prepared: PreparedCaches | None = None,
     ) -> None:
         if settings.miss not in MISS_ACTIONS:
             raise UsageError(
@@ -255,7 +256,7 @@ class ExpertBuffer:
             self._cache_bytes = sum(site.store.expert_bytes for site in self.sites)
             self._padding_bytes = held - self._cache_bytes
         else:
-            self._make_slots()
+            self._make_slots(prepared or prepare_caches(self.sites, settings))
         self._step = -1
         self._is_halfway = False
         # Step, site, and the columns of the decision about its active experts.
@@ -293,26 +294,19 @@ class ExpertBuffer:
     def _keep_all(self, site: BufferedSite) -> None:
         """Brings all experts of a site to the device."""
         store = site.store
-        memory = store.memory.to(self.device)
+        twins = (self._memory.get(other.site) for other in self.sites if other.store is store)
+        # Copied faster than over the link; in host memory it is the store's.
+        twin = next((one for one in twins if one is not None and one is not store.memory), None)
+        memory = store.memory.to(self.device) if twin is None else twin.clone()
         self._memory[site.site] = memory
         self._all[site.site] = store.shape.stacked_weights(memory, store.num_experts)
         self._blocks[site.site] = torch.split(memory, store.shape.block_bytes)
 
-    def _make_slots(self) -> None:
-        plan = plan_caches(self.sites, self.settings)
+    def _make_slots(self, prepared: PreparedCaches) -> None:
+        plan, self._residency = prepared.plan, prepared.residency
         slots, self._pools = make_slots(plan.pool_slots, plan.slot_bytes, self.device)
         self._cache_bytes, self._staging_bytes = plan.cache_bytes, plan.staging_bytes
         self._padding_bytes = plan.padding_bytes
-        self._residency = make_residency(
-            plan.caches,
-            plan.pool_slots,
-            full=self.settings.initial == "full",
-            prefetch=self.settings.prefetch,
-            # It counts pairs of experts: nothing to hold where nobody asks.
-            foresight=Foresight(_in_stacks(self.sites)) if self.settings.prefetch else None,
-        )
-        if isinstance(self._residency, CompiledResidency):
-            self._residency.rule = self._rule
         self._pool_of = {
             site: self._pools[cache.pool] for cache in plan.caches for site, _ in cache.sites
         }
@@ -878,6 +872,8 @@ class ExpertBuffer:
         for streamed in self._distinct_streamed():
             streamed.let_go()
         self._pools.clear()
+        if self._transfers is not None:
+            self._transfers.let_go()
         self._transfers = None
 
 
@@ -887,14 +883,6 @@ def _no_such_expert(place: BufferedSite) -> MoeprofError:
         f"site {place.site} has {place.store.num_experts}",
         hint="ids are indices into the site's experts; a row that is no number has none",
     )
-
-
-def _in_stacks(sites: Sequence[BufferedSite]) -> list[list[tuple[int, int]]]:
-    """Returns sites and their number of experts, stack by stack."""
-    found: dict[str, list[tuple[int, int]]] = {}
-    for site in sites:
-        found.setdefault(site.stack, []).append((site.site, site.store.num_experts))
-    return list(found.values())
 
 
 def _streamed_dispatches(

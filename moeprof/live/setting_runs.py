@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 
 from moeprof.errors import MoeprofError, UsageError
+from moeprof.live.cache_plans import PreparedCaches, prepare_caches
 from moeprof.live.expert_buffer import BufferedSite, BufferSettings, ExpertBuffer
 from moeprof.live.expert_store import store_of_layout
 from moeprof.live.experts import ExpertWeights
@@ -215,12 +216,19 @@ class ResidentExperts:
         try:
             for site in stack.sites:
                 if site.site not in self._weights:
-                    weights = site.store.all_weights(stack.device).contiguous()
-                    self._weights[site.site] = weights
+                    self._weights[site.site] = self._copied(site, stack)
         except torch.cuda.OutOfMemoryError:
             self.let_go()
             raise
         return self._weights
+
+    def _copied(self, site: BufferedSite, stack: RoutedStack) -> ExpertWeights:
+        twins = (self._weights.get(one.site) for one in stack.sites if one.store is site.store)
+        twin = next((weights for weights in twins if weights is not None), None)
+        if twin is not None:
+            # What is there already is copied faster than over the link.
+            return twin.cloned()
+        return site.store.all_weights(stack.device).contiguous()
 
     def let_go(self) -> None:
         """Frees the device of them."""
@@ -241,6 +249,7 @@ class SettingRun:
         resident: Where gating settings find all experts and leave them; a setting with a buffer
             lets go of them. Copied for this run alone when None.
         judged: Indices of the steps whose times count; all when None.
+        prepared: Where the setting finds its caches by its name, and leaves them for its next run.
     """
 
     def __init__(
@@ -250,6 +259,7 @@ class SettingRun:
         *,
         resident: ResidentExperts | None = None,
         judged: Sequence[int] | None = None,
+        prepared: dict[str, PreparedCaches] | None = None,
     ) -> None:
         self.setting = setting
         every = stack.steps if judged is None else [stack.steps[index] for index in judged]
@@ -273,7 +283,12 @@ class SettingRun:
             prefetch=setting.prefetch,
             future=stack.trace,
         )
-        self._buffer = ExpertBuffer(stack.sites, settings, device=stack.device)
+        caches = None if prepared is None else prepared.get(setting.name)
+        if caches is None and setting.capacity is not None:
+            caches = prepare_caches(stack.sites, settings)
+            if prepared is not None:
+                prepared[setting.name] = caches
+        self._buffer = ExpertBuffer(stack.sites, settings, device=stack.device, prepared=caches)
         self._buffer.reserve(stack.most_rows)
         if len(self._judged) < len(stack.steps):
             self._buffer.fill_slots()

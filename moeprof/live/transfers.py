@@ -19,9 +19,11 @@ import torch
 from moeprof.live.device_copies import copy_to_device, wait_for_event
 from moeprof.live.direct_dispatch import DirectSlots
 from moeprof.live.expert_store import ALIGNMENT_BYTES, Bytes
+from moeprof.live.spare_events import SpareEvents
 
 _NUM_EVENTS = 256
 _AS_IT_IS: AbstractContextManager[Any] = nullcontext()
+_SPARE_EVENTS: dict[str, SpareEvents] = {}
 
 
 def new_event() -> torch.cuda.Event:
@@ -57,6 +59,18 @@ def current_handle(device: torch.device) -> int:
     `torch.cuda.current_stream` makes an object for it, which takes ten times as long.
     """
     return int(torch._C._cuda_getCurrentRawStream(_index_of(device)))
+
+
+def _spare_events(device: torch.device) -> SpareEvents:
+    """Returns the events of a device that nobody uses."""
+
+    def made() -> torch.cuda.Event:
+        event = new_event()
+        # The driver knows an event once it was recorded.
+        event.record(torch.cuda.current_stream(device))
+        return event
+
+    return _SPARE_EVENTS.setdefault(str(device), SpareEvents(made))
 
 
 class Computations:
@@ -144,6 +158,9 @@ class Transfers(Protocol):
     def finish(self) -> None:
         """Waits on the host until every copy has arrived."""
 
+    def let_go(self) -> None:
+        """Gives back what others can use, once all that was asked for has finished."""
+
 
 class HostTransfers:
     """Slots in host memory: every copy is done when it is asked for.
@@ -188,6 +205,9 @@ class HostTransfers:
     def finish(self) -> None:
         """Does nothing."""
 
+    def let_go(self) -> None:
+        """Does nothing."""
+
 
 class CudaTransfers:
     """Slots on a GPU, filled on a stream of their own.
@@ -203,10 +223,11 @@ class CudaTransfers:
         self._copies = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self.stream = self._copies.cuda_stream
         self._slot_bytes = [slot.numel() for slot in slots]
-        self._arrived = self._events(len(slots))
-        self._read = self._events(len(slots))
+        self._spare = _spare_events(device)
+        self._arrived = self._spare.take(len(slots))
+        self._read = self._spare.take(len(slots))
         # Apart: an arrival that nobody has waited for must not become a mark of the other stream.
-        self._arrivals, self._marks = self._events(_NUM_EVENTS), self._events(_NUM_EVENTS)
+        self._arrivals, self._marks = (self._spare.take(_NUM_EVENTS) for _ in range(2))
         self.direct = DirectSlots(
             address=np.array([slot.data_ptr() for slot in slots], np.int64),
             offset=np.array([slot.storage_offset() // ALIGNMENT_BYTES for slot in slots], np.int32),
@@ -220,12 +241,10 @@ class CudaTransfers:
         torch.cuda.synchronize(device)
         self._compute = torch.cuda.current_stream(device)
 
-    def _events(self, count: int) -> list[torch.cuda.Event]:
-        """Returns events that the driver knows already, as it does those that were recorded."""
-        found = [new_event() for _ in range(count)]
-        for event in found:
-            event.record(self._copies)
-        return found
+    def let_go(self) -> None:
+        """Gives the events back."""
+        self._spare.give_back([*self._arrived, *self._read, *self._arrivals, *self._marks])
+        self._arrived, self._read, self._arrivals, self._marks = [], [], [], []
 
     def _next_event(self, events: Sequence[torch.cuda.Event], turn: int) -> torch.cuda.Event:
         turns = self.direct.turns
@@ -315,7 +334,7 @@ def make_slots(
             assert size % ALIGNMENT_BYTES == 0
             pool = torch.zeros(count * size, dtype=torch.uint8, device=device)
             pools.append(pool)
-            slots += [pool[index * size : (index + 1) * size] for index in range(count)]
+            slots += pool.view(count, size).unbind(0)
     return slots, pools
 
 

@@ -30,6 +30,7 @@ import torch
 from numpy.typing import NDArray
 
 from moeprof.errors import MoeprofError, TraceError, UsageError
+from moeprof.live.cache_plans import PreparedCaches
 from moeprof.live.rounds import RoundLimits, Rounds, Visited, run_in_rounds
 from moeprof.live.setting_runs import ResidentExperts, RoutedStack, SettingRun, open_stack
 from moeprof.live.step_percentiles import measured_ms, spread_of
@@ -450,9 +451,16 @@ def _measured(
 ) -> Rounds:
     """Runs settings in rounds; times are of the judged steps."""
     resident = ResidentExperts()
+    prepared: dict[str, PreparedCaches] = {}
 
     def opened(name: str) -> SettingRun:
-        return SettingRun(stack, parse_setting(name), resident=resident, judged=judged.tolist())
+        return SettingRun(
+            stack,
+            parse_setting(name),
+            resident=resident,
+            judged=judged.tolist(),
+            prepared=prepared,
+        )
 
     def spread(visited: Visited) -> float:
         times, visits = visited.of_steps(judged).times_ms, visited.visit_of

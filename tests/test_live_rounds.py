@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gc
+import itertools
 import math
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -12,6 +15,7 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
+from moeprof.live import step_percentiles  # noqa: E402
 from moeprof.live.rounds import RoundLimits, Rounds, Visited, run_in_rounds  # noqa: E402
 
 BUILT_S, CLOSED_S = 1.0, 0.5
@@ -165,7 +169,7 @@ def test_nobody_is_repeated_more_than_wanted(
         assert [len(visit.times_ms) for visit in visited.visits] == expected
 
 
-def test_the_least_known_go_first() -> None:
+def test_the_soonest_known_go_first() -> None:
     known = {"a": 0.01, "b": 0.03, "c": 0.09, "d": 0.05}
 
     def spread(visited: Visited) -> float:
@@ -178,11 +182,11 @@ def test_the_least_known_go_first() -> None:
         machine, "abcd", limits(), spread=spread, progress=lambda *each: said.append(each)
     )
     further = [each for each in order_of(found) if each[0] > 3]
-    # Where it was visited last, d does not go first, and no setting that is known goes at all.
-    assert further == [(4, "c"), (4, "d"), (4, "b"), (5, "c"), (5, "d"), (6, "c"), (7, "c")]
+    # No setting that is known goes at all.
+    assert further == [(4, "b"), (4, "d"), (4, "c"), (5, "d"), (5, "c"), (6, "c"), (7, "c")]
     assert said[0] == ("a, round 1 of 3", 0, 12)
     assert said[5] == ("d, round 2 of 3", 5, 12)
-    assert said[12] == ("c, round 4, known to 9.0%", 12, 15)
+    assert said[12] == ("b, round 4, known to 3.0%", 12, 15)
     assert [done for _, done, _ in said] == list(range(len(said)))
     assert all(done < planned for _, done, planned in said)
 
@@ -267,3 +271,98 @@ def test_what_was_measured_stays_where_memory_runs_out_later() -> None:
     visited = found.measured["b"]
     assert visited is not None and visited.round_of.tolist() == [1, 1]
     assert machine.fails["b"] == 7
+
+
+def known_after(**needed: int) -> Callable[[Visited], float]:
+    """Returns a spread that is down to the tolerance after so many visits, as noise has it."""
+
+    def spread(visited: Visited) -> float:
+        name = "abcdefgh"[round(visited.times_ms[0, 0] / 1e2) - 10]
+        count = len(visited.visits)
+        return 0.0199 * width(count) / width(needed[name]) if count > 1 else math.inf
+
+    return spread
+
+
+def width(num_visits: int) -> float:
+    """Returns what `spread_of` makes of visits that vary by as much as each other, but a factor."""
+    return step_percentiles._relative_width(num_visits)
+
+
+def step_times(names: str) -> dict[str, float]:
+    """Returns repetitions that take nearly as long, and tell settings apart."""
+    return {name: 1.0 + 0.1 * index for index, name in enumerate(names)}
+
+
+def test_time_is_spent_on_those_who_can_be_known() -> None:
+    names = "abcd"
+    needed = {"a": 40, "b": 4, "c": 6, "d": 35}
+    given = limits(repetitions=3, most_repetitions=60)
+    machine = Machine(step_times(names))
+    measure(machine, names, given, spread=lambda _: 0.0)
+    least_s = machine.now_s - 100
+    visit_s = BUILT_S + CLOSED_S + 1.125 * 1.3
+    machine = Machine(step_times(names))
+    short = dataclasses.replace(given, most_s=least_s + 6 * visit_s)
+    found = measure(machine, names, short, spread=known_after(**needed))
+    visits = {name: len(each.visits) for name, each in found.measured.items() if each}
+    # One visit and three make both known; the other two are as far from it as ever. One goes once,
+    # that nobody is visited twice in a row, and what is left is too short for anybody else.
+    assert visits["b"] == 4 and visits["c"] == 6
+    assert machine.now_s - 100 <= short.most_s
+    order = [name for _, name in order_of(found)]
+    assert all(one != other for one, other in itertools.pairwise(order))
+    # With all the time there is everybody is known.
+    every = measure(Machine(step_times(names)), names, given, spread=known_after(**needed)).measured
+    assert {name: len(each.visits) for name, each in every.items() if each} == needed
+
+
+def test_everybody_is_visited_thrice_before_anybody_is_given_up() -> None:
+    names = "abc"
+    given = limits(rounds=1, repetitions=1, most_repetitions=60)
+    once_s = BUILT_S + CLOSED_S + 1.125 * 1.2
+    short = dataclasses.replace(given, most_s=9 * once_s + 3)
+    found = measure(Machine(step_times(names)), names, short, spread=known_after(a=50, b=50, c=50))
+    assert {len(each.visits) for each in found.measured.values() if each} == {3}
+    assert [number for number, _ in order_of(found)] == [1, 1, 1, 2, 2, 2, 3, 3, 3]
+
+
+def test_spreads_are_drawn_once_per_visit() -> None:
+    asked: Counter[tuple[str, int]] = Counter()
+    spread = known_after(a=3, b=6)
+
+    def counted(visited: Visited) -> float:
+        asked[f"{visited.times_ms[0, 0]:.0f}", len(visited.visits)] += 1
+        return spread(visited)
+
+    measure(Machine(step_times("ab")), "ab", limits(repetitions=3), spread=counted)
+    assert set(asked.values()) == {1} and len(asked) == 1 + 4
+
+
+@pytest.mark.parametrize(
+    ("step_s", "most", "expected"),
+    # 1.125 seconds to build and warm up: three repetitions, or what most leaves to 12 visits.
+    [(1.0, 60, 2), (0.1, 60, 3), (0.1, 36, 3), (0.1, 24, 2), (0.1, 6, 2), (0.01, 60, 5)],
+)
+def test_cheap_repetitions_are_many(step_s: float, most: int, expected: int) -> None:
+    given = limits(most_repetitions=most)
+    found = measure(Machine({"a": step_s, "b": step_s}), "ab", given)
+    for visited in found.measured.values():
+        assert visited is not None
+        assert [len(visit.times_ms) for visit in visited.visits] == [expected] * 3
+
+
+def test_more_repetitions_only_where_all_visits_have_time() -> None:
+    names = "abcd"
+    machine = Machine(dict.fromkeys(names, 0.1))
+    given = limits(repetitions=3, most_repetitions=60)
+    measure(machine, names, given)
+    assert len(machine.of("step")) == 3 * 3 * 4
+    # Three rounds of one repetition, and half a second.
+    most_s = 12 * (BUILT_S + CLOSED_S + 0.1) + 4 * 0.1 + 8 * 0.0125 + 0.5
+    machine = Machine(dict.fromkeys(names, 0.1))
+    found = measure(machine, names, dataclasses.replace(given, most_s=most_s))
+    for visited in found.measured.values():
+        assert visited is not None and set(visited.round_of.tolist()) == {1, 2, 3}
+    assert 12 <= len(machine.of("step")) <= 17
+    assert machine.now_s - 100 <= most_s

@@ -10,7 +10,13 @@ import pytest
 pytest.importorskip("torch")
 
 from moeprof.live import step_percentiles
-from moeprof.live.step_percentiles import measured_ms, spread_of, visits_of
+from moeprof.live.step_percentiles import (
+    measured_ms,
+    more_visits,
+    spread_of,
+    spreads_of,
+    visits_of,
+)
 
 
 def test_spread() -> None:
@@ -59,6 +65,51 @@ def test_intervals_hold_what_they_say_where_visits_differ(num_visits: int, of_vi
     assert np.mean(held) >= 0.85
     # Drawn one by one, repetitions of a visit pass for independent.
     assert np.mean(held_one_by_one) < 0.8
+
+
+@pytest.mark.parametrize("sizes", [(2, 2, 2), (1, 1, 1, 1, 1), (3, 1, 4), (1, 2)])
+def test_draws_take_whole_visits_then_repetitions_of_each(sizes: tuple[int, ...]) -> None:
+    generator = np.random.default_rng(len(sizes))
+    visits = np.repeat(np.arange(len(sizes)), sizes)
+    times = generator.lognormal(1, 0.2, (len(visits), 7))
+    drawn = np.random.default_rng(0)
+    medians = []
+    for _ in range(200):
+        chosen = drawn.integers(len(sizes), size=len(sizes))
+        rows = [drawn.choice(np.flatnonzero(visits == one), size=sizes[one]) for one in chosen]
+        medians.append(np.median(times[np.concatenate(rows)], axis=0))
+    for percentile, found in zip((50, 99), spreads_of(times, (50, 99), visits), strict=True):
+        low, high = np.quantile(np.percentile(medians, percentile, axis=1), (0.05, 0.95))
+        half = (high - low) / 2 / measured_ms(times, percentile)
+        assert found == pytest.approx(half * step_percentiles._widening(len(sizes)))
+        assert found == spread_of(times, percentile, visits)
+    assert spreads_of(times[:2], (50, 99), visits[:2]) == (math.inf, math.inf)
+
+
+def test_more_visits_that_are_needed() -> None:
+    # Widths of n visits go as t(n - 1) / sqrt(n - 1): R's qt as below.
+    def width(freedom: int, quantile: float) -> float:
+        return quantile / math.sqrt(freedom)
+
+    at_3, at_6 = width(2, 2.9200), width(5, 2.0150)
+    assert more_visits(0.0199 * at_3 / at_6, 3, 0.02, most=60) == 3
+    assert more_visits(0.0205 * at_3 / at_6, 3, 0.02, most=60) == 4
+    assert more_visits(0.02, 3, 0.02, most=60) == 0
+    assert more_visits(0.0199 * at_3 / at_6, 3, 0.02, most=2) == math.inf
+    assert more_visits(0.03, 1, 0.02, most=60) == math.inf
+    assert more_visits(math.inf, 3, 0.02, most=60) == math.inf
+
+
+def test_as_many_visits_as_foretold_suffice_mostly() -> None:
+    generator = np.random.default_rng(5)
+    every = generator.normal(100, 3, (40, 40, 1))
+    ratios = []
+    for times in every:
+        spread = spread_of(times[:8], 50, np.arange(8))
+        more = more_visits(spread, 8, 0.8 * spread, most=30)
+        count = 8 + int(more)
+        ratios.append(spread_of(times[:count], 50, np.arange(count)) / (0.8 * spread))
+    assert 0.8 < np.median(ratios) < 1.25
 
 
 def test_quantiles_of_student_s_t() -> None:

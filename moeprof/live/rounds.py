@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import gc
+import itertools
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -22,6 +23,7 @@ from numpy.typing import NDArray
 
 from moeprof.live.host_probe import probe_ms
 from moeprof.live.setting_runs import uncollected
+from moeprof.live.step_percentiles import more_visits
 
 Floats = NDArray[np.float64]
 Numbers = NDArray[np.int64]
@@ -29,6 +31,11 @@ Progress = Callable[[str, int, int], None]
 
 # Of a repetition, as long as no later visit has shown it: kernels are compiled in the first one.
 _LATER_WARMUP = 1 / 8
+# So many of a setting's repetitions are left for: fewer visits do not know it, with however many
+# repetitions.
+_MANY_VISITS = 12
+# Fewer say next to nothing of how many more are needed.
+_FEW_VISITS = 3
 
 
 class Run(Protocol):
@@ -50,8 +57,8 @@ class RoundLimits:
 
     Attributes:
         rounds: In which every setting is visited, time permitting.
-        repetitions: Of each setting in these, time permitting; as many in every further visit as in
-            one of them.
+        repetitions: Of each setting in these at least, time permitting; as many in every further
+            visit as in one of them.
         most_repetitions: Of each setting.
         tolerance: Settings known better than that are visited no more.
         most_s: No visit is begun after so long, and none that is known to end later.
@@ -70,8 +77,24 @@ class RoundLimits:
 
     @property
     def of_visit(self) -> int:
-        """Repetitions of a visit."""
+        """Repetitions of a visit at least."""
         return -(-self.repetitions // self.num_rounds)
+
+    def worth_making(self, overhead_s: float, repetition_s: float) -> int:
+        """Returns the repetitions that a visit makes, time permitting.
+
+        Where repetitions of a visit vary as much as visits do, a mean is known best for its time
+        with as many as the root of what a visit costs besides over what a repetition costs
+        (Cochran, Sampling Techniques, 10.6). They vary less, which asks for fewer; a percentile of
+        medians gains more from each than a mean does, which asks for more.
+
+        Args:
+            overhead_s: Of a visit, without repetitions.
+            repetition_s: Of each.
+        """
+        most = max(self.of_visit, self.most_repetitions // _MANY_VISITS)
+        wanted = math.isqrt(int(overhead_s / repetition_s)) if repetition_s > 0 else 0
+        return min(max(wanted, self.of_visit), most)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -156,9 +179,10 @@ def run_in_rounds(
 ) -> Rounds:
     """Measures settings in rounds: all in order, all in reverse order, and so on.
 
-    Then those that are not known to the tolerance are visited in further rounds, the least known
-    first. Where time is short every setting is repeated less in its visits, then visited in fewer
-    rounds, before any is left out.
+    Then those that are not known to the tolerance are visited in further rounds: first whoever was
+    visited fewer than three times, then whoever is expected to be known soonest, as far as time
+    suffices for it, so that as many as possible are. Where time is short every setting is repeated
+    less in its visits, then visited in fewer rounds, before any is left out.
 
     Args:
         names: Of the settings.
@@ -193,14 +217,15 @@ def _empty() -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class _Cost:
-    """What a visit takes: to build and to close, to warm up, and each repetition."""
+    """What a visit takes: to build, to warm up, each repetition, and to close."""
 
     built_s: float
     warmed_s: float
     repetition_s: float
+    closed_s: float
 
     def visit_s(self, repetitions: int) -> float:
-        return self.built_s + self.warmed_s + repetitions * self.repetition_s
+        return self.built_s + self.warmed_s + repetitions * self.repetition_s + self.closed_s
 
 
 @dataclass(kw_only=True, eq=False)
@@ -216,6 +241,8 @@ class _Schedule:
     clock: Callable[[], float]
     show: Progress
     visits: dict[str, list[Visit]] = field(default_factory=dict)
+    # Of so many visits.
+    spreads: dict[str, tuple[int, float]] = field(default_factory=dict)
     costs: dict[str, _Cost] = field(default_factory=dict)
     without_room: set[str] = field(default_factory=set)
     last: str | None = None
@@ -264,15 +291,12 @@ class _Schedule:
         return limits.num_rounds
 
     def _further_round(self, number: int) -> bool:
-        """Visits settings that are not known, the least known first; False where none was."""
+        """Visits settings that are not known; False where none was."""
         spreads = {
-            name: self.spread(Visited(visits=tuple(self.visits[name])))
-            for name in self._unfinished()
-            if name in self.visits
+            name: self._spread_of(name) for name in self._unfinished() if name in self.visits
         }
         unknown = [name for name, each in spreads.items() if each > self.limits.tolerance]
-        unknown.sort(key=lambda name: (-spreads[name], len(self.visits[name])))
-        order = self._not_again(unknown)
+        order = self._not_again(self._worth_visiting(unknown))
         before = self.num_done
         for index, name in enumerate(order):
             if self._left_s() < self.costs[name].visit_s(1):
@@ -283,6 +307,50 @@ class _Schedule:
             self.show(f"{name}, round {number}, {said}", self.num_done, planned)
             self._visit(name, number, others=order[index + 1 :])
         return self.num_done > before
+
+    def _spread_of(self, name: str) -> float:
+        """Returns how well a setting is known; bootstrap draws take as long as short visits."""
+        count = len(self.visits[name])
+        if self.spreads.get(name, (0, 0.0))[0] != count:
+            self.spreads[name] = count, self.spread(Visited(visits=tuple(self.visits[name])))
+        return self.spreads[name][1]
+
+    def _worth_visiting(self, unknown: list[str]) -> list[str]:
+        """Returns who is visited next, soonest known first.
+
+        Those that are still expected to be known in the time that is left, all that were visited
+        too seldom to say, or all where nobody is expected to be known.
+        """
+        needed_s = {name: self._needed_s(name) for name in unknown}
+        order = sorted(
+            unknown,
+            key=lambda name: (
+                min(len(self.visits[name]), _FEW_VISITS),
+                needed_s[name],
+                self._usual_s(name),
+            ),
+        )
+        few = [name for name in order if len(self.visits[name]) < _FEW_VISITS]
+        if few:
+            return few
+        ends = itertools.accumulate(needed_s[name] for name in order)
+        left_s = self._left_s()
+        num_reached = sum(end <= left_s for end in ends)
+        # One alone would be visited twice in a row.
+        return order[: max(2, num_reached)] if num_reached else order
+
+    def _needed_s(self, name: str) -> float:
+        """Returns the time until a setting is known, as far as its visits say."""
+        visits = self.visits[name]
+        left = self.limits.most_repetitions - self._num_repetitions(name)
+        most = -(-left * len(visits) // self._num_repetitions(name))
+        more = more_visits(self._spread_of(name), len(visits), self.limits.tolerance, most=most)
+        return more * self._usual_s(name)
+
+    def _usual_s(self, name: str) -> float:
+        """Returns the time of a visit."""
+        repetitions = -(-self._num_repetitions(name) // len(self.visits[name]))
+        return self.costs[name].visit_s(repetitions)
 
     def _not_again(self, order: list[str]) -> list[str]:
         """Returns the order with another setting first where its first was visited last.
@@ -311,6 +379,8 @@ class _Schedule:
         is_first = name not in self.visits
         most = self.limits.most_repetitions - self._num_repetitions(name)
         with uncollected():
+            # What earlier visits have left (modules, kernels) stays too.
+            gc.freeze()
             run = self.opened(name)
             try:
                 built_s = self.clock()
@@ -322,20 +392,24 @@ class _Schedule:
                 while True:
                     times.append(run.step_ms())
                     repetition_s = (self.clock() - repeating_s) / len(times)
-                    if len(times) >= min(self.limits.of_visit, most):
+                    warming_s = warmed_s - built_s
+                    if is_first:
+                        # Next time it will be a later visit.
+                        warming_s = min(warming_s, _LATER_WARMUP * repetition_s)
+                    overhead_s = built_s - begun_s + warming_s + repeating_s - warmed_s
+                    wanted = self.limits.worth_making(overhead_s, repetition_s)
+                    if len(times) >= min(wanted, most):
                         break
-                    if not self._has_time(len(times) + 1, repetition_s, others):
+                    if not self._has_time(len(times) + 1, repetition_s, name, others):
                         break
                 repeated_s = self.clock()
             finally:
                 run.close(keep_memory=True)
         self.costs[name] = _Cost(
-            built_s=built_s - begun_s + self.clock() - repeated_s + repeating_s - warmed_s,
-            # Next time it will be a later visit.
-            warmed_s=min(warmed_s - built_s, _LATER_WARMUP * repetition_s)
-            if is_first
-            else warmed_s - built_s,
+            built_s=built_s - begun_s + repeating_s - warmed_s,
+            warmed_s=warming_s,
             repetition_s=repetition_s,
+            closed_s=self.clock() - repeated_s,
         )
         visit = Visit(
             round=number,
@@ -347,7 +421,9 @@ class _Schedule:
         self.last = name
         self.num_done += 1
 
-    def _has_time(self, repetitions: int, repetition_s: float, others: Sequence[str]) -> bool:
+    def _has_time(
+        self, repetitions: int, repetition_s: float, name: str, others: Sequence[str]
+    ) -> bool:
         """Says whether one repetition more fits, and as many of all that is yet to be visited."""
         left_s = self._left_s()
         if math.isinf(left_s):
@@ -359,7 +435,9 @@ class _Schedule:
             self.costs[other].visit_s(repetitions) if other in self.costs else unseen_s
             for other in others
         )
-        return repetition_s + others_s <= left_s
+        own = self.costs.get(name)
+        closed_s = 0.0 if own is None else own.closed_s
+        return repetition_s + closed_s + others_s <= left_s
 
     def _unfinished(self) -> list[str]:
         """Returns who has room, and was not repeated as often as it may be."""

@@ -7,7 +7,7 @@ Leaves out when repetitions are taken (`rounds`).
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -47,8 +47,15 @@ def spread_of(times: Floats, percentile: int, visits: Numbers | None = None) -> 
         visits: [repetitions] the visit of each; None where they are not known. Repetitions are then
             drawn one by one, nothing is widened, and slow stretches are not accounted for.
     """
+    return spreads_of(times, (percentile,), visits)[0]
+
+
+def spreads_of(
+    times: Floats, percentiles: Sequence[int], visits: Numbers | None = None
+) -> tuple[float, ...]:
+    """Returns `spread_of` of several percentiles, from the same draws."""
     if len(times) < _LEAST_REPETITIONS:
-        return math.inf
+        return (math.inf,) * len(percentiles)
     generator = np.random.default_rng(0)
     if visits is None:
         drawn = times[generator.integers(len(times), size=(_NUM_DRAWS, len(times)))]
@@ -56,14 +63,38 @@ def spread_of(times: Floats, percentile: int, visits: Numbers | None = None) -> 
     else:
         members = [np.flatnonzero(visits == visit) for visit in np.unique(visits)]
         if len(members) == 1:
-            return math.inf
-        medians = np.stack(
-            [np.median(times[_drawn(members, generator)], axis=0) for _ in range(_NUM_DRAWS)]
-        )
+            return (math.inf,) * len(percentiles)
+        medians = _medians(times, [_drawn(members, generator) for _ in range(_NUM_DRAWS)])
         widened = _widening(len(members))
-    found = np.percentile(medians, percentile, axis=1)
-    low, high = np.quantile(found, (_TAIL, 1 - _TAIL)).tolist()
-    return float(widened * (high - low) / 2 / measured_ms(times, percentile))
+    spreads = []
+    for percentile in percentiles:
+        found = np.percentile(medians, percentile, axis=1)
+        low, high = np.quantile(found, (_TAIL, 1 - _TAIL)).tolist()
+        spreads.append(float(widened * (high - low) / 2 / measured_ms(times, percentile)))
+    return tuple(spreads)
+
+
+def more_visits(spread: float, num_visits: int, tolerance: float, *, most: int) -> float:
+    """Returns how many visits more are expected to bring a spread down to a tolerance.
+
+    The width of draws shrinks with the root of the visits, and is widened less the more they are.
+
+    Args:
+        spread: From `spread_of`.
+        num_visits: Visits that it is of.
+        tolerance: Wanted spread.
+        most: Visits that may be made.
+
+    Returns:
+        At most ``most``; infinite where these do not suffice, or one visit says nothing yet.
+    """
+    if num_visits < 2 or math.isinf(spread):  # noqa: PLR2004
+        return math.inf
+    width = spread / _relative_width(num_visits)
+    for more in range(most + 1):
+        if width * _relative_width(num_visits + more) <= tolerance:
+            return more
+    return math.inf
 
 
 def visits_of(times: Mapping[str, Any]) -> Numbers | None:
@@ -88,8 +119,25 @@ def _drawn(members: list[Numbers], generator: np.random.Generator) -> Numbers:
     """Returns repetitions: visits drawn with replacement, then as many of each as it has."""
     chosen = generator.integers(len(members), size=len(members))
     return np.concatenate(
-        [generator.choice(members[one], size=len(members[one])) for one in chosen.tolist()]
+        [
+            members[one][generator.integers(len(members[one]), size=len(members[one]))]
+            for one in chosen.tolist()
+        ]
     )
+
+
+def _medians(times: Floats, draws: Sequence[Numbers]) -> Floats:
+    """Returns [draws, steps] medians of drawn repetitions; draws of one length together."""
+    found = np.empty((len(draws), times.shape[1]))
+    lengths = np.array([len(drawn) for drawn in draws])
+    for length in np.unique(lengths).tolist():
+        (own,) = np.nonzero(lengths == length)
+        found[own] = np.median(times[np.stack([draws[one] for one in own.tolist()])], axis=1)
+    return found
+
+
+def _relative_width(num_visits: int) -> float:
+    return _widening(num_visits) / math.sqrt(num_visits)
 
 
 def _widening(num_visits: int) -> float:

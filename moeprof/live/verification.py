@@ -33,7 +33,7 @@ from moeprof.errors import MoeprofError, TraceError, UsageError
 from moeprof.live.cache_plans import PreparedCaches
 from moeprof.live.rounds import RoundLimits, Rounds, Visited, run_in_rounds
 from moeprof.live.setting_runs import ResidentExperts, RoutedStack, SettingRun, open_stack
-from moeprof.live.step_percentiles import measured_ms, spread_of
+from moeprof.live.step_percentiles import measured_ms, spread_of, spreads_of
 from moeprof.live.transfers import made_current
 from moeprof.recording.hardware import hardware, versions
 from moeprof.replay.cost_model import PERCENTILES, Question, predict, prediction_rows, question_of
@@ -76,7 +76,8 @@ class VerifyOptions:
         dtype: Of the model's or trace's experts as they are run; as recorded when None.
         phase: Steps that are judged; see `moeprof.replay.cost_model.question_of`.
         max_steps: At most so many steps.
-        repetitions: Times that every setting runs them at least.
+        repetitions: Times that every setting runs them at least; more where a repetition is cheap
+            against building the setting.
         most_repetitions: At most, where percentiles are not yet known to `TOLERANCE`.
         rounds: Over which the least repetitions are spread; one repetition in each where there are
             fewer repetitions than rounds.
@@ -464,7 +465,7 @@ def _measured(
 
     def spread(visited: Visited) -> float:
         times, visits = visited.of_steps(judged).times_ms, visited.visit_of
-        return max(spread_of(times, percentile, visits) for percentile in PERCENTILES)
+        return max(spreads_of(times, PERCENTILES, visits))
 
     limits = RoundLimits(
         rounds=options.rounds,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -177,6 +178,27 @@ def test_settings_can_be_run_in_parts(trace: Any, machine: Any) -> None:
     assert any("no time for lru:2, min:2" in note for note in late.notes)
     with pytest.raises(UsageError, match="not among the predictions"):
         live.verify(trace, predictions=made, device="cpu", only=["lru:3"])
+
+
+def test_the_thread_stays_on_a_core_where_asked_to(
+    trace: Any, machine: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not hasattr(os, "sched_setaffinity"):
+        pytest.skip("the system binds no threads")
+    seen = []
+    real = verification.run_in_rounds
+
+    def run(*given: Any, **more: Any) -> Any:
+        seen.append(os.sched_getaffinity(0))
+        return real(*given, **more)
+
+    monkeypatch.setattr(verification, "run_in_rounds", run)
+    before = os.sched_getaffinity(0)
+    core = max(before)
+    bound = live.verify(trace, machine, SETTINGS[:1], OPTIONS, device="cpu", core=core)
+    assert seen == [{core}] and os.sched_getaffinity(0) == before
+    assert f"the dispatching thread was bound to core {core}" in bound.notes
+    assert any("the others without their copies" in note for note in bound.notes)
 
 
 def test_what_does_not_fit_is_said(

@@ -31,6 +31,7 @@ from numpy.typing import NDArray
 
 from moeprof.errors import MoeprofError, TraceError, UsageError
 from moeprof.live.cache_plans import PreparedCaches
+from moeprof.live.core_binding import bound_to_core
 from moeprof.live.rounds import RoundLimits, Rounds, Visited, run_in_rounds
 from moeprof.live.setting_runs import ResidentExperts, RoutedStack, SettingRun, open_stack
 from moeprof.live.step_percentiles import measured_ms, spread_of, spreads_of
@@ -347,6 +348,7 @@ def verify(
     share_host: bool = False,
     only: Sequence[str] | None = None,
     most_s: float | None = None,
+    core: int | None = None,
     progress: Progress | None = None,
 ) -> Result:
     """Predicts settings, runs them on this machine, and says how far off the predictions were.
@@ -369,6 +371,8 @@ def verify(
         only: Names of the settings to run, of those predicted; all when None.
         most_s: About so many seconds are taken. Where they are few settings are repeated less, then
             visited in fewer rounds, and only then left out.
+        core: Where the calling thread stays while settings run (`moeprof.live.core_binding`);
+            anywhere when None. Calibrations know nothing of it.
         progress: Called with (setting and round, visits done, visits planned).
 
     Raises:
@@ -412,7 +416,8 @@ def verify(
                 hint="say the shape of the experts, for both",
             )
         left_s = None if most_s is None else most_s - (time.perf_counter() - begun_s)
-        found = _measured(stack, names, chosen, question.judged, left_s, progress)
+        with bound_to_core(core):
+            found = _measured(stack, names, chosen, question.judged, left_s, progress)
     finally:
         stack.close()
     measured, late = found.measured, found.late
@@ -436,6 +441,7 @@ def verify(
             f"{len(measured)} of {len(predictions.settings)} predicted settings run"
             + (f", no time for {', '.join(late)}" if late else ""),
             *_visit_notes(visits),
+            *(() if core is None else (f"the dispatching thread was bound to core {core}",)),
             "versions: " + ", ".join(f"{name} {one}" for name, one in versions().items()),
         ),
         tables={"step_times": _step_table(measured, question), "visits": visits},

@@ -327,6 +327,19 @@ def test_everybody_is_visited_thrice_before_anybody_is_given_up() -> None:
     assert [number for number, _ in order_of(found)] == [1, 1, 1, 2, 2, 2, 3, 3, 3]
 
 
+def test_nobody_is_given_up_after_two_visits() -> None:
+    # Time for six visits more, of which b needs three: the others are not expected to be known.
+    names = "abc"
+    given = limits(rounds=2, repetitions=2, most_repetitions=60)
+    machine = Machine(step_times(names))
+    measure(machine, names, given)
+    once_s = BUILT_S + CLOSED_S + 1.125 * 1.2
+    short = dataclasses.replace(given, most_s=machine.now_s - 100 + 6 * once_s)
+    found = measure(Machine(step_times(names)), names, short, spread=known_after(a=50, b=5, c=50))
+    visits = {name: len(each.visits) for name, each in found.measured.items() if each}
+    assert visits["b"] == 5 and min(visits.values()) == 3
+
+
 def test_spreads_are_drawn_once_per_visit() -> None:
     asked: Counter[tuple[str, int]] = Counter()
     spread = known_after(a=3, b=6)

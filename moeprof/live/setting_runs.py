@@ -238,7 +238,7 @@ class ResidentExperts:
 class SettingRun:
     """A stack under one setting, ready to be timed.
 
-    Steps that nobody judges (a prefill copies nearly all experts, for half a second) only bring
+    Steps that nobody judges (a prefill may copy half of all experts, for half a second) only bring
     caches to where judged steps find them. They are run without their copies: decisions, and with
     them all that judged steps do, are the same. Slots are filled with an expert beforehand, so that
     these read weights.

@@ -753,6 +753,11 @@ def _replay(
     multiple=True,
     help="Measure nothing; put calibrations of one kind of machine together. Say it for each.",
 )
+@click.option(
+    "--quiet-core",
+    is_flag=True,
+    help="Keep the thread that measures on a core that is quiet, chosen again and again.",
+)
 @click.option("--force", is_flag=True, help="Replace an existing file.")
 @_talkative
 @click.pass_context
@@ -769,6 +774,7 @@ def calibrate(
     ranks: int | None,
     trials_from: str | None,
     pooled_files: tuple[str, ...],
+    quiet_core: bool,
     force: bool,
 ) -> int:
     """Measure what this machine does, once, for predictions.
@@ -791,8 +797,8 @@ def calibrate(
 
     if pooled_files:
         measured = ("device", "expert_bytes", "dtype", "policies", "kernels", "ranks",
-                    "trials_from")  # fmt: skip
-        said = [name for name in measured if context.params[name] is not None]
+                    "trials_from", "quiet_core")  # fmt: skip
+        said = [name for name in measured if context.params[name] not in (None, False)]
         if said:
             option = said[0].replace("_", "-")
             raise click.UsageError(f"--pool measures nothing: leave out --{option}", context)
@@ -822,6 +828,7 @@ def calibrate(
             place,
             sizes=sizes,
             num_ranks=None if num_ranks == 1 else num_ranks,
+            quiet_core=quiet_core,
             command=shlex.join(["moeprof", *sys.argv[1:]]),
             progress=lambda item, done, total: show("calibrating", done, total, item),
             **{name: value for name, value in given.items() if value is not None},
@@ -878,6 +885,11 @@ def _pool_calibrations(talk: Talk, files: Sequence[str], target: Path, *, force:
 @click.option("--only", callback=_listed(), help="Run these settings of the predictions.")
 @click.option("--most-seconds", type=float, help="Repeat less, to end by then.")
 @click.option("--share-host", is_flag=True, help="One host copy of random experts for all layers.")
+@click.option(
+    "--quiet-core",
+    is_flag=True,
+    help="Keep the thread that measures on a core that is quiet, chosen again and again.",
+)
 @click.option("--force", is_flag=True, help="Replace an existing file.")
 @_talkative
 @click.pass_context
@@ -933,6 +945,7 @@ def verify(context: click.Context, /, trace: str, **options: Any) -> int:
             share_host=options["share_host"],
             only=options["only"],
             most_s=options["most_seconds"],
+            quiet_core=options["quiet_core"],
             progress=lambda item, done, total: show("measuring", done, total, item),
         )
     if output is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Callable
 from functools import partial
@@ -49,10 +50,13 @@ def calibrated(run: Run, *more: str) -> tuple[int, str, str]:
 
 
 def test_small_experts_are_measured_at_their_own_width(run: Run, tmp_path: Path) -> None:
-    code, _, err = calibrated(run, "-o", "cpu.json", "--expert-bytes", "16x24,12KiB")
+    quiet = ("--quiet-core",) if hasattr(os, "sched_setaffinity") else ()
+    code, _, err = calibrated(run, "-o", "cpu.json", "--expert-bytes", "16x24,12KiB", *quiet)
     assert code == 0, err
     machine = read_calibration(tmp_path / "cpu.json")
     assert machine.device_expert.expert_bytes == (3 * 16 * 24 * 4, 12288)
+    assert all(quiet_core in machine.command for quiet_core in quiet)
+    assert machine.host_probes_ms and min(machine.host_probes_ms) > 0
     code, _, err = calibrated(run, "-o", "other.json", "--expert-bytes", "16x24:bias")
     assert code == 2 and "gated and without bias" in err
     assert not (tmp_path / "other.json").exists()
@@ -179,6 +183,7 @@ def test_calibrations_of_other_weights_are_pooled(run: Run, tmp_path: Path) -> N
         (("calibrate", "--device", "cpu", "--policies", "best"), 2, "no policy 'best'"),
         (("calibrate", "--device", "cpu", "--trials-from", "bad.json"), 3, "cannot be read"),
         (("calibrate", "--device", "cpu", "-o", "bad.json"), 1, "bad.json exists"),
+        (("calibrate", "--pool", "bad.json", "--quiet-core"), 2, "leave out --quiet-core"),
     ],
 )
 def test_mistakes_are_one_line(

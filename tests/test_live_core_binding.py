@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 import threading
 
 import pytest
@@ -12,27 +14,70 @@ if not hasattr(os, "sched_setaffinity"):
     pytest.skip("the system binds no threads", allow_module_level=True)
 
 from moeprof.errors import UsageError
-from moeprof.live.core_binding import allowed_cores, bound_to_core, quietest_core
+from moeprof.live.core_binding import QuietCore, allowed_cores
 
 
-def test_the_calling_thread_is_bound_and_let_go() -> None:
+class Machine:
+    """Cores whose speed is made up; counts how often each was probed."""
+
+    def __init__(self) -> None:
+        self.cores = sorted(allowed_cores())
+        self.times = dict.fromkeys(self.cores, 3.0)
+        self.probed: list[int] = []
+
+    def probe(self) -> float:
+        (core,) = allowed_cores()
+        self.probed.append(core)
+        return self.times[core]
+
+
+@pytest.fixture
+def machine() -> Machine:
+    found = Machine()
+    if len(found.cores) < 2:
+        pytest.skip("one core only")
+    return found
+
+
+def test_the_calling_thread_is_kept_on_the_quietest_core_and_let_go(machine: Machine) -> None:
     before = allowed_cores()
-    for core in sorted(before)[:2]:
-        with bound_to_core(core):
-            assert allowed_cores() == {core}
-        assert allowed_cores() == before
-    with pytest.raises(KeyboardInterrupt), bound_to_core(min(before)):
+    quiet = machine.cores[-1]
+    machine.times[quiet] = 1.5
+    with QuietCore(probe=machine.probe) as own:
+        assert own.core is None and allowed_cores() == before
+        assert own.settle() == 1.5
+        assert own.core == quiet and allowed_cores() == {quiet}
+        # The first time all are asked.
+        assert machine.probed == machine.cores
+        machine.probed.clear()
+        assert own.settle() == 1.5 and machine.probed == [quiet]
+    assert allowed_cores() == before
+    with pytest.raises(KeyboardInterrupt), QuietCore(probe=machine.probe) as own:
+        own.settle()
         raise KeyboardInterrupt
     assert allowed_cores() == before
 
 
-def test_no_core_binds_nothing() -> None:
-    before = allowed_cores()
-    with bound_to_core(None):
-        assert allowed_cores() == before
+def test_it_moves_where_its_core_becomes_slow(machine: Machine) -> None:
+    first, second = machine.cores[:2]
+    machine.times[first] = 1.5
+    with QuietCore(probe=machine.probe) as own:
+        own.settle()
+        assert own.core == first
+        machine.times |= {first: 2.8, second: 1.55}
+        machine.probed.clear()
+        assert own.settle() == 1.55 and own.core == second
+        # Its own core, then from the next one on until one is quiet.
+        assert machine.probed == [first, second]
+        # A tenth is no reason to move.
+        machine.times[second] = 1.65
+        assert own.settle() == 1.65 and own.core == second
+        # Where none is quiet the best one has to do.
+        machine.times |= dict.fromkeys(machine.cores, 3.0) | {first: 2.5}
+        assert own.settle() == 2.5 and own.core == first
 
 
-def test_other_threads_stay_as_they_are() -> None:
+def test_other_threads_stay_as_they_are(machine: Machine) -> None:
     before = allowed_cores()
     go, seen = threading.Event(), []
 
@@ -42,7 +87,8 @@ def test_other_threads_stay_as_they_are() -> None:
 
     thread = threading.Thread(target=look)
     thread.start()
-    with bound_to_core(min(before)):
+    with QuietCore(probe=machine.probe) as own:
+        own.settle()
         go.set()
         thread.join()
     assert seen == [before]
@@ -50,20 +96,17 @@ def test_other_threads_stay_as_they_are() -> None:
 
 def test_torch_s_threads_are_there_before() -> None:
     """In a process of its own: here they are there already."""
-    import subprocess
-    import sys
-
     code = """
 import os, torch
 torch.set_num_threads(2)
-from moeprof.live.core_binding import bound_to_core
+from moeprof.live.core_binding import QuietCore
 def affinities():
     tasks = map(int, os.listdir("/proc/self/task"))
     return {task: os.sched_getaffinity(task) for task in tasks}
-core = min(os.sched_getaffinity(0))
-with bound_to_core(core):
+with QuietCore() as own:
+    own.settle()
     torch.ones(1 << 20).mul_(2.0)
-    bound = [task for task, cores in affinities().items() if cores == {core}]
+    bound = [task for task, cores in affinities().items() if cores == {own.core}]
     assert bound == [os.getpid()], bound
 assert all(len(cores) > 1 for cores in affinities().values())
 """
@@ -73,34 +116,8 @@ assert all(len(cores) > 1 for cores in affinities().values())
     subprocess.run([sys.executable, "-c", code], check=True, env=environment)
 
 
-def test_a_core_that_is_not_there() -> None:
-    before = allowed_cores()
-    with (
-        pytest.raises(UsageError, match="may not run on core 99999") as caught,
-        bound_to_core(99999),
-    ):
-        pytest.fail("it was bound")
-    assert caught.value.hint
-    assert allowed_cores() == before
-
-
 def test_a_system_that_binds_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr(os, "sched_setaffinity")
-    with pytest.raises(UsageError, match="binds no thread"):
-        allowed_cores()
-    with bound_to_core(None):
-        pass
-
-
-def test_the_quietest_core() -> None:
-    cores = sorted(allowed_cores())
-    quiet = cores[-1]
-
-    def probe() -> float:
-        (core,) = allowed_cores()
-        return 1.0 if core == quiet else 2.0
-
-    assert quietest_core(probe=probe) == quiet
-    assert quietest_core(cores[:1], probe=probe) == cores[0]
-    assert allowed_cores() == set(cores)
-    assert quietest_core() in cores
+    with pytest.raises(UsageError, match="binds no thread") as caught:
+        QuietCore()
+    assert caught.value.hint

@@ -180,25 +180,35 @@ def test_settings_can_be_run_in_parts(trace: Any, machine: Any) -> None:
         live.verify(trace, predictions=made, device="cpu", only=["lru:3"])
 
 
-def test_the_thread_stays_on_a_core_where_asked_to(
+def test_the_thread_stays_on_a_quiet_core_where_asked_to(
     trace: Any, machine: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if not hasattr(os, "sched_setaffinity"):
         pytest.skip("the system binds no threads")
-    seen = []
-    real = verification.run_in_rounds
-
-    def run(*given: Any, **more: Any) -> Any:
-        seen.append(os.sched_getaffinity(0))
-        return real(*given, **more)
-
-    monkeypatch.setattr(verification, "run_in_rounds", run)
     before = os.sched_getaffinity(0)
-    core = max(before)
-    bound = live.verify(trace, machine, SETTINGS[:1], OPTIONS, device="cpu", core=core)
-    assert seen == [{core}] and os.sched_getaffinity(0) == before
-    assert f"the dispatching thread was bound to core {core}" in bound.notes
+    quiet = max(before)
+    seen = []
+
+    class Here(verification.QuietCore):
+        def __init__(self) -> None:
+            super().__init__(probe=lambda: 1.0 if os.sched_getaffinity(0) == {quiet} else 2.0)
+
+    real = verification.SettingRun.step_ms
+
+    def step_ms(self: Any) -> Any:
+        seen.append(os.sched_getaffinity(0))
+        return real(self)
+
+    monkeypatch.setattr(verification, "QuietCore", Here)
+    monkeypatch.setattr(verification.SettingRun, "step_ms", step_ms)
+    bound = live.verify(trace, machine, SETTINGS[:1], OPTIONS, device="cpu", quiet_core=True)
+    assert seen and all(each == {quiet} for each in seen)
+    assert os.sched_getaffinity(0) == before
+    assert verification.QUIET_CORE_NOTE in bound.notes
+    assert (bound.tables["visits"]["probe_ms"] == 1.0).all()
     assert any("the others without their copies" in note for note in bound.notes)
+    free = live.verify(trace, machine, SETTINGS[:1], OPTIONS, device="cpu")
+    assert verification.QUIET_CORE_NOTE not in free.notes
 
 
 def test_what_does_not_fit_is_said(

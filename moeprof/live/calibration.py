@@ -9,6 +9,7 @@ the constants and how sure predictions are (`moeprof.replay.corrections`). Leave
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
@@ -31,6 +32,7 @@ from moeprof.live.calibration_trials import (
 )
 from moeprof.live.ceilings import measure_ceilings
 from moeprof.live.constant_bench import ConstantBench, streamed_times
+from moeprof.live.core_binding import QuietCore
 from moeprof.live.decision_times import decision_times, foresee_time
 from moeprof.live.exchange_times import exchange_curve
 from moeprof.live.host_probe import probe_ms
@@ -66,6 +68,7 @@ def calibrate(
     kernels: Sequence[str] = tuple(KERNELS),
     num_ranks: int | None = None,
     trials_from: Calibration | None = None,
+    quiet_core: bool = False,
     command: str = "moeprof.live.calibrate",
     progress: Progress | None = None,
 ) -> Calibration:
@@ -84,6 +87,8 @@ def calibrate(
             ``if __name__ == "__main__":``.
         trials_from: Another machine's calibration: what its trials say is taken over, and only
             constants are measured here.
+        quiet_core: Keep the calling thread on a core that is quiet when a part begins
+            (`moeprof.live.core_binding`), as a verification does that is told to.
         command: What to write into the file as the command.
         progress: Called with (what is measured, parts done, parts in all).
 
@@ -114,9 +119,15 @@ def calibrate(
     exchange = None if num_ranks is None else exchange_curve(num_ranks, device=target)
     with tempfile.TemporaryDirectory() as folder, torch.no_grad(), made_current(target):
         regimes = [made_up(Path(folder), chosen, regime) for regime in chosen.regimes]
-        machine, tried = _measured(
-            target, chosen, regimes, policies, kernels, command, show, trials=trials_from is None
-        )
+        measure = functools.partial(
+            _measured, target, chosen, regimes, policies, kernels, command, show,
+            trials=trials_from is None,
+        )  # fmt: skip
+        if quiet_core:
+            with QuietCore() as quiet:
+                machine, tried = measure(quiet.settle)
+        else:
+            machine, tried = measure(probe_ms)
     found = (
         _corrected(machine, tried) if trials_from is None else with_trials_of(machine, trials_from)
     )
@@ -156,6 +167,7 @@ def _measured(
     kernels: Sequence[str],
     command: str,
     show: Progress,
+    probe_host: Callable[[], float],
     *,
     trials: bool,
 ) -> tuple[Calibration, list[TriedSetting]]:
@@ -168,7 +180,7 @@ def _measured(
     probes: list[float] = []
 
     def probe() -> None:
-        probes.append(probe_ms())
+        probes.append(probe_host())
 
     show("rates of the device", next(count), parts)
     ceilings = measure_ceilings(

@@ -1,4 +1,4 @@
-"""The calling thread on one core for a while, where the system moves it about.
+"""The calling thread on a quiet core for a while, where the system would move it about.
 
 A thread that waits for the device by reading memory again and again loses what it had in caches
 when it is moved, and cores differ: one may share its arithmetic with a busy neighbour, which guests
@@ -8,8 +8,8 @@ of a virtual machine are not told. Nothing here is used unless asked for.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from types import TracebackType
 
 import torch
 
@@ -18,37 +18,82 @@ from moeprof.live.host_probe import probe_ms
 
 # More than torch computes on one thread.
 _SHARED_OUT = 1 << 20
+# A core is quiet that takes no longer than this, over the least ever seen. A busy neighbour costs
+# more than half again.
+_QUIET = 1.12
 
 
-@contextmanager
-def bound_to_core(core: int | None) -> Iterator[None]:
-    """Keeps the calling thread on a core, and lets it go where it could before.
+class QuietCore:
+    """Keeps the calling thread on one core, chosen anew where that one has become slow.
 
     Threads that are there already stay as they are. Those that the calling thread starts meanwhile,
     and programs (compilers of kernels), are on that core too, and stay there: torch's own for the
-    processor are started before, those of a backward pass are not.
+    processor are started before, those of a backward pass are not. Used as a context, at whose end
+    the thread may run where it could before.
 
     Args:
-        core: Number of the core; None binds nothing.
+        probe: Time of a fixed piece of work.
 
     Raises:
-        UsageError: The thread may not run there, or the system binds no threads.
+        UsageError: The system binds no threads.
     """
-    if core is None:
-        yield
-        return
-    before = allowed_cores()
-    if core not in before:
-        raise UsageError(
-            f"this thread may not run on core {core}",
-            hint=f"one of {', '.join(map(str, sorted(before)))}",
-        )
-    _start_threads()
-    os.sched_setaffinity(0, {core})
-    try:
-        yield
-    finally:
-        os.sched_setaffinity(0, before)
+
+    def __init__(self, *, probe: Callable[[], float] = probe_ms) -> None:
+        self._probe = probe
+        self._before = allowed_cores()
+        self._least_ms: float | None = None
+        self._core: int | None = None
+
+    def __enter__(self) -> QuietCore:
+        _start_threads()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        where: TracebackType | None,
+    ) -> None:
+        os.sched_setaffinity(0, self._before)
+        self._core = None
+
+    @property
+    def core(self) -> int | None:
+        """Where the thread is; None before it was settled."""
+        return self._core
+
+    def settle(self) -> float:
+        """Stays where it is quiet, else looks for a core that is, and stays on the best found.
+
+        Returns:
+            The probe's time there.
+        """
+        if self._core is not None:
+            found = self._probed(self._core)
+            if self._is_quiet(found):
+                return found
+        # All are asked the first time, as nothing else says what quiet is. Later from the last core
+        # on, so that no core is always the first to be asked.
+        cores = sorted(self._before)
+        start = 0 if self._core is None else cores.index(self._core) + 1
+        is_first = self._least_ms is None
+        times: dict[int, float] = {}
+        for core in cores[start:] + cores[:start]:
+            times[core] = self._probed(core)
+            if not is_first and self._is_quiet(times[core]):
+                break
+        self._core = min(times, key=lambda core: times[core])
+        os.sched_setaffinity(0, {self._core})
+        return times[self._core]
+
+    def _probed(self, core: int) -> float:
+        os.sched_setaffinity(0, {core})
+        found = self._probe()
+        self._least_ms = found if self._least_ms is None else min(found, self._least_ms)
+        return found
+
+    def _is_quiet(self, found_ms: float) -> bool:
+        return self._least_ms is not None and found_ms <= _QUIET * self._least_ms
 
 
 def allowed_cores() -> set[int]:
@@ -58,27 +103,8 @@ def allowed_cores() -> set[int]:
         UsageError: The system binds no threads.
     """
     if not hasattr(os, "sched_setaffinity"):
-        raise UsageError("this system binds no thread to a core", hint="run without a core")
+        raise UsageError("this system binds no thread to a core", hint="run without --quiet-core")
     return set(os.sched_getaffinity(0))
-
-
-def quietest_core(
-    cores: Collection[int] | None = None, *, probe: Callable[[], float] = probe_ms
-) -> int:
-    """Returns the core on which a fixed piece of work is done fastest right now.
-
-    Args:
-        cores: Which are tried; all that the calling thread may run on when None.
-        probe: Time of the work.
-
-    Raises:
-        UsageError: The thread may not run on one of them, or the system binds no threads.
-    """
-    times = {}
-    for core in sorted(allowed_cores() if cores is None else cores):
-        with bound_to_core(core):
-            times[core] = probe()
-    return min(times, key=lambda core: times[core])
 
 
 def _start_threads() -> None:

@@ -14,6 +14,7 @@ Predictions can be written to a file before anything is measured, and read back 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import math
 import os
@@ -31,7 +32,8 @@ from numpy.typing import NDArray
 
 from moeprof.errors import MoeprofError, TraceError, UsageError
 from moeprof.live.cache_plans import PreparedCaches
-from moeprof.live.core_binding import bound_to_core
+from moeprof.live.core_binding import QuietCore
+from moeprof.live.host_probe import probe_ms
 from moeprof.live.rounds import RoundLimits, Rounds, Visited, run_in_rounds
 from moeprof.live.setting_runs import ResidentExperts, RoutedStack, SettingRun, open_stack
 from moeprof.live.step_percentiles import measured_ms, spread_of, spreads_of
@@ -60,6 +62,7 @@ DEFAULT_POLICIES = ("lru", "lfu", "paper", "min")
 DEFAULT_CAPACITIES = ("12.5%", "25%", "50%", "75%")
 DEFAULT_AHEAD = (("25%", 2), ("12.5%", 4))
 TOLERANCE = 0.02
+QUIET_CORE_NOTE = "the dispatching thread was kept on a core found quiet before each visit"
 
 _TAIL = 0.05
 _BISECTIONS = 60
@@ -348,7 +351,7 @@ def verify(
     share_host: bool = False,
     only: Sequence[str] | None = None,
     most_s: float | None = None,
-    core: int | None = None,
+    quiet_core: bool = False,
     progress: Progress | None = None,
 ) -> Result:
     """Predicts settings, runs them on this machine, and says how far off the predictions were.
@@ -371,8 +374,8 @@ def verify(
         only: Names of the settings to run, of those predicted; all when None.
         most_s: About so many seconds are taken. Where they are few settings are repeated less, then
             visited in fewer rounds, and only then left out.
-        core: Where the calling thread stays while settings run (`moeprof.live.core_binding`);
-            anywhere when None. Calibrations know nothing of it.
+        quiet_core: Keep the calling thread on a core that is quiet when a visit begins
+            (`moeprof.live.core_binding`). Machines should be calibrated likewise.
         progress: Called with (setting and round, visits done, visits planned).
 
     Raises:
@@ -416,8 +419,14 @@ def verify(
                 hint="say the shape of the experts, for both",
             )
         left_s = None if most_s is None else most_s - (time.perf_counter() - begun_s)
-        with bound_to_core(core):
-            found = _measured(stack, names, chosen, question.judged, left_s, progress)
+        measure = functools.partial(
+            _measured, stack, names, chosen, question.judged, left_s, progress
+        )
+        if quiet_core:
+            with QuietCore() as quiet:
+                found = measure(quiet.settle)
+        else:
+            found = measure(probe_ms)
     finally:
         stack.close()
     measured, late = found.measured, found.late
@@ -441,7 +450,7 @@ def verify(
             f"{len(measured)} of {len(predictions.settings)} predicted settings run"
             + (f", no time for {', '.join(late)}" if late else ""),
             *_visit_notes(visits),
-            *(() if core is None else (f"the dispatching thread was bound to core {core}",)),
+            *((QUIET_CORE_NOTE,) if quiet_core else ()),
             "versions: " + ", ".join(f"{name} {one}" for name, one in versions().items()),
         ),
         tables={"step_times": _step_table(measured, question), "visits": visits},
@@ -455,6 +464,7 @@ def _measured(
     judged: NDArray[np.int64],
     most_s: float | None,
     progress: Progress | None,
+    probe: Callable[[], float],
 ) -> Rounds:
     """Runs settings in rounds; times are of the judged steps."""
     resident = ResidentExperts()
@@ -482,7 +492,7 @@ def _measured(
     )
     _open_libraries(stack)
     try:
-        found = run_in_rounds(names, opened, limits, spread=spread, progress=progress)
+        found = run_in_rounds(names, opened, limits, spread=spread, probe=probe, progress=progress)
     finally:
         resident.let_go()
     of_judged = {

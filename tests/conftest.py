@@ -29,6 +29,10 @@ def _has_gpu() -> bool:
 if not _has_gpu():
     # Read when a kernel is declared: Triton then runs it in NumPy.
     os.environ.setdefault("TRITON_INTERPRET", "1")
+    if importlib.util.find_spec("triton") is not None:
+        import interpreter_speed
+
+        interpreter_speed.look_up_once()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

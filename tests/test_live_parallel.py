@@ -296,7 +296,11 @@ def ranks(dispatches):
         )
         for size in (2, 4, 8)
     ]
-    seen = run_ranks(parallel_ranks.run_everything, WORLD, CASES, every, timeout_s=240)
+    # Imported once for all: eight times would take longer than everything ranks do here.
+    multiprocessing.set_forkserver_preload(["moeprof.live.expert_parallel"])
+    seen = run_ranks(
+        parallel_ranks.run_everything, WORLD, CASES, every, timeout_s=240, start_method="forkserver"
+    )
     assert not multiprocessing.active_children()
     return seen
 

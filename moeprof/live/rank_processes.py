@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.multiprocessing.spawn import spawn
+from torch.multiprocessing.spawn import start_processes
 
 TIMEOUT_S = 300.0
 
@@ -26,6 +26,7 @@ def run_ranks(
     *arguments: Any,
     backend: str = "gloo",
     timeout_s: float = TIMEOUT_S,
+    start_method: str = "spawn",
 ) -> list[Any]:
     """Runs ``function(device, *arguments)`` on every rank; returns what each returned.
 
@@ -38,6 +39,8 @@ def run_ranks(
         *arguments: What can be pickled; so must be what it returns.
         backend: Of torch.distributed.
         timeout_s: Longest wait of one rank for another.
+        start_method: Of multiprocessing. With ``forkserver`` ranks share what was preloaded, and
+            none of them imports it anew; ``fork`` does not go with CUDA.
 
     Raises:
         torch.multiprocessing.ProcessRaisedException: A rank failed; holds its traceback.
@@ -45,7 +48,9 @@ def run_ranks(
     """
     with tempfile.TemporaryDirectory(prefix="moeprof-ranks-") as folder:
         given = (num_ranks, folder, backend, timeout_s, function, arguments)
-        spawn(_rank, args=given, nprocs=num_ranks)  # type: ignore[no-untyped-call]
+        start_processes(  # type: ignore[no-untyped-call]
+            _rank, args=given, nprocs=num_ranks, start_method=start_method
+        )
         return [pickle.loads(_result_path(folder, rank).read_bytes()) for rank in range(num_ranks)]
 
 

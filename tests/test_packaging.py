@@ -91,8 +91,11 @@ def test_the_unpacked_wheel_works_from_an_empty_folder(wheel, tmp_path):
     where = run("-c", "import moeprof; print(moeprof.__file__)").strip()
     assert Path(where).is_relative_to(site)
     assert "sample:mt: ok" in run("-m", "moeprof", "check", "sample:mt")
-    run("-m", "moeprof", "report", "sample:mt", "-f", "json")
+    # One section that compiles loops where the wheel lies, on a page made from its templates.
+    run("-m", "moeprof", "report", "sample:mt", "--only", "balancing")
+    assert "<html" in (folder / "sample-mt.html").read_text()
     assert (folder / "sample-mt.json").exists()
+    assert list(site.rglob("*.nbi"))
     assert "zoo:lm" in run("-m", "moeprof", "record", "zoo:lm", "--dry-run", "--device", "cpu")
 
 

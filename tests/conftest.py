@@ -52,3 +52,11 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture
+def coarse_figures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Draws the figures of analyses with few dots: tests look at files, not at what they show."""
+    from analysis import live_styles
+
+    monkeypatch.setattr(live_styles, "DPI", 40)

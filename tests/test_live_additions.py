@@ -327,6 +327,7 @@ def test_another_machine_stands_beside_with_predictions_of_its_own(evidence, tmp
     assert heights[1] > 1.5 * heights[0]
 
 
+@pytest.mark.usefixtures("coarse_figures")
 def test_the_command_writes_what_is_there(additions, tmp_path, capsys):
     results, out = tmp_path / "results", tmp_path / "out"
     results.mkdir()

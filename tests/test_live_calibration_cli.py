@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -26,6 +27,9 @@ Run = Callable[..., tuple[int, str, str]]
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 SHAPE = ("--shape", "32x8", "--dtype", "float32")
+CALIBRATE = (
+    "calibrate", "--device", "cpu", "--policies", "lru,min", "--kernels", "dynamic_loop",
+)  # fmt: skip
 
 
 @pytest.fixture
@@ -43,10 +47,19 @@ def run(capsys: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Run:
     return runner
 
 
+@pytest.fixture(scope="module")
+def of_another_machine(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A calibration that tests take as another machine's: measured once, and copied by each."""
+    path = tmp_path_factory.mktemp("other") / "other.json"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(calibration, "CPU_SIZES", TINY)
+        arguments = ("-o", str(path), "--expert-bytes", "3KiB")
+        assert cli.main([*CALIBRATE, *arguments]) == 0
+    return path
+
+
 def calibrated(run: Run, *more: str) -> tuple[int, str, str]:
-    return run(
-        "calibrate", "--device", "cpu", "--policies", "lru,min", "--kernels", "dynamic_loop", *more
-    )
+    return run(*CALIBRATE, *more)
 
 
 def test_small_experts_are_measured_at_their_own_width(run: Run, tmp_path: Path) -> None:
@@ -119,9 +132,8 @@ def test_ranks_exchange_when_asked(
     assert read_calibration(tmp_path / "calibration.json").all_to_all is None
 
 
-def test_trials_of_another_machine(run: Run, tmp_path: Path) -> None:
-    code, _, err = calibrated(run, "-o", "other.json", "--expert-bytes", "3KiB")
-    assert code == 0, err
+def test_trials_of_another_machine(run: Run, tmp_path: Path, of_another_machine: Path) -> None:
+    shutil.copy(of_another_machine, "other.json")
     other = read_calibration(tmp_path / "other.json")
     arguments = ("-o", "own.json", "--expert-bytes", "3KiB", "--trials-from", "other.json")
     code, _, err = calibrated(run, *arguments)
@@ -145,10 +157,9 @@ def test_trials_of_another_machine(run: Run, tmp_path: Path) -> None:
 
 
 def test_trials_are_refused_before_anything_is_measured(
-    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    run: Run, of_another_machine: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    code, _, err = calibrated(run, "-o", "other.json", "--expert-bytes", "3KiB")
-    assert code == 0, err
+    shutil.copy(of_another_machine, "other.json")
     monkeypatch.setattr(calibration, "made_up", None)
     code, _, err = calibrated(run, "--trials-from", "other.json", "--dtype", "bfloat16")
     assert code == 3 and "experts of float32 there, bfloat16 here" in err
@@ -196,11 +207,11 @@ def test_mistakes_are_one_line(
     assert err.splitlines()[1].startswith("hint: ") and len(err.splitlines()) == 2
 
 
-def test_settings_of_predictions_cannot_be_changed(run: Run, tmp_path: Path) -> None:
-    calibrated(run)
-    assert (tmp_path / "calibration.json").exists()
+def test_settings_of_predictions_cannot_be_changed(run: Run, of_another_machine: Path) -> None:
+    shutil.copy(of_another_machine, "calibration.json")
     base = ("verify", "t.moeprof")
-    run(*base, "--calibration", "calibration.json", *SHAPE, "--settings", "lru:2",
-        "--predict-only", "-o", "p.json")  # fmt: skip
+    code, _, err = run(*base, "--calibration", "calibration.json", *SHAPE, "--settings", "lru:2",
+                       "--predict-only", "-o", "p.json")  # fmt: skip
+    assert code == 0, err
     code, _, err = run(*base, "--predictions", "p.json", "--max-steps", "3")
     assert code == 2 and "--max-steps is that of the predictions" in err

@@ -363,6 +363,7 @@ def test_what_the_readme_says_of_the_first_calibration_of_small_experts():
     assert first["date"] < later["date"]
 
 
+@pytest.mark.usefixtures("coarse_figures")
 def test_the_command_writes_page_rows_and_figures(tmp_path, capsys, evidence):
     out = tmp_path / "out"
     figure = tmp_path / "docs" / "figure.png"
@@ -419,6 +420,7 @@ def test_rows_that_are_not_there_are_named(raw, evidence):
         best_of(headline_rows(evidence.headline).query("gating != 'dense'"), "dense")
 
 
+@pytest.mark.usefixtures("coarse_figures")
 def test_hostile_text_is_escaped(tmp_path, raw):
     hostile = '<script>alert("x")</script> $\\frac{ | _a_'
     for name, file in FILES.items():

@@ -328,9 +328,12 @@ def test_saving_elsewhere_is_one_line(report, tmp_path):
         moeprof.report([])
 
 
-def test_paths_are_opened(lm):
-    assert moeprof.report(lm.path).json_data["traces"][0]["name"] == "lm"
-    twice = moeprof.report([lm, lm.path]).json_data["traces"]
+def test_paths_are_opened(tmp_path):
+    small = synthetic_trace(
+        tmp_path / "lm.moeprof", num_requests=2, num_sites=1, num_experts=4, output_tokens=4
+    )
+    assert moeprof.report(small.path).json_data["traces"][0]["name"] == "lm"
+    twice = moeprof.report([small, small.path]).json_data["traces"]
     assert [trace["id"] for trace in twice] == ["lm", "lm-2"]
 
 

@@ -25,7 +25,6 @@ FILES: Mapping[str, str] = MappingProxyType(
         "headline": "paper_headline.json",
         "kernels": "gating_kernels.json",
         "buffering": "buffering_live.json",
-        "checks": "buffering_checks.json",
         "twin": "twin_lm.json",
         "twin_mt": "twin_mt.json",
     }
@@ -35,12 +34,11 @@ _NEEDED: Mapping[str, tuple[str, ...]] = MappingProxyType(
         "headline": ("config", "routing", "weight_bytes", "rows", "breakdown", "headline"),
         "kernels": ("check", "ceilings", "routing", "rows"),
         "buffering": ("studies",),
-        "checks": ("studies",),
         "twin": ("config", "text", "learned", "held_out", "recorded", "routing"),
         "twin_mt": ("config", "text", "learned", "held_out", "recorded", "routing", "beside"),
     }
 )
-_BY_STUDY = ("buffering", "checks")
+_BY_STUDY = ("buffering",)
 """Results whose studies may come from several runs: each says its own command and device."""
 _ALWAYS = ("command", "date", "hardware", "versions")
 ADDITIONAL_FILES: Mapping[str, str] = MappingProxyType(
@@ -112,7 +110,6 @@ class Evidence:
         headline: The founding paper's language model, whole.
         kernels: Gating kernels against the floor.
         buffering: Live expert buffering.
-        checks: Live expert buffering in a run whose times were disturbed: its checks alone.
         twin: The model whose routing drove the paper's language model.
         twin_mt: The same for its translation model.
         additions: Those of `ADDITIONAL_FILES` that are there, by name.
@@ -121,7 +118,6 @@ class Evidence:
     headline: Mapping[str, Any]
     kernels: Mapping[str, Any]
     buffering: Mapping[str, Any]
-    checks: Mapping[str, Any]
     twin: Mapping[str, Any]
     twin_mt: Mapping[str, Any]
     additions: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
@@ -402,6 +398,7 @@ QWEN_STUDY = "qwen3-30b-a3b"
 STUDIES: Mapping[str, str] = MappingProxyType(
     {
         QWEN_STUDY: "Qwen3-30B-A3B geometry",
+        f"{QWEN_STUDY}-further": "Qwen3-30B-A3B geometry, further settings",
         "mt-decoder": "the paper's MT decoder",
         "zoo-lm": "zoo:lm",
     }
@@ -479,19 +476,15 @@ def buffering_rows(buffering: Mapping[str, Any]) -> pd.DataFrame:
 def buffering_matrix(buffering: Mapping[str, Any]) -> pd.DataFrame:
     """Returns one row per study, capacity, policy and miss action: what was checked, what held.
 
-    A check that was not looked at is None. ``link_error`` is the largest of the repetitions, and
-    ``link_error_net`` the same less the bytes that the same run receives where no expert is copied,
-    or, in older results, the run without a buffer: commands, ids, rows.
+    A check that was not looked at is None. ``link_error`` is the largest of the repetitions.
+    ``link_error_net`` is the middle one, less the bytes that the same run receives where no expert
+    is copied: commands, ids and rows, which vary from run to run.
     """
     rows = []
     for name, study in buffering["studies"].items():
-        received = _link_bytes(study["unbuffered"])
-        overhead = study["link_bytes_per_byte_copied"]
         for row in study["settings"]:
             errors = row.get("link_errors") or [math.nan]
-            copied = row["copied_bytes"] * (overhead or math.nan)
-            own = float(np.median(received)) / copied if received and copied else math.nan
-            net = row.get("link_errors_net") or [error - own for error in errors]
+            net = row.get("link_errors_net") or [math.nan]
             control = row.get("wrong_expert_on_host")
             rows.append(
                 {
@@ -519,18 +512,11 @@ def buffering_matrix(buffering: Mapping[str, Any]) -> pd.DataFrame:
                     "no_allocations": row["allocations_in_steady_state"] == 0,
                     "memory_as_predicted": row["requested_as_predicted"],
                     "link_error": max(errors),
-                    "link_error_net": max(abs(error) for error in net),
+                    "link_error_net": abs(float(np.median(net))),
+                    "link_error_net_worst": max(abs(error) for error in net),
                 }
             )
     return pd.DataFrame(rows)
-
-
-def _link_bytes(unbuffered: Mapping[str, Any]) -> list[int]:
-    """Returns the bytes received in the repetitions without a buffer, where they were counted."""
-    every = unbuffered.get("link_bytes") or [
-        each["link_bytes"] for each in unbuffered.get("repetitions", ())
-    ]
-    return [count for count in every if count is not None]
 
 
 CHECK_COLUMNS = ("outputs_hold", "lookups_equal_replay", "slots_intact", "profiler_copies_equal",

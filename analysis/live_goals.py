@@ -157,11 +157,11 @@ def goals(evidence: Evidence) -> list[Goal]:
         all(held.values()),
         "buffering",
     )
-    looked = buffering_matrix(evidence.checks)
+    looked = buffering_matrix(evidence.buffering)
     counted = looked["profiler_copies_equal"].dropna().astype(bool)
     add(
-        "Live buffering, run of checks: copies and bytes that the profiler counts, against the "
-        "predicted ones of each step",
+        "Live buffering: copies and bytes that the profiler counts, against the predicted ones of "
+        "each step",
         "equal",
         f"at {counted.sum()} of {len(counted)} settings of {looked['study'].nunique()} models",
         bool(counted.all()) if len(counted) else None,
@@ -170,8 +170,8 @@ def goals(evidence: Evidence) -> list[Goal]:
     net = looked["link_error_net"].dropna()
     within = int((net <= GOAL_LINK_ERROR).sum())
     add(
-        "The same run: PCIe counters, less what it receives without copies, against the bytes "
-        "copied, largest difference",
+        "Live buffering: PCIe counters, less what the run receives without copies, against the "
+        "bytes copied, largest difference",
         f"within {percent(GOAL_LINK_ERROR)}",
         f"{100 * net.max():.1f}%; within at {within} of {len(net)} settings",
         within == len(net),
@@ -244,7 +244,7 @@ def readme_rows(evidence: Evidence) -> list[tuple[str, str, str, str]]:
     base = buffered.iloc[0]
     lru = buffered[buffered["policy"] == "lru"].iloc[0]
     held = checks_held(only_study(evidence.buffering, QWEN_STUDY))
-    counted = buffering_matrix(evidence.checks)["profiler_copies_equal"].dropna().astype(bool)
+    counted = buffering_matrix(evidence.buffering)["profiler_copies_equal"].dropna().astype(bool)
     text = held_out_rows(evidence.twin)
     skewed = [many[routing] for routing in ROUTINGS if routing != "uniform"]
     made = [

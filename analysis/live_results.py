@@ -67,7 +67,7 @@ def results_page(evidence: Evidence) -> Report:
     parts = [
         headline_part(evidence.headline),
         kernels_part(evidence.kernels),
-        buffering_part(evidence.buffering, evidence.checks),
+        buffering_part(evidence.buffering),
         twin_part(evidence.twin),
         twin_part(evidence.twin_mt, "twin_mt"),
         *(each.part(data) for each, data in present(evidence)),
@@ -203,7 +203,6 @@ def frames(evidence: Evidence) -> dict[str, pd.DataFrame]:
         "kernels": kernel_rows(evidence.kernels),
         "buffering": buffering_rows(evidence.buffering),
         "buffering-checks": buffering_matrix(evidence.buffering),
-        "buffering-disturbed": buffering_matrix(evidence.checks),
         "twin": held_out_rows(evidence.twin),
         "twin-routing": routing_rows(evidence.twin),
         "twin-mt": held_out_rows(evidence.twin_mt),

@@ -30,6 +30,8 @@ _SOURCE = (
     "verified", "predicted", "trace", "model", "machine", "versions", "calibrated_on", "calibrated",
     "predicted_on", "measured_on", "printed", "beside",
 )  # fmt: skip
+"""What is kept of a source; ``printed`` where an earlier round had no more than a printed table."""
+
 _KEPT = ("command", "counts", "all", "goals")
 _OF_REGRET = ("choices", "median", "worst", "without_future", "by_machine")
 _HINT = "give what analysis.prediction_quality wrote"

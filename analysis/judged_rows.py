@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from analysis.judgements import ERRORS, PREDICTED, PRINTED, Judgement
+from analysis.judgements import PREDICTED, Judgement
 from moeprof.live.step_percentiles import measured_ms, spread_of, visits_of
 from moeprof.live.verification import binomial_interval, regrets
 from moeprof.replay.cache.policies import POLICIES
@@ -24,7 +24,11 @@ from moeprof.replay.serving_settings import GatingSetting, Setting, parse_settin
 
 QUANTILES = (0.25, 0.5, 0.75, 0.9, 1.0)
 MODELS_OF_TIME: Mapping[str, str] = MappingProxyType(
-    dict(zip(("model", "bytes over bandwidth", "the mean"), ERRORS, strict=True))
+    {
+        "model": "error",
+        "bytes over bandwidth": "naive_bandwidth_error",
+        "the mean": "naive_mean_error",
+    }
 )
 """Columns of errors, moeprof's first."""
 
@@ -32,8 +36,8 @@ MODELS_OF_TIME: Mapping[str, str] = MappingProxyType(
 def pooled_rows(judgements: Sequence[Judgement]) -> pd.DataFrame:
     """Returns one row per trace, machine, setting and percentile, errors computed again.
 
-    What comes from a printed table stays as printed, its ``raw_ms`` NaN. ``inside`` is None where
-    no interval was stated, all that is measured NaN where the setting did not fit.
+    ``inside`` is None where no interval was stated, all that is measured NaN where the setting did
+    not fit.
     """
     rows = []
     for one in judgements:
@@ -52,13 +56,10 @@ def pooled_rows(judgements: Sequence[Judgement]) -> pd.DataFrame:
                 "raw_ms": math.nan,
                 "measured_spread": math.nan,
                 "repetitions": row["repetitions"],
-                "printed": one.is_printed,
                 "inside": None,
                 **dict.fromkeys(MODELS_OF_TIME.values(), math.nan),
             }
-            if one.is_printed:
-                own |= {key: row[key] for key in PRINTED if key not in PREDICTED}
-            elif row["setting"] in times_of:
+            if row["setting"] in times_of:
                 times = np.array(times_of[row["setting"]]["measured_ms"], float)
                 value = measured_ms(times, row["percentile"])
                 low, high = row["low_ms"], row["high_ms"]
@@ -117,12 +118,11 @@ def quality_of(rows: pd.DataFrame) -> dict[str, Any]:
         "coverage_high": high,
         "below": int((stated["measured_ms"] < stated["low_ms"]).sum()),
         "above": int((stated["measured_ms"] > stated["high_ms"]).sum()),
-        "raw_stated": int(stated["raw_ms"].notna().sum()),
         "raw_inside": int(
             ((stated["low_ms"] <= stated["raw_ms"]) & (stated["raw_ms"] <= stated["high_ms"])).sum()
         ),
         "raw_median_error": float((known["predicted_ms"] / known["raw_ms"] - 1).abs().median())
-        if known["raw_ms"].notna().any()
+        if len(known)
         else None,
         "median_signed_error": float(known["error"].median()) if len(known) else None,
         "absolute_errors": errors,

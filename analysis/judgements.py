@@ -1,9 +1,7 @@
 """Files of `moeprof verify` and the predictions that they judge, read and held to each other.
 
 Every row judged must be a row predicted, and predicted earlier than it was measured; what a file
-says must be what its steps say. Of some runs only the printed table was kept
-(`analysis.printed_verifications`): those are held to the predictions by the digits that were
-printed. Leaves out how good predictions were (`analysis.judged_rows`).
+says must be what its steps say. Leaves out how good predictions were (`analysis.judged_rows`).
 """
 
 from __future__ import annotations
@@ -18,7 +16,6 @@ from typing import Any
 
 import numpy as np
 
-from analysis.printed_verifications import DIGITS, check_error
 from moeprof.errors import MoeprofError
 from moeprof.live.step_percentiles import measured_ms, visits_of
 from moeprof.live.verification import NAME, Predictions, read_predictions
@@ -32,12 +29,7 @@ PREDICTED = (
 CARRIED_FACT = "carried_for"
 """Among the facts of predictions that another machine's trials made."""
 
-_PRINTED_PREDICTIONS = ("predicted_ms", "low_ms", "high_ms")
-ERRORS = ("error", "naive_bandwidth_error", "naive_mean_error")
-PRINTED = (*_PRINTED_PREDICTIONS, "measured_ms", "measured_spread", "inside", *ERRORS)
-"""What a row of a printed table has."""
-
-_NEEDED = ("kind", "command", "date", "hardware", "versions", "notes", "rows")
+_NEEDED = ("kind", "command", "date", "hardware", "versions", "notes", "rows", "step_times")
 _CLOSE = 1e-9
 _HINT = "write it again: moeprof verify TRACE --predictions FILE -o FILE"
 
@@ -63,11 +55,6 @@ class Judgement:
         """Where it was measured."""
         hardware = self.content["hardware"]
         return str(hardware["device_name"] or hardware.get("cpu_name"))
-
-    @property
-    def is_printed(self) -> bool:
-        """Whether only a printed table was kept."""
-        return "printed" in self.content
 
     @property
     def trace(self) -> str:
@@ -110,8 +97,6 @@ def read_judgements(verified: Iterable[Path], predicted: Iterable[Path]) -> list
     for path in sorted(verified):
         content = _read(path)
         name = _predictions_of(path, content, known)
-        if "printed" in content:
-            content = _filled(path, content, known[name])
         one = Judgement(name=path.name, content=content, predicted=name, predictions=known[name])
         _check_dates(one)
         for setting in dict.fromkeys(row["setting"] for row in content["rows"]):
@@ -136,18 +121,11 @@ def _read(path: Path) -> Mapping[str, Any]:
         raise MoeprofError(f"{path} cannot be read: {error}", hint=_HINT) from error
     if not isinstance(content, dict) or content.get("kind") != f"moeprof {NAME}":
         raise MoeprofError(f"{path} is not from moeprof verify", hint=_HINT)
-    is_printed = "printed" in content
-    needed = _NEEDED if is_printed else (*_NEEDED, "step_times")
-    lacking = [field for field in needed if field not in content]
+    lacking = [field for field in _NEEDED if field not in content]
     if lacking:
         raise MoeprofError(f"{path} lacks {', '.join(lacking)}", hint=_HINT)
     try:
-        if is_printed and "step_times" in content:
-            raise ValueError("a printed table has no times of steps")
         for row in content["rows"]:
-            if is_printed:
-                _check_printed_row(row)
-                continue
             _check_row(row, content["step_times"].get(row["setting"]))
     except (KeyError, TypeError, ValueError) as error:
         raise MoeprofError(f"{path} is damaged: {error!r}", hint=_HINT) from None
@@ -169,37 +147,15 @@ def _check_row(row: Mapping[str, Any], times: Mapping[str, Any] | None) -> None:
         raise ValueError(f"{what} says {row['measured_ms']} ms, its steps say otherwise")
 
 
-def _check_printed_row(row: Mapping[str, Any]) -> None:
-    """Raises where a row lacks a number, or its error is not what its times say."""
-    numbers = [float(row[key]) for key in PRINTED if key != "inside"]
-    if not (np.isfinite(numbers).all() and isinstance(row["inside"], bool)):
-        raise ValueError(f"{row['setting']} p{row['percentile']} has no numbers")
-    check_error(row, "error", row["predicted_ms"])
-
-
-def _filled(path: Path, content: Mapping[str, Any], predictions: Predictions) -> Mapping[str, Any]:
-    """Returns a printed file with what was predicted to every digit, and no times of steps."""
-    said = {(row["setting"], row["percentile"]): row for row in predictions.rows}
-    rows = []
-    try:
-        for row in content["rows"]:
-            own = said[row["setting"], row["percentile"]]
-            check_error(row, "naive_bandwidth_error", own["naive_bandwidth_ms"])
-            check_error(row, "naive_mean_error", own["naive_mean_ms"])
-            rows.append({**row, **{key: own[key] for key in PREDICTED}, "repetitions": None})
-    except MoeprofError as error:
-        raise MoeprofError(f"{path} is damaged: {error.message}", hint=error.hint) from None
-    return {**content, "rows": rows, "step_times": {}}
-
-
 def _predictions_of(
     path: Path, content: Mapping[str, Any], known: Mapping[str, Predictions]
 ) -> str:
     """Returns the file whose rows these are."""
-    same = _is_same_printed if "printed" in content else _is_same
     for name, predictions in known.items():
         rows = {(row["setting"], row["percentile"]): row for row in predictions.rows}
-        if all(same(row, rows.get((row["setting"], row["percentile"]))) for row in content["rows"]):
+        if all(
+            _is_same(row, rows.get((row["setting"], row["percentile"]))) for row in content["rows"]
+        ):
             return name
     raise MoeprofError(
         f"{path} judges what none of {', '.join(known) or 'no predictions'} says",
@@ -217,13 +173,6 @@ def _is_same(row: Mapping[str, Any], other: Mapping[str, Any] | None) -> bool:
         if one is not None and not math.isclose(one, two, rel_tol=_CLOSE, abs_tol=_CLOSE):
             return False
     return True
-
-
-def _is_same_printed(row: Mapping[str, Any], other: Mapping[str, Any] | None) -> bool:
-    return other is not None and all(
-        other[key] is not None and float(f"{other[key]:.{DIGITS}g}") == row[key]
-        for key in _PRINTED_PREDICTIONS
-    )
 
 
 def _check_dates(one: Judgement) -> None:

@@ -153,8 +153,7 @@ def predictions_part(data: Mapping[str, Any]) -> Described:
             "An error is predicted over measured, less 1; median errors are of absolute values. A "
             "prediction is a percentile (p50 or p99) of the step times of one setting on one "
             "machine, each step by its median over repetitions. Against percentiles of all "
-            f"repetitions of all steps {whole['raw_inside']} of {whole['raw_stated']} would lie "
-            "inside"
+            f"repetitions of all steps {whole['raw_inside']} of {whole['stated']} would lie inside"
             + (
                 f" and the median error be {100 * whole['raw_median_error']:.1f}%."
                 if whole["raw_median_error"] is not None
@@ -165,7 +164,6 @@ def predictions_part(data: Mapping[str, Any]) -> Described:
             "Settings compete at equal memory on one machine, for one trace and percentile; regret "
             "is the time of the recommended over that of the best measured, less 1."
             + _without_future(regret),
-            *_printed_note(data),
             *probe_notes(data),
             *carried_notes(data),
             f"{counts['not_to_tolerance']} of {whole['predictions']} percentiles are not known to "
@@ -290,19 +288,6 @@ def _without_future(regret: Mapping[str, Any]) -> str:
         f" Without policies that know the future: median {100 * own['median']:.1f}% of "
         f"{own['choices']} choices, worst {100 * own['worst']:.1f}%."
     )
-
-
-def _printed_note(data: Mapping[str, Any]) -> list[str]:
-    """Returns how many predictions are held to printed tables."""
-    number = data["counts"]["from_printed_tables"]
-    if not number:
-        return []
-    machines = dict.fromkeys(each["machine"] for each in data["sources"] if "printed" in each)
-    return [
-        f"{number} of {data['all']['predictions']} predictions ({', '.join(machines)}) are held to "
-        "the tables that moeprof verify printed, four digits each: the files with every repetition "
-        "were not kept, so that nothing about them was computed again."
-    ]
 
 
 def _metric(

@@ -75,12 +75,6 @@ def memory_latency(
     Raises:
         MoeprofError: The predictions are of another trace, calibration or model of costs.
     """
-    for one in judgements:
-        if one.is_printed:
-            raise MoeprofError(
-                f"{one.name} comes from a printed table: no p{PERCENTILE} can be computed",
-                hint="leave it out",
-            )
     if predictions.facts["calibrated"] != machine.date:
         raise MoeprofError(
             f"the predictions come from a calibration of {predictions.facts['calibrated']}, this "

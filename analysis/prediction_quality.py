@@ -7,14 +7,12 @@ Pools verified-*.json (analysis/results) and holds each to the predictions that 
 it (predicted-*.json): every row judged must be a row predicted, and predicted earlier than it was
 measured. Measured percentiles, errors and coverage are computed again from the times of the steps,
 as the predictions mean them (of the steps' medians over repetitions); beside them stands what they
-are for all repetitions of all steps together (raw). Of some runs only the printed table was kept
-(`analysis.printed_verifications`): their percentiles and errors stay as printed, are held to the
-predictions by the digits that were printed, and are counted apart. Regret is that of
-`moeprof.live.regrets`, per routing, machine, percentile and memory. Goals are met or missed as they
-fall; what was predicted and not measured is listed. Predictions that were carried over from another
-machine (carried-*.json, `analysis.carried_predictions`) are judged by the same measurements, apart;
-what an earlier round came to (earlier_predictions.json) stays beside, and so does, as part of no
-goal, how visits fell by the speed of the host before them (`analysis.host_speeds`).
+are for all repetitions of all steps together (raw). Regret is that of `moeprof.live.regrets`, per
+routing, machine, percentile and memory. Goals are met or missed as they fall; what was predicted
+and not measured is listed. Predictions that were carried over from another machine (carried-*.json,
+`analysis.carried_predictions`) are judged by the same measurements, apart; what an earlier round
+came to (earlier_predictions.json) stays beside, and so does, as part of no goal, how visits fell by
+the speed of the host before them (`analysis.host_speeds`).
 """
 
 from __future__ import annotations
@@ -75,7 +73,6 @@ def pooled(
         "policies": known["policy"].nunique(),
         "capacities": known["capacity"].nunique(),
         "machines": known["machine"].nunique(),
-        "from_printed_tables": int(known["printed"].astype(bool).sum()),
         "not_to_tolerance": int((known["measured_spread"] > TOLERANCE).sum()),
         "tolerance": TOLERANCE,
     }
@@ -130,7 +127,7 @@ def _source(one: Judgement) -> dict[str, Any]:
         "command": one.content["command"],
         "notes": one.content["notes"],
         "host_probe_ms": _host_probe_ms(one),
-        **{key: one.content[key] for key in ("printed", "beside") if key in one.content},
+        **({"beside": one.content["beside"]} if "beside" in one.content else {}),
     }
 
 

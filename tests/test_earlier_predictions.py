@@ -34,6 +34,9 @@ def written(folder, *, date=made.MEASURED, trace="a"):
 
 def test_a_round_is_reduced_and_stands_beside_the_next(tmp_path, capsys):
     old, _ = written(tmp_path / "old", date=OLD_DATE)
+    content = json.loads(old.read_text())
+    content["sources"][0]["printed"] = "read from a table"
+    old.write_text(json.dumps(content))
     kept = tmp_path / "earlier.json"
     assert earlier.main([str(old), "-o", str(kept)]) == 0
     whole, small = json.loads(old.read_text()), json.loads(kept.read_text())
@@ -44,6 +47,7 @@ def test_a_round_is_reduced_and_stands_beside_the_next(tmp_path, capsys):
     assert small["regret"]["worst"] == whole["regret"]["worst"] and "rows" not in small["regret"]
     assert [each["of"] for each in small["groups"]] == ["H100"] and "rows" not in small
     assert small["sources"][0]["measured_on"] == OLD_DATE and "hardware" not in small["sources"][0]
+    assert small["sources"][0]["printed"] == "read from a table"
 
     new, command = written(tmp_path / "new")
     assert quality.main([*command, "--earlier", str(kept), "-o", str(new)]) == 0

@@ -11,6 +11,7 @@ import verified_files as made
 pytest.importorskip("torch")
 
 from analysis import judgements
+from analysis import live_prediction_parts as parts
 from analysis import prediction_quality as quality
 from moeprof.errors import MoeprofError
 from moeprof.live.verification import binomial_interval
@@ -196,6 +197,17 @@ def test_visits_widen_what_is_known_and_probes_are_kept(tmp_path):
     edited(path, lambda c: c["step_times"]["lru:25%"]["visits"].pop())
     with pytest.raises(MoeprofError, match=r"damaged.*visits of 3 repetitions"):
         pooled([path], [predictions])
+
+
+def test_what_ran_beside_is_said_on_the_page(tmp_path):
+    (one, two), predicted = made.made_up(tmp_path, traces=["a"])
+    edited(two, lambda c: c.update(beside="another process used the host"))
+    found = pooled([one, two], predicted)
+    assert ["beside" in source for source in found["sources"]] == [False, True]
+    page = parts.predictions_part({"command": "python", **found})
+    assert page.data["banners"] == [
+        "While this was measured on H200, another process used the host."
+    ]
 
 
 def test_nothing_measured_is_no_goal_reached(tmp_path):

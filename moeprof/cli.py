@@ -756,7 +756,7 @@ def _replay(
 @click.option(
     "--quiet-core",
     is_flag=True,
-    help="Keep the thread that measures on a core that is quiet, chosen again and again.",
+    help="Put the measuring thread on a core that is quiet, again and again.",
 )
 @click.option("--force", is_flag=True, help="Replace an existing file.")
 @_talkative
@@ -888,7 +888,7 @@ def _pool_calibrations(talk: Talk, files: Sequence[str], target: Path, *, force:
 @click.option(
     "--quiet-core",
     is_flag=True,
-    help="Keep the thread that measures on a core that is quiet, chosen again and again.",
+    help="Put the measuring thread on a core that is quiet, again and again.",
 )
 @click.option("--force", is_flag=True, help="Replace an existing file.")
 @_talkative

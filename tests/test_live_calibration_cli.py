@@ -20,6 +20,7 @@ from test_live_calibration import TINY  # noqa: E402
 from moeprof import cli  # noqa: E402
 from moeprof.errors import UsageError  # noqa: E402
 from moeprof.live import calibration  # noqa: E402
+from moeprof.recording.hardware import hardware  # noqa: E402
 from moeprof.replay.calibration_file import read_calibration  # noqa: E402
 from moeprof.trace.synthetic import synthetic_trace  # noqa: E402
 
@@ -69,6 +70,8 @@ def test_small_experts_are_measured_at_their_own_width(run: Run, tmp_path: Path)
     machine = read_calibration(tmp_path / "cpu.json")
     assert machine.device_expert.expert_bytes == (3 * 16 * 24 * 4, 12288)
     assert all(quiet_core in machine.command for quiet_core in quiet)
+    # The machine is as large as before the thread was put on one of its cores.
+    assert machine.device["num_cpus"] == hardware().num_cpus
     assert machine.host_probes_ms and min(machine.host_probes_ms) > 0
     code, _, err = calibrated(run, "-o", "other.json", "--expert-bytes", "16x24:bias")
     assert code == 2 and "gated and without bias" in err

@@ -72,9 +72,48 @@ def test_it_moves_where_its_core_becomes_slow(machine: Machine) -> None:
         # A tenth is no reason to move.
         machine.times[second] = 1.65
         assert own.settle() == 1.65 and own.core == second
-        # Where none is quiet the best one has to do.
+        # Where none is quiet the best one has to do, if it is better by more than that.
         machine.times |= dict.fromkeys(machine.cores, 3.0) | {first: 2.5}
         assert own.settle() == 2.5 and own.core == first
+        machine.times |= dict.fromkeys(machine.cores, 2.4) | {first: 2.5}
+        assert own.settle() == 2.5 and own.core == first
+
+
+def test_one_fast_probe_is_no_measure(machine: Machine) -> None:
+    first = machine.cores[0]
+    with QuietCore(probe=machine.probe) as own:
+        machine.times |= dict.fromkeys(machine.cores, 1.13) | {first: 1.0}
+        own.settle()
+        machine.times[first] = 1.13
+        for _ in range(30):
+            assert own.settle() == 1.13 and own.core == first
+        # After a few it is known that 1.13 is quiet: nobody else is asked any more.
+        machine.probed.clear()
+        own.settle()
+        assert machine.probed == [first]
+
+
+def test_cores_that_go_away(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = allowed_cores()
+    real = os.sched_setaffinity
+    gone = {machine.cores[0]}
+
+    def bind(thread: int, cores: set[int]) -> None:
+        if set(cores) <= gone:
+            raise OSError(22, "no such core")
+        real(thread, cores)
+
+    monkeypatch.setattr(os, "sched_setaffinity", bind)
+    machine.times[machine.cores[1]] = 1.5
+    with QuietCore(probe=machine.probe) as own:
+        assert own.settle() == 1.5 and own.core == machine.cores[1]
+        gone |= set(machine.cores)
+        monkeypatch.setattr(own, "_probe", lambda: 7.0)
+        assert own.settle() == 7.0 and own.core is None
+        # Leaving must not hide what went wrong inside.
+        monkeypatch.setattr(os, "sched_setaffinity", lambda *_: bind(0, gone))
+    monkeypatch.setattr(os, "sched_setaffinity", real)
+    real(0, before)
 
 
 def test_other_threads_stay_as_they_are(machine: Machine) -> None:

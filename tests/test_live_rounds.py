@@ -340,6 +340,47 @@ def test_nobody_is_given_up_after_two_visits() -> None:
     assert visits["b"] == 5 and min(visits.values()) == 3
 
 
+def test_who_costs_too_much_keeps_nobody_from_the_rest() -> None:
+    """One setting was visited once and takes longer than all the time left: others go on."""
+    times = {"a": 60.0, "b": 1.0, "c": 1.1}
+    given = limits(rounds=1, repetitions=1, most_repetitions=60)
+    machine = Machine(times)
+    measure(machine, "abc", given)
+    short = dataclasses.replace(given, most_s=machine.now_s - 100 + 40)
+
+    def spread(visited: Visited) -> float:
+        return 0.0199 if len(visited.visits) >= 6 and visited.times_ms[0, 0] < 2e3 else 0.5
+
+    found = measure(Machine(times), "abc", short, spread=spread)
+    visits = {name: len(each.visits) for name, each in found.measured.items() if each}
+    assert visits == {"a": 1, "b": 6, "c": 6}
+
+
+def test_others_go_on_where_all_of_a_round_run_out_of_memory() -> None:
+    machine = Machine(step_times("ab"))
+
+    def progress(item: str, *_: int) -> None:
+        if item.startswith("a, round 2"):
+            machine.fails["a"] = 9
+
+    needs = limits(rounds=1, repetitions=1, most_repetitions=60)
+    found = measure(machine, "ab", needs, spread=known_after(a=4, b=4), progress=progress)
+    visited = found.measured["b"]
+    assert visited is not None and len(visited.visits) == 4
+
+
+def test_the_machine_is_settled_before_anything_is_built() -> None:
+    machine = Machine({"a": 1.0, "b": 1.0})
+    found: list[tuple[float, int]] = []
+    run_in_rounds(
+        "ab", machine.opened, limits(), spread=lambda _: 0.0, probe=lambda: 2.0,
+        settle=lambda: found.append((machine.now_s, machine.open_runs)),
+        clock=lambda: machine.now_s,
+    )  # fmt: skip
+    assert len(found) == 6 and all(num_open == 0 for _, num_open in found)
+    assert len({begun for begun, _ in found}) == 6
+
+
 def test_spreads_are_drawn_once_per_visit() -> None:
     asked: Counter[tuple[str, int]] = Counter()
     spread = known_after(a=3, b=6)

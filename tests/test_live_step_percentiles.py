@@ -86,6 +86,18 @@ def test_draws_take_whole_visits_then_repetitions_of_each(sizes: tuple[int, ...]
     assert spreads_of(times[:2], (50, 99), visits[:2]) == (math.inf, math.inf)
 
 
+def test_many_steps_are_drawn_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = np.random.default_rng(3)
+    times = generator.lognormal(size=(9, 12))
+    visits = np.repeat(np.arange(3), (2, 3, 4))
+    whole = step_percentiles.spreads_of(times, (50, 99), visits)
+    # Two draws of nine repetitions at once at most.
+    monkeypatch.setattr(step_percentiles, "_MOST_NUMBERS", 2 * 9 * 12)
+    assert step_percentiles.spreads_of(times, (50, 99), visits) == whole
+    monkeypatch.setattr(step_percentiles, "_MOST_NUMBERS", 1)
+    assert step_percentiles.spreads_of(times, (50, 99), visits) == whole
+
+
 def test_more_visits_that_are_needed() -> None:
     # Widths of n visits go as t(n - 1) / sqrt(n - 1): R's qt as below.
     def width(freedom: int, quantile: float) -> float:

@@ -22,6 +22,7 @@ from moeprof.live import verification  # noqa: E402
 from moeprof.live.setting_runs import open_stack  # noqa: E402
 from moeprof.live.step_percentiles import spread_of, visits_of  # noqa: E402
 from moeprof.live.verification import VerifyOptions  # noqa: E402
+from moeprof.replay.calibration_file import SCHEMA_VERSION  # noqa: E402
 from moeprof.replay.expert_shapes import ExpertShape  # noqa: E402
 from moeprof.replay.serving_settings import BufferingSetting, parse_setting  # noqa: E402
 from moeprof.trace.synthetic import synthetic_trace  # noqa: E402
@@ -205,10 +206,22 @@ def test_the_thread_stays_on_a_quiet_core_where_asked_to(
     assert seen and all(each == {quiet} for each in seen)
     assert os.sched_getaffinity(0) == before
     assert verification.QUIET_CORE_NOTE in bound.notes
-    assert (bound.tables["visits"]["probe_ms"] == 1.0).all()
     assert any("the others without their copies" in note for note in bound.notes)
     free = live.verify(trace, machine, SETTINGS[:1], OPTIONS, device="cpu")
     assert verification.QUIET_CORE_NOTE not in free.notes
+    monkeypatch.delattr(os, "sched_setaffinity")
+    monkeypatch.setattr(verification, "open_stack", None)
+    with pytest.raises(UsageError, match="binds no thread"):
+        live.verify(trace, machine, SETTINGS[:1], OPTIONS, device="cpu", quiet_core=True)
+
+
+def test_predictions_of_an_older_calibration_are_refused(trace: Any, machine: Any) -> None:
+    made = verification.make_predictions(trace, machine, SETTINGS[:1], OPTIONS)
+    assert made.facts["calibration_version"] == SCHEMA_VERSION
+    older = dataclasses.replace(made, facts={**made.facts, "calibration_version": 2})
+    with pytest.raises(TraceError, match="calibration of version 2") as caught:
+        live.verify(trace, predictions=older, device="cpu")
+    assert "calibrate again" in str(caught.value.hint)
 
 
 def test_what_does_not_fit_is_said(

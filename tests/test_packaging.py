@@ -76,6 +76,8 @@ def test_the_unpacked_wheel_works_from_an_empty_folder(wheel, tmp_path):
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(site)
     environment = {**os.environ, "PYTHONPATH": str(site)}
+    for name in ("NUMBA_CACHE_DIR", "NUMBA_DISABLE_JIT"):
+        environment.pop(name, None)
 
     def run(*arguments: str) -> str:
         done = subprocess.run(

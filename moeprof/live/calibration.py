@@ -32,7 +32,7 @@ from moeprof.live.calibration_trials import (
 )
 from moeprof.live.ceilings import measure_ceilings
 from moeprof.live.constant_bench import ConstantBench, streamed_times
-from moeprof.live.core_binding import QuietCore
+from moeprof.live.core_binding import QuietCore, allowed_cores
 from moeprof.live.decision_times import decision_times, foresee_time
 from moeprof.live.exchange_times import exchange_curve
 from moeprof.live.host_probe import probe_ms
@@ -52,6 +52,7 @@ from moeprof.replay.corrections import (
 )
 from moeprof.replay.pooled_constants import pooled_constants
 from moeprof.replay.serving_settings import BufferingSetting
+from moeprof.trace.schema import Hardware
 
 Progress = Callable[[str, int, int], None]
 
@@ -87,7 +88,7 @@ def calibrate(
             ``if __name__ == "__main__":``.
         trials_from: Another machine's calibration: what its trials say is taken over, and only
             constants are measured here.
-        quiet_core: Keep the calling thread on a core that is quiet when a part begins
+        quiet_core: Put the calling thread on a core that is quiet before a part or trial begins
             (`moeprof.live.core_binding`), as a verification does that is told to.
         command: What to write into the file as the command.
         progress: Called with (what is measured, parts done, parts in all).
@@ -115,13 +116,16 @@ def calibrate(
         # Before anything takes time, likewise.
         check_trials(trials_from, dtype=chosen.dtype)
     show = progress or (lambda *_: None)
+    if quiet_core:
+        # Before anything takes time: not every system can.
+        allowed_cores()
     # First: ranks that do not find each other should not cost all the rest.
     exchange = None if num_ranks is None else exchange_curve(num_ranks, device=target)
     with tempfile.TemporaryDirectory() as folder, torch.no_grad(), made_current(target):
         regimes = [made_up(Path(folder), chosen, regime) for regime in chosen.regimes]
         measure = functools.partial(
             _measured, target, chosen, regimes, policies, kernels, command, show,
-            trials=trials_from is None,
+            known=hardware(target), trials=trials_from is None,
         )  # fmt: skip
         if quiet_core:
             with QuietCore() as quiet:
@@ -169,6 +173,7 @@ def _measured(
     show: Progress,
     probe_host: Callable[[], float],
     *,
+    known: Hardware,
     trials: bool,
 ) -> tuple[Calibration, list[TriedSetting]]:
     """Returns constants, and trials where these are wanted."""
@@ -183,6 +188,7 @@ def _measured(
         probes.append(probe_host())
 
     show("rates of the device", next(count), parts)
+    probe()
     ceilings = measure_ceilings(
         bench.device, dtype=getattr(torch, sizes.dtype), repeats=sizes.repeats
     )
@@ -199,7 +205,7 @@ def _measured(
     constants = bench.of_dispatch()
     streamed = streamed_times(by_size)
     machine = Calibration(
-        device=asdict(hardware(bench.device)),
+        device=asdict(known),
         versions=versions(),
         date=datetime.now(UTC).isoformat(timespec="seconds"),
         command=command,

@@ -7,10 +7,13 @@ of a virtual machine are not told. Nothing here is used unless asked for.
 
 from __future__ import annotations
 
+import contextlib
 import os
+from collections import deque
 from collections.abc import Callable
 from types import TracebackType
 
+import numpy as np
 import torch
 
 from moeprof.errors import UsageError
@@ -18,9 +21,12 @@ from moeprof.live.host_probe import probe_ms
 
 # More than torch computes on one thread.
 _SHARED_OUT = 1 << 20
-# A core is quiet that takes no longer than this, over the least ever seen. A busy neighbour costs
-# more than half again.
-_QUIET = 1.12
+# A core is quiet that takes no longer than this over what quiet cores take, and is left only for
+# one that is faster by as much. A busy neighbour costs more than half again.
+_MARGIN = 1.12
+# What quiet cores take is this quantile of the last probes: a single fast one is no measure.
+_QUIET_QUANTILE = 0.1
+_NUM_KEPT = 256
 
 
 class QuietCore:
@@ -41,7 +47,7 @@ class QuietCore:
     def __init__(self, *, probe: Callable[[], float] = probe_ms) -> None:
         self._probe = probe
         self._before = allowed_cores()
-        self._least_ms: float | None = None
+        self._times: deque[float] = deque(maxlen=_NUM_KEPT)
         self._core: int | None = None
 
     def __enter__(self) -> QuietCore:
@@ -54,46 +60,60 @@ class QuietCore:
         error: BaseException | None,
         where: TracebackType | None,
     ) -> None:
-        os.sched_setaffinity(0, self._before)
         self._core = None
+        self._free()
 
     @property
     def core(self) -> int | None:
-        """Where the thread is; None before it was settled."""
+        """Where the thread is; None before it was settled, and where no core takes it."""
         return self._core
 
     def settle(self) -> float:
-        """Stays where it is quiet, else looks for a core that is, and stays on the best found.
+        """Stays where it is quiet, else looks for a core that is, and goes to one that is faster.
+
+        All cores are asked the first time, as nothing else says what quiet is; later from the
+        present one on until one is quiet.
 
         Returns:
-            The probe's time there.
+            The probe's time where the thread is now.
         """
-        if self._core is not None:
-            found = self._probed(self._core)
-            if self._is_quiet(found):
-                return found
-        # All are asked the first time, as nothing else says what quiet is. Later from the last core
-        # on, so that no core is always the first to be asked.
+        quiet_ms = _MARGIN * float(np.quantile(self._times, _QUIET_QUANTILE)) if self._times else 0
         cores = sorted(self._before)
-        start = 0 if self._core is None else cores.index(self._core) + 1
-        is_first = self._least_ms is None
-        times: dict[int, float] = {}
+        start = 0 if self._core is None else cores.index(self._core)
+        found: dict[int, float] = {}
         for core in cores[start:] + cores[:start]:
-            times[core] = self._probed(core)
-            if not is_first and self._is_quiet(times[core]):
-                break
-        self._core = min(times, key=lambda core: times[core])
-        os.sched_setaffinity(0, {self._core})
-        return times[self._core]
+            own = self._probed(core)
+            if own is not None:
+                found[core] = own
+                if own <= quiet_ms:
+                    break
+        if not found:
+            # None is left of those that there were: wherever the system likes.
+            self._core = None
+            self._free()
+            return self._probe()
+        best = min(found, key=lambda core: found[core])
+        present = self._core
+        if present in found and found[present] <= _MARGIN * found[best]:
+            best = present
+        with contextlib.suppress(OSError):
+            os.sched_setaffinity(0, {best})
+        self._core = best
+        return found[best]
 
-    def _probed(self, core: int) -> float:
-        os.sched_setaffinity(0, {core})
+    def _probed(self, core: int) -> float | None:
+        """Returns a core's time; None where the thread may not run there any more."""
+        try:
+            os.sched_setaffinity(0, {core})
+        except OSError:
+            return None
         found = self._probe()
-        self._least_ms = found if self._least_ms is None else min(found, self._least_ms)
+        self._times.append(found)
         return found
 
-    def _is_quiet(self, found_ms: float) -> bool:
-        return self._least_ms is not None and found_ms <= _QUIET * self._least_ms
+    def _free(self) -> None:
+        with contextlib.suppress(OSError):
+            os.sched_setaffinity(0, self._before)
 
 
 def allowed_cores() -> set[int]:

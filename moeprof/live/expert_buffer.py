@@ -252,6 +252,9 @@ class ExpertBuffer:
         if settings.capacity is None:
             for site in self.sites:
                 self._keep_all(site)
+            if self.device.type == "cuda":
+                # Copies of copies are only queued, and computations may follow on another stream.
+                torch.cuda.synchronize(self.device)
             held = sum(site.store.memory.numel() for site in self.sites)
             self._cache_bytes = sum(site.store.expert_bytes for site in self.sites)
             self._padding_bytes = held - self._cache_bytes

@@ -173,6 +173,7 @@ def run_in_rounds(
     *,
     spread: Callable[[Visited], float],
     probe: Callable[[], float] = probe_ms,
+    settle: Callable[[], object] | None = None,
     empty: Callable[[], None] | None = None,
     clock: Callable[[], float] = time.perf_counter,
     progress: Progress | None = None,
@@ -191,6 +192,7 @@ def run_in_rounds(
         limits: How much is measured.
         spread: How well a setting is known, as a share.
         probe: Speed of the host in milliseconds.
+        settle: Called before each visit, with what it is to find the machine ready.
         empty: Gives memory that torch keeps back to the driver. Called only where memory ran out:
             visits build out of what the last ones left, and the driver is slow to give as much
             again.
@@ -203,6 +205,7 @@ def run_in_rounds(
         limits=limits,
         spread=spread,
         probe=probe,
+        settle=settle or (lambda: None),
         empty=empty or _empty,
         clock=clock,
         show=progress or (lambda *_: None),
@@ -237,6 +240,7 @@ class _Schedule:
     limits: RoundLimits
     spread: Callable[[Visited], float]
     probe: Callable[[], float]
+    settle: Callable[[], object]
     empty: Callable[[], None]
     clock: Callable[[], float]
     show: Progress
@@ -297,7 +301,7 @@ class _Schedule:
         }
         unknown = [name for name, each in spreads.items() if each > self.limits.tolerance]
         order = self._not_again(self._worth_visiting(unknown))
-        before = self.num_done
+        before = self.num_done, len(self.without_room)
         for index, name in enumerate(order):
             if self._left_s() < self.costs[name].visit_s(1):
                 continue
@@ -306,7 +310,7 @@ class _Schedule:
             planned = self.num_done + len(order) - index
             self.show(f"{name}, round {number}, {said}", self.num_done, planned)
             self._visit(name, number, others=order[index + 1 :])
-        return self.num_done > before
+        return (self.num_done, len(self.without_room)) != before
 
     def _spread_of(self, name: str) -> float:
         """Returns how well a setting is known; bootstrap draws take as long as short visits."""
@@ -330,11 +334,13 @@ class _Schedule:
                 self._usual_s(name),
             ),
         )
+        left_s = self._left_s()
+        # Who is too expensive by now must not keep the others from the time that is left.
+        order = [name for name in order if self.costs[name].visit_s(1) <= left_s]
         few = [name for name in order if len(self.visits[name]) < _FEW_VISITS]
         if few:
             return few
         ends = itertools.accumulate(needed_s[name] for name in order)
-        left_s = self._left_s()
         num_reached = sum(end <= left_s for end in ends)
         # One alone would be visited twice in a row.
         return order[: max(2, num_reached)] if num_reached else order
@@ -381,6 +387,7 @@ class _Schedule:
         with uncollected():
             # What earlier visits have left (modules, kernels) stays too.
             gc.freeze()
+            self.settle()
             run = self.opened(name)
             try:
                 built_s = self.clock()

@@ -332,7 +332,7 @@ class SettingRun:
 
     @property
     def copied_bytes(self) -> int:
-        """Bytes copied to the device in the last repetition."""
+        """Bytes of the copies asked for in the last repetition, those left out included."""
         return 0 if self._buffer is None else self._buffer.counts().copied_bytes
 
     def close(self, *, keep_memory: bool = False) -> None:

@@ -17,6 +17,8 @@ Floats = NDArray[np.float64]
 Numbers = NDArray[np.int64]
 
 _NUM_DRAWS = 200
+# Of what is drawn at once, 32 MiB.
+_MOST_NUMBERS = 1 << 22
 _LEAST_REPETITIONS = 3
 _TAIL = 0.05
 _Z = 1.6448536269514722
@@ -131,8 +133,11 @@ def _medians(times: Floats, draws: Sequence[Numbers]) -> Floats:
     found = np.empty((len(draws), times.shape[1]))
     lengths = np.array([len(drawn) for drawn in draws])
     for length in np.unique(lengths).tolist():
-        (own,) = np.nonzero(lengths == length)
-        found[own] = np.median(times[np.stack([draws[one] for one in own.tolist()])], axis=1)
+        (every,) = np.nonzero(lengths == length)
+        block = max(1, _MOST_NUMBERS // (length * times.shape[1]))
+        for first in range(0, len(every), block):
+            own = every[first : first + block]
+            found[own] = np.median(times[np.stack([draws[one] for one in own.tolist()])], axis=1)
     return found
 
 

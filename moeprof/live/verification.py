@@ -32,13 +32,13 @@ from numpy.typing import NDArray
 
 from moeprof.errors import MoeprofError, TraceError, UsageError
 from moeprof.live.cache_plans import PreparedCaches
-from moeprof.live.core_binding import QuietCore
-from moeprof.live.host_probe import probe_ms
+from moeprof.live.core_binding import QuietCore, allowed_cores
 from moeprof.live.rounds import RoundLimits, Rounds, Visited, run_in_rounds
 from moeprof.live.setting_runs import ResidentExperts, RoutedStack, SettingRun, open_stack
 from moeprof.live.step_percentiles import measured_ms, spread_of, spreads_of
 from moeprof.live.transfers import made_current
 from moeprof.recording.hardware import hardware, versions
+from moeprof.replay.calibration_file import SCHEMA_VERSION
 from moeprof.replay.cost_model import PERCENTILES, Question, predict, prediction_rows, question_of
 from moeprof.replay.expert_shapes import ExpertShape, shape_of_trace
 from moeprof.replay.result import SEVERITY_FACT, Finding, Metric, Result
@@ -62,7 +62,7 @@ DEFAULT_POLICIES = ("lru", "lfu", "paper", "min")
 DEFAULT_CAPACITIES = ("12.5%", "25%", "50%", "75%")
 DEFAULT_AHEAD = (("25%", 2), ("12.5%", 4))
 TOLERANCE = 0.02
-QUIET_CORE_NOTE = "the dispatching thread was kept on a core found quiet before each visit"
+QUIET_CORE_NOTE = "before each visit the dispatching thread was put on the quietest core found"
 
 _TAIL = 0.05
 _BISECTIONS = 60
@@ -211,6 +211,7 @@ def make_predictions(
             "num_lookups": question.routed.num_lookups,
             "calibrated_on": calibration.name,
             "calibrated": calibration.date,
+            "calibration_version": SCHEMA_VERSION,
             **_whose_trials(calibration),
             "shape": asdict(question.shape),
             "date": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -374,7 +375,7 @@ def verify(
         only: Names of the settings to run, of those predicted; all when None.
         most_s: About so many seconds are taken. Where they are few settings are repeated less, then
             visited in fewer rounds, and only then left out.
-        quiet_core: Keep the calling thread on a core that is quiet when a visit begins
+        quiet_core: Put the calling thread on a core that is quiet before a visit begins
             (`moeprof.live.core_binding`). Machines should be calibrated likewise.
         progress: Called with (setting and round, visits done, visits planned).
 
@@ -382,6 +383,9 @@ def verify(
         UsageError: An argument makes no sense.
         TraceError: The predictions are not of this trace.
     """
+    if quiet_core:
+        # Before anything takes time: not every system can.
+        allowed_cores()
     if predictions is None:
         if calibration is None:
             raise UsageError("there is no calibration", hint="moeprof calibrate -o FILE")
@@ -398,6 +402,13 @@ def verify(
     begun_s = time.perf_counter()
     chosen = predictions.options
     question = chosen.question(trace)
+    version = predictions.facts.get("calibration_version", SCHEMA_VERSION)
+    if version != SCHEMA_VERSION:
+        raise TraceError(
+            f"the predictions are of a calibration of version {version}, this moeprof runs what "
+            f"version {SCHEMA_VERSION} measures",
+            hint="calibrate again, then predict: moeprof calibrate -o FILE",
+        )
     if predictions.facts["num_lookups"] != question.routed.num_lookups:
         raise TraceError(f"the predictions are not of {trace.path}", hint="give their trace")
     target = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -426,7 +437,7 @@ def verify(
             with QuietCore() as quiet:
                 found = measure(quiet.settle)
         else:
-            found = measure(probe_ms)
+            found = measure(None)
     finally:
         stack.close()
     measured, late = found.measured, found.late
@@ -464,7 +475,7 @@ def _measured(
     judged: NDArray[np.int64],
     most_s: float | None,
     progress: Progress | None,
-    probe: Callable[[], float],
+    settle: Callable[[], float] | None,
 ) -> Rounds:
     """Runs settings in rounds; times are of the judged steps."""
     resident = ResidentExperts()
@@ -492,7 +503,9 @@ def _measured(
     )
     _open_libraries(stack)
     try:
-        found = run_in_rounds(names, opened, limits, spread=spread, probe=probe, progress=progress)
+        found = run_in_rounds(
+            names, opened, limits, spread=spread, settle=settle, progress=progress
+        )
     finally:
         resident.let_go()
     of_judged = {

@@ -40,6 +40,7 @@ from moeprof.replay.cache.residency import CacheSpec
 from moeprof.replay.calibration_file import Curve, Measured
 
 _SITE = 0
+_MANY_COPIES = 32
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -301,8 +302,11 @@ class PieceBench(Bench):
         combine_host = times.host(combine, before=nothing.before)
         by_count = [(count, difference(host(run(count)), bare)) for count in sizes.pieces]
         few = min(sizes.top_k, store.num_experts)
-        uncopied, one, several = (host(run(few, copies)) for copies in (0, 1, few))
-        load = difference(several, one, 1 / max(1, few - 1))
+        uncopied, one = (host(run(few, copies)) for copies in (0, 1))
+        # One copy more takes less than the host varies by: many more tell.
+        many = max(few, min(_MANY_COPIES, store.num_experts, len(blocks)))
+        first, all_of_them = (host(run(many, copies)) for copies in (1, many))
+        load = difference(all_of_them, first, 1 / max(1, many - 1))
         transfers.finish()
         own_known = times.host(known)
         return PieceParts(

@@ -29,12 +29,9 @@ from analysis import command
 from analysis.judged_rows import pooled_rows, quality_of, regret_of
 from analysis.judgements import CARRIED_FACT, PREDICTED, Judgement, trace_named
 from moeprof.errors import MoeprofError
-from moeprof.live.verification import (
-    Predictions,
-    make_predictions,
-    read_predictions,
-    write_predictions,
-)
+from moeprof.live.verification import make_predictions
+from moeprof.live.verification_files import read_predictions, write_predictions
+from moeprof.live.verification_options import Predictions
 from moeprof.replay.calibration_file import Calibration, read_calibration
 from moeprof.replay.corrections import with_trials_of
 from moeprof.replay.serving_settings import parse_setting

@@ -18,7 +18,7 @@ import pandas as pd
 
 from analysis.judgements import PREDICTED, Judgement
 from moeprof.live.step_percentiles import measured_ms, spread_of, visits_of
-from moeprof.live.verification import binomial_interval, regrets
+from moeprof.live.verdicts import binomial_interval, regrets
 from moeprof.replay.cache.policies import POLICIES
 from moeprof.replay.serving_settings import GatingSetting, Setting, parse_setting
 

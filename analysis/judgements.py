@@ -18,7 +18,8 @@ import numpy as np
 
 from moeprof.errors import MoeprofError
 from moeprof.live.step_percentiles import measured_ms, visits_of
-from moeprof.live.verification import NAME, Predictions, read_predictions
+from moeprof.live.verification_files import VERIFICATION_KIND, read_predictions
+from moeprof.live.verification_options import Predictions
 
 PREDICTED = (
     "predicted_ms", "low_ms", "high_ms", "naive_bandwidth_ms", "naive_mean_ms", "hit_rate",
@@ -119,7 +120,7 @@ def _read(path: Path) -> Mapping[str, Any]:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise MoeprofError(f"{path} cannot be read: {error}", hint=_HINT) from error
-    if not isinstance(content, dict) or content.get("kind") != f"moeprof {NAME}":
+    if not isinstance(content, dict) or content.get("kind") != VERIFICATION_KIND:
         raise MoeprofError(f"{path} is not from moeprof verify", hint=_HINT)
     lacking = [field for field in _NEEDED if field not in content]
     if lacking:

@@ -32,7 +32,8 @@ from analysis.prediction_quality import Judgement, read_judgements
 from analysis.token_major import token_major
 from moeprof.errors import MoeprofError
 from moeprof.live.step_percentiles import measured_ms, spread_of, visits_of
-from moeprof.live.verification import Predictions, read_predictions
+from moeprof.live.verification_files import read_predictions
+from moeprof.live.verification_options import Predictions
 from moeprof.replay.buffer_plans import plan_buffer
 from moeprof.replay.cache.policies import POLICIES
 from moeprof.replay.calibration_file import Calibration, DecisionTimes, read_calibration

@@ -7,12 +7,13 @@ Pools verified-*.json (analysis/results) and holds each to the predictions that 
 it (predicted-*.json): every row judged must be a row predicted, and predicted earlier than it was
 measured. Measured percentiles, errors and coverage are computed again from the times of the steps,
 as the predictions mean them (of the steps' medians over repetitions); beside them stands what they
-are for all repetitions of all steps together (raw). Regret is that of `moeprof.live.regrets`, per
-routing, machine, percentile and memory. Goals are met or missed as they fall; what was predicted
-and not measured is listed. Predictions that were carried over from another machine (carried-*.json,
-`analysis.carried_predictions`) are judged by the same measurements, apart; what an earlier round
-came to (earlier_predictions.json) stays beside, and so does, as part of no goal, how visits fell by
-the speed of the host before them (`analysis.host_speeds`).
+are for all repetitions of all steps together (raw). Regret is that of
+`moeprof.live.verdicts.regrets`, per routing, machine, percentile and memory. Goals are met or
+missed as they fall; what was predicted and not measured is listed. Predictions that were carried
+over from another machine (carried-*.json, `analysis.carried_predictions`) are judged by the same
+measurements, apart; what an earlier round came to (earlier_predictions.json) stays beside, and so
+does, as part of no goal, how visits fell by the speed of the host before them
+(`analysis.host_speeds`).
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ from analysis.earlier_predictions import EARLIER, earlier_of, read_earlier
 from analysis.host_speeds import by_host_speed
 from analysis.judged_rows import MODELS_OF_TIME, pooled_rows, quality_of, regret_of, regret_rows
 from analysis.judgements import Judgement, read_judgements
-from moeprof.live.verification import TOLERANCE
+from moeprof.live.verification_options import TOLERANCE
 from moeprof.reporting.writing import write_files
 
 RESULTS = Path(__file__).resolve().parent / "results"

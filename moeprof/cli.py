@@ -909,7 +909,7 @@ def verify(context: click.Context, /, trace: str, **options: Any) -> int:
     if (options["calibration"] is None) == (options["predictions"] is None):
         raise click.UsageError("give --calibration FILE, or --predictions FILE", context)
     with _extra("record", "running layers"):
-        from moeprof.live import verification
+        from moeprof.live import verification, verification_files
     from moeprof.replay.calibration_file import read_calibration
     from moeprof.replay.serving_settings import parse_setting
     from moeprof.trace.reader import open_trace
@@ -917,7 +917,7 @@ def verify(context: click.Context, /, trace: str, **options: Any) -> int:
     opened = open_trace(trace)
     with _progress(talk) as show:
         if options["predictions"] is not None:
-            made = verification.read_predictions(options["predictions"])
+            made = verification_files.read_predictions(options["predictions"])
             said = [name for name in _PREDICTED_OPTIONS if options[name] is not None]
             if said:
                 option = said[0].replace("_", "-")
@@ -933,7 +933,7 @@ def verify(context: click.Context, /, trace: str, **options: Any) -> int:
                 progress=lambda item, done, total: show("predicting", done, total, item),
             )
         if options["predict_only"]:
-            verification.write_predictions(made, output, force=force)
+            verification_files.write_predictions(made, output, force=force)
             talk.say(f"Next: moeprof verify {trace} --predictions {output}")
             click.echo(output)
             return 0
@@ -950,7 +950,7 @@ def verify(context: click.Context, /, trace: str, **options: Any) -> int:
         )
     if output is not None:
         command = shlex.join(["moeprof", *sys.argv[1:]])
-        verification.write_verification(result, output, command=command, force=force)
+        verification_files.write_verification(result, output, command=command, force=force)
         talk.say(f"Wrote {output}")
     shown = result.table.reindex(columns=list(_VERIFY_COLUMNS))
     click.echo(shown.to_string(index=False, float_format="{:.4g}".format, na_rep=""))
@@ -973,7 +973,7 @@ _VERIFY_COLUMNS = (
 
 def _verify_options(options: dict[str, Any]) -> Any:
     """Returns what is run, from the command line."""
-    from moeprof.live.verification import VerifyOptions
+    from moeprof.live.verification_options import VerifyOptions
     from moeprof.replay.expert_shapes import parse_shape
 
     names = [name for name in _PREDICTED_OPTIONS if name not in ("settings", "shape")]

@@ -18,12 +18,9 @@ from analysis import carried_predictions as carried  # noqa: E402
 from analysis import prediction_quality as quality  # noqa: E402
 from analysis.judgements import read_judgements  # noqa: E402
 from moeprof.errors import MoeprofError  # noqa: E402
-from moeprof.live.verification import (  # noqa: E402
-    VerifyOptions,
-    make_predictions,
-    read_predictions,
-    write_predictions,
-)
+from moeprof.live.verification import make_predictions  # noqa: E402
+from moeprof.live.verification_files import read_predictions, write_predictions  # noqa: E402
+from moeprof.live.verification_options import VerifyOptions  # noqa: E402
 from moeprof.replay.calibration_file import TrialSource, write_calibration  # noqa: E402
 from moeprof.replay.expert_shapes import ExpertShape  # noqa: E402
 from moeprof.replay.serving_settings import parse_setting  # noqa: E402

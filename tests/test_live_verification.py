@@ -18,10 +18,11 @@ torch = pytest.importorskip("torch")
 import moeprof  # noqa: E402
 from moeprof import live  # noqa: E402
 from moeprof.errors import TraceError, UsageError  # noqa: E402
-from moeprof.live import verification  # noqa: E402
+from moeprof.live import verdicts, verification, verification_files  # noqa: E402
 from moeprof.live.setting_runs import open_stack  # noqa: E402
 from moeprof.live.step_percentiles import spread_of, visits_of  # noqa: E402
-from moeprof.live.verification import VerifyOptions  # noqa: E402
+from moeprof.live.verification_files import PREDICTIONS_KIND  # noqa: E402
+from moeprof.live.verification_options import VerifyOptions  # noqa: E402
 from moeprof.replay.calibration_file import SCHEMA_VERSION  # noqa: E402
 from moeprof.replay.expert_shapes import ExpertShape  # noqa: E402
 from moeprof.replay.serving_settings import BufferingSetting, parse_setting  # noqa: E402
@@ -100,7 +101,7 @@ def test_every_visit_is_kept(verified: Any, tmp_path: Path) -> None:
     one = steps[steps["setting"] == "lru:2"]
     times = one["measured_ms"].to_numpy().reshape(3, -1)
     assert row["measured_spread"] == spread_of(times, 99, np.arange(3)) > spread_of(times, 99)
-    path = verification.write_verification(verified, tmp_path / "v.json", command="a test")
+    path = verification_files.write_verification(verified, tmp_path / "v.json", command="a test")
     written = json.loads(path.read_text())["step_times"]["lru:2"]
     assert written["rounds"] == [1, 2, 3]
     assert [sorted(visit) for visit in written["visits"]] == [
@@ -118,7 +119,7 @@ def test_the_summary_is_made_of_the_table(verified: Any) -> None:
     assert coverage.value == pytest.approx(table["inside"].astype(float).mean())
     assert coverage.low <= coverage.value <= coverage.high
     worst = verified.metric("verification/regret/worst")
-    assert worst.value == pytest.approx(verification.regrets(table)["regret"].max())
+    assert worst.value == pytest.approx(verdicts.regrets(table)["regret"].max())
     assert len(verified.findings) >= 3
 
 
@@ -132,7 +133,7 @@ def test_regret_by_hand() -> None:
         ("d", 99, 10, 1.0, None),
     ]
     columns = ["setting", "percentile", "device_bytes", "predicted_ms", "measured_ms"]
-    found = verification.regrets(pd.DataFrame(rows, columns=columns))
+    found = verdicts.regrets(pd.DataFrame(rows, columns=columns))
     assert found["recommended"].tolist() == ["a", "b"]
     np.testing.assert_allclose(found["regret"], [0.1, 0.0])
     assert found["settings"].tolist() == [2, 2]
@@ -149,17 +150,17 @@ def test_regret_by_hand() -> None:
     ],
 )
 def test_binomial_intervals(successes: int, trials: int, low: float, high: float) -> None:
-    assert verification.binomial_interval(successes, trials) == pytest.approx((low, high), abs=2e-3)
+    assert verdicts.binomial_interval(successes, trials) == pytest.approx((low, high), abs=2e-3)
 
 
 def test_predictions_are_kept_and_judged_later(
     trace: Any, machine: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made = verification.make_predictions(trace, machine, SETTINGS[:2], OPTIONS)
-    path = verification.write_predictions(made, tmp_path / "p.json")
+    path = verification_files.write_predictions(made, tmp_path / "p.json")
     with pytest.raises(moeprof.MoeprofError, match="exists"):
-        verification.write_predictions(made, path)
-    read = verification.read_predictions(path)
+        verification_files.write_predictions(made, path)
+    read = verification_files.read_predictions(path)
     assert read.options == OPTIONS and read.rows == made.rows
     # Nothing is predicted again once there are predictions.
     monkeypatch.setattr(verification, "predict", None)
@@ -291,15 +292,15 @@ def test_predictions_of_something_else(trace: Any, machine: Any, tmp_path: Path)
     [
         ("{", "cannot be read"),
         ("[]", "holds no predictions"),
-        (json.dumps({"kind": verification.PREDICTIONS_KIND, "schema_version": 9}), "version 9"),
-        (json.dumps({"kind": verification.PREDICTIONS_KIND, "schema_version": 1}), "is damaged"),
+        (json.dumps({"kind": PREDICTIONS_KIND, "schema_version": 9}), "version 9"),
+        (json.dumps({"kind": PREDICTIONS_KIND, "schema_version": 1}), "is damaged"),
     ],
 )
 def test_damaged_predictions(tmp_path: Path, content: str, message: str) -> None:
     path = tmp_path / "p.json"
     path.write_text(content)
     with pytest.raises(TraceError, match=message):
-        verification.read_predictions(path)
+        verification_files.read_predictions(path)
 
 
 def test_default_settings(machine: Any) -> None:

@@ -15,8 +15,8 @@ import moeprof  # noqa: E402
 from analysis import memory_latency as analysis  # noqa: E402
 from analysis.token_major import token_major  # noqa: E402
 from moeprof.errors import MoeprofError  # noqa: E402
-from moeprof.live import verification  # noqa: E402
-from moeprof.live.verification import VerifyOptions  # noqa: E402
+from moeprof.live import verification, verification_files  # noqa: E402
+from moeprof.live.verification_options import VerifyOptions  # noqa: E402
 from moeprof.replay import buffer_plans  # noqa: E402
 from moeprof.replay.cache import streams  # noqa: E402
 from moeprof.replay.calibration_file import write_calibration  # noqa: E402
@@ -52,16 +52,16 @@ def files(tmp_path_factory, machine):
     settings = [parse_setting(name) for name in SETTINGS]
     made = verification.make_predictions(trace, machine, settings, OPTIONS)
     made = dataclasses.replace(made, facts={**made.facts, "date": "2026-01-02T00:00:00+00:00"})
-    verification.write_predictions(made, folder / "predicted-t.json")
+    verification_files.write_predictions(made, folder / "predicted-t.json")
     result = verification.verify(trace, predictions=made, device="cpu", only=SETTINGS[:3])
-    verification.write_verification(result, folder / "verified-t-cpu.json", command="verify")
+    verification_files.write_verification(result, folder / "verified-t-cpu.json", command="verify")
     return folder
 
 
 def found_in(folder, machine, **options):
     return analysis.memory_latency(
         moeprof.open(folder / "t.moeprof"),
-        verification.read_predictions(folder / "predicted-t.json"),
+        verification_files.read_predictions(folder / "predicted-t.json"),
         machine,
         analysis.read_judgements([folder / "verified-t-cpu.json"], [folder / "predicted-t.json"]),
         **options,
@@ -199,6 +199,6 @@ def test_the_command_and_what_it_refuses(files, machine, tmp_path, capsys):
     with pytest.raises(MoeprofError, match="are not of"):
         analysis.memory_latency(
             moeprof.open("sample:lm"),
-            verification.read_predictions(files / "predicted-t.json"),
+            verification_files.read_predictions(files / "predicted-t.json"),
             machine,
         )

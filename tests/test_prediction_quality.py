@@ -14,7 +14,7 @@ from analysis import judgements
 from analysis import live_prediction_parts as parts
 from analysis import prediction_quality as quality
 from moeprof.errors import MoeprofError
-from moeprof.live.verification import binomial_interval
+from moeprof.live.verdicts import binomial_interval
 
 
 def pooled(verified, predicted):

@@ -29,7 +29,8 @@ if TYPE_CHECKING:
     from moeprof.live.routing_schedules import DeviceRouting, RoutingBuffers, routing_of
     from moeprof.live.routing_sources import Routing, RoutingSource, read_routing
     from moeprof.live.stacking import stack_experts
-    from moeprof.live.verification import VerifyOptions, verify
+    from moeprof.live.verification import verify
+    from moeprof.live.verification_options import VerifyOptions
 
 __all__ = [
     "CPU_SIZES",
@@ -88,7 +89,7 @@ _HOMES = {
     "RoutingBuffers": "routing_schedules",
     "RoutingShape": "routing_controls",
     "RoutingSource": "routing_sources",
-    "VerifyOptions": "verification",
+    "VerifyOptions": "verification_options",
     "apply_gating": "application",
     "buffer_experts": "buffered_models",
     "calibrate": "calibration",

@@ -103,7 +103,7 @@ def visits_of(times: Mapping[str, Any]) -> Numbers | None:
     """Returns the visit of each repetition of a setting [repetitions], or None.
 
     Args:
-        times: Of one setting, as `moeprof.live.verification.write_verification` writes them; files
+        times: Of one setting, as `moeprof.live.verification_files` writes them; files
             from before there were rounds know of no visits.
 
     Raises:

@@ -8,19 +8,17 @@ steps together stand beside them (``raw_ms``). Settings are repeated in rounds o
 draws of their visits say that both percentiles are known to `TOLERANCE`. Steps that are not judged
 run without their copies (`moeprof.live.setting_runs.SettingRun`).
 
-Predictions can be written to a file before anything is measured, and read back to be judged.
+Predictions can be written to a file before anything is measured, and read back to be judged
+(`moeprof.live.verification_files`); `moeprof.live.verdicts` says what the table comes to.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-import json
-import math
-import os
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,18 +28,19 @@ import pandas as pd
 import torch
 from numpy.typing import NDArray
 
-from moeprof.errors import MoeprofError, TraceError, UsageError
+from moeprof.errors import TraceError, UsageError
 from moeprof.live.cache_plans import PreparedCaches
 from moeprof.live.core_binding import QuietCore, allowed_cores
 from moeprof.live.rounds import RoundLimits, Rounds, Visited, run_in_rounds
 from moeprof.live.setting_runs import ResidentExperts, RoutedStack, SettingRun, open_stack
 from moeprof.live.step_percentiles import measured_ms, spread_of, spreads_of
 from moeprof.live.transfers import made_current
+from moeprof.live.verdicts import summary
+from moeprof.live.verification_options import NAME, TOLERANCE, Predictions, VerifyOptions
 from moeprof.recording.hardware import hardware, versions
 from moeprof.replay.calibration_file import SCHEMA_VERSION
-from moeprof.replay.cost_model import PERCENTILES, Question, predict, prediction_rows, question_of
-from moeprof.replay.expert_shapes import ExpertShape, shape_of_trace
-from moeprof.replay.result import SEVERITY_FACT, Finding, Metric, Result
+from moeprof.replay.cost_model import PERCENTILES, Question, predict, prediction_rows
+from moeprof.replay.result import Result
 from moeprof.replay.serving_settings import (
     BufferingSetting,
     GatingSetting,
@@ -55,92 +54,13 @@ if TYPE_CHECKING:
 
 Progress = Callable[[str, int, int], None]
 
-NAME = "verification"
-PREDICTIONS_KIND = "moeprof predictions"
-PREDICTIONS_VERSION = 1
 DEFAULT_POLICIES = ("lru", "lfu", "paper", "min")
 DEFAULT_CAPACITIES = ("12.5%", "25%", "50%", "75%")
 DEFAULT_AHEAD = (("25%", 2), ("12.5%", 4))
-TOLERANCE = 0.02
 QUIET_CORE_NOTE = "before each visit the dispatching thread was put on the quietest core found"
 
-_TAIL = 0.05
-_BISECTIONS = 60
 _LIBRARY_ROWS = 16
 _VISIT_COLUMNS = ("setting", "round", "begun_s", "probe_ms", "repetitions")
-
-
-@dataclass(frozen=True, kw_only=True)
-class VerifyOptions:
-    """What is run; the same for predictions and measurements.
-
-    Attributes:
-        stack: Stack of the trace; the last one (a decoder) when None.
-        shape: Of random experts; as the model or the trace has it when None.
-        dtype: Of the model's or trace's experts as they are run; as recorded when None.
-        phase: Steps that are judged; see `moeprof.replay.cost_model.question_of`.
-        max_steps: At most so many steps.
-        repetitions: Times that every setting runs them at least; more where a repetition is cheap
-            against building the setting.
-        most_repetitions: At most, where percentiles are not yet known to `TOLERANCE`.
-        rounds: Over which the least repetitions are spread; one repetition in each where there are
-            fewer repetitions than rounds.
-        seed: Of the draws.
-    """
-
-    stack: str | None = None
-    shape: ExpertShape | None = None
-    dtype: str | None = None
-    phase: str | None = None
-    max_steps: int | None = None
-    repetitions: int = 5
-    most_repetitions: int = 20
-    rounds: int = 3
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        """Refuses numbers that measure nothing."""
-        if not 1 <= self.repetitions <= self.most_repetitions:
-            raise UsageError(
-                f"{self.repetitions} to {self.most_repetitions} repetitions make no sense"
-            )
-        if self.rounds < 1:
-            raise UsageError(f"{self.rounds} rounds make no sense")
-
-    def question(self, trace: Trace) -> Question:
-        """Returns what is predicted."""
-        stack = trace.stacks[-1] if self.stack is None else self.stack
-        return question_of(
-            trace,
-            stack=stack,
-            shape=self.shape or shape_of_trace(trace, stack, dtype=self.dtype),
-            phase=self.phase,
-            max_steps=self.max_steps,
-            repetitions=self.repetitions,
-            seed=self.seed,
-        )
-
-
-@dataclass(frozen=True, kw_only=True)
-class Predictions:
-    """Predictions as they are written before a measurement.
-
-    Attributes:
-        options: What is run.
-        settings: Names of the settings.
-        rows: As `moeprof.replay.cost` has them.
-        facts: Trace, model and calibration that they come from.
-    """
-
-    options: VerifyOptions
-    settings: tuple[str, ...]
-    rows: tuple[Mapping[str, Any], ...]
-    facts: Mapping[str, Any]
-
-    @property
-    def shape(self) -> ExpertShape:
-        """Of the experts that were predicted."""
-        return ExpertShape(**self.facts["shape"])
 
 
 def default_settings(calibration: Calibration) -> list[Setting]:
@@ -235,109 +155,6 @@ def _whose_trials(calibration: Calibration) -> dict[str, str]:
     """Returns whose trials correct the constants, where they are another machine's."""
     source = calibration.trials_of
     return {} if source is None else {"trials_on": source.machine, "trials_date": source.date}
-
-
-def write_predictions(
-    predictions: Predictions, path: str | os.PathLike[str], *, force: bool = False
-) -> Path:
-    """Writes predictions, so that they can be kept before anything is measured.
-
-    Raises:
-        MoeprofError: The file exists.
-    """
-    content = {
-        "kind": PREDICTIONS_KIND,
-        "schema_version": PREDICTIONS_VERSION,
-        **asdict(predictions),
-    }
-    return _write_json(content, Path(path), force=force)
-
-
-def write_verification(
-    result: Result, path: str | os.PathLike[str], *, command: str, force: bool = False
-) -> Path:
-    """Writes what `verify` returned, every repetition of every step included.
-
-    Under ``step_times`` every setting has its ``steps``, the times ``measured_ms`` [repetitions]
-    [steps], the round of each repetition (``rounds``) and its ``visits`` in order: round, seconds
-    since the first visit began, the host's probe in milliseconds, and repetitions.
-
-    Args:
-        result: From `verify`.
-        path: Where to.
-        command: What was run.
-        force: Replace an existing file.
-
-    Raises:
-        MoeprofError: The file exists.
-    """
-    steps, visits = result.tables["step_times"], result.tables["visits"]
-    times = {
-        str(name): {
-            "steps": own["step"].unique().tolist(),
-            "measured_ms": [run["measured_ms"].tolist() for _, run in own.groupby("repetition")],
-            "rounds": own.groupby("repetition")["round"].first().tolist(),
-            "visits": visits[visits["setting"] == name]
-            .drop(columns="setting")
-            .to_dict(orient="records"),
-        }
-        for name, own in (steps.groupby("setting", sort=False) if len(steps) else ())
-    }
-    content = {
-        "kind": f"moeprof {NAME}",
-        "command": command,
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "hardware": asdict(hardware("cuda" if torch.cuda.is_available() else "cpu")),
-        "versions": versions(),
-        "notes": list(result.notes),
-        "findings": [finding.text for finding in result.findings],
-        "metrics": [asdict(metric) for metric in result.metrics],
-        "rows": json.loads(result.table.to_json(orient="records", double_precision=12)),
-        "step_times": times,
-    }
-    return _write_json(content, Path(path), force=force)
-
-
-def _write_json(content: Mapping[str, Any], target: Path, *, force: bool) -> Path:
-    """Writes beside, then renames."""
-    if target.exists() and not force:
-        raise MoeprofError(f"{target} exists", hint="choose another name, or replace it: --force")
-    beside = target.with_name(f".{target.name}.{os.getpid()}")
-    try:
-        beside.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-        beside.replace(target)
-    finally:
-        beside.unlink(missing_ok=True)
-    return target
-
-
-def read_predictions(path: str | os.PathLike[str]) -> Predictions:
-    """Reads predictions.
-
-    Raises:
-        TraceError: The file is missing, damaged or something else.
-    """
-    hint = "write them again: moeprof verify TRACE --calibration FILE --predict-only -o FILE"
-    try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise TraceError(f"{path} cannot be read as predictions: {error}", hint=hint) from None
-    if not isinstance(content, dict) or content.get("kind") != PREDICTIONS_KIND:
-        raise TraceError(f"{path} holds no predictions", hint=hint)
-    if content.get("schema_version") != PREDICTIONS_VERSION:
-        raise TraceError(f"{path} has version {content.get('schema_version')}", hint=hint)
-    try:
-        options = dict(content["options"])
-        if options["shape"] is not None:
-            options["shape"] = ExpertShape(**options["shape"])
-        return Predictions(
-            options=VerifyOptions(**options),
-            settings=tuple(content["settings"]),
-            rows=tuple(content["rows"]),
-            facts=content["facts"],
-        )
-    except (KeyError, TypeError) as error:
-        raise TraceError(f"{path} is damaged: {error}", hint=hint) from None
 
 
 def verify(
@@ -449,7 +266,7 @@ def verify(
         name=NAME,
         title="Predicted against measured",
         table=table,
-        **_summary(table),
+        **summary(table),
         notes=(
             f"measured on {hardware(target).device_name or hardware(target).cpu_name}, predicted "
             f"for {predictions.facts['calibrated_on']} as calibrated "
@@ -611,141 +428,3 @@ def _visit_notes(visits: pd.DataFrame) -> tuple[str, ...]:
         "each setting",
         f"host probe: median {middle:.2f} ms, 5-95 % {low:.2f}-{high:.2f}",
     )
-
-
-def regrets(table: pd.DataFrame) -> pd.DataFrame:
-    """Returns what it costs to take the setting that the model recommends.
-
-    Settings compete at equal memory and for one percentile; recommended is the least predicted.
-
-    Args:
-        table: As `verify` returns it.
-
-    Returns:
-        Columns percentile, device_bytes, recommended, best, regret (recommended over best, both
-        measured, less 1), settings; one row where at least two were measured.
-    """
-    found = []
-    known = table.dropna(subset=["measured_ms"])
-    for (percentile, size), group in known.groupby(["percentile", "device_bytes"]):
-        if len(group) < 2:  # noqa: PLR2004
-            continue
-        taken = group.iloc[int(np.argmin(group["predicted_ms"].to_numpy(float)))]
-        best = group.iloc[int(np.argmin(group["measured_ms"].to_numpy(float)))]
-        found.append(
-            {
-                "percentile": percentile,
-                "device_bytes": size,
-                "recommended": taken["setting"],
-                "best": best["setting"],
-                "regret": taken["measured_ms"] / best["measured_ms"] - 1,
-                "settings": len(group),
-            }
-        )
-    columns = ["percentile", "device_bytes", "recommended", "best", "regret", "settings"]
-    return pd.DataFrame(found, columns=columns)
-
-
-def binomial_interval(successes: int, trials: int) -> tuple[float, float]:
-    """Returns the exact (Clopper-Pearson) 90 % interval of a share."""
-
-    def at_least(share: float, count: int) -> float:
-        return math.fsum(
-            math.comb(trials, n) * share**n * (1 - share) ** (trials - n)
-            for n in range(count, trials + 1)
-        )
-
-    def solved(count: int, wanted: float) -> float:
-        low, high = 0.0, 1.0
-        for _ in range(_BISECTIONS):
-            middle = (low + high) / 2
-            low, high = (middle, high) if at_least(middle, count) < wanted else (low, middle)
-        return (low + high) / 2
-
-    least = 0.0 if successes == 0 else solved(successes, _TAIL)
-    most = 1.0 if successes == trials else solved(successes + 1, 1 - _TAIL)
-    return least, most
-
-
-def _summary(table: pd.DataFrame) -> dict[str, Any]:
-    """Returns the metrics and what they say."""
-    if table.empty:
-        return {"metrics": (), "findings": (_finding("Nothing was run."),)}
-    known = table.dropna(subset=["measured_ms"])
-    if known.empty:
-        return {"metrics": (), "findings": (_finding("Nothing fitted into the device's memory."),)}
-    errors = {
-        name: float(known[column].astype(float).abs().median())
-        for name, column in (
-            ("model", "error"),
-            ("bytes over bandwidth", "naive_bandwidth_error"),
-            ("mean", "naive_mean_error"),
-        )
-    }
-    metrics = [
-        _metric(f"verification/median error/{name}", value) for name, value in errors.items()
-    ]
-    findings = [
-        _finding(
-            f"Over {len(known)} predictions the model is off by {errors['model']:.1%} (median), "
-            f"bytes over bandwidth by {errors['bytes over bandwidth']:.1%}, the mean by "
-            f"{errors['mean']:.1%}."
-        )
-    ]
-    stated = known.dropna(subset=["inside"])
-    if len(stated):
-        inside = int(stated["inside"].astype(bool).sum())
-        low, high = binomial_interval(inside, len(stated))
-        metrics.append(
-            _metric("verification/coverage", inside / len(stated), low, high, better=None)
-        )
-        findings.append(
-            _finding(
-                f"{inside} of {len(stated)} measurements lie in their stated 90 % interval: "
-                f"{inside / len(stated):.1%} ({low:.1%} to {high:.1%})."
-            )
-        )
-    found = regrets(table)
-    if len(found):
-        median, worst = float(found["regret"].median()), float(found["regret"].max())
-        metrics += [
-            _metric("verification/regret/median", median),
-            _metric("verification/regret/worst", worst),
-        ]
-        findings.append(
-            _finding(
-                f"Taking what the model recommends at equal memory costs {median:.1%} (median of "
-                f"{len(found)} choices) and at worst {worst:.1%} over the best measured."
-            )
-        )
-    rough = known[known["measured_spread"].astype(float) > TOLERANCE]
-    if len(rough):
-        findings.append(
-            _finding(f"{len(rough)} of {len(known)} are not measured to {TOLERANCE:.0%}.")
-        )
-    left_out = table[table["measured_ms"].isna()]["setting"].unique()
-    if len(left_out):
-        findings.append(_finding(f"No room on the device for {', '.join(left_out)}."))
-    return {"metrics": tuple(metrics), "findings": tuple(findings)}
-
-
-def _metric(
-    name: str,
-    value: float,
-    low: float | None = None,
-    high: float | None = None,
-    better: Any = "lower",
-) -> Metric:
-    return Metric(
-        name=name,
-        value=value,
-        unit="share",
-        figure_class="measured",
-        low=low,
-        high=high,
-        better=better,
-    )
-
-
-def _finding(text: str) -> Finding:
-    return Finding(text=text, severity=SEVERITY_FACT, section=NAME)

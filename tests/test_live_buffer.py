@@ -16,7 +16,8 @@ from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 import moeprof  # noqa: E402
 from moeprof.errors import UsageError  # noqa: E402
 from moeprof.live import expert_buffer, expert_store  # noqa: E402
-from moeprof.live.expert_buffer import BufferSettings, ExpertBuffer  # noqa: E402
+from moeprof.live.buffer_settings import BufferedSite, BufferSettings  # noqa: E402
+from moeprof.live.expert_buffer import ExpertBuffer  # noqa: E402
 from moeprof.live.experts import ExpertWeights, random_experts  # noqa: E402
 from moeprof.live.routed_runs import (  # noqa: E402
     ExpertGeometry,
@@ -123,7 +124,7 @@ def test_outputs_are_those_of_the_experts(gated: bool) -> None:
         num_experts=6, d_model=16, d_ff=8, gated=gated, bias=True, dtype=torch.float32
     )
     store = expert_store.store_of_weights(experts)
-    site = expert_buffer.BufferedSite(site=0, stack="decoder", layer=0, store=store)
+    site = BufferedSite(site=0, stack="decoder", layer=0, store=store)
     buffer = ExpertBuffer([site], BufferSettings(capacity=2), device="cpu")
     generator = torch.Generator().manual_seed(1)
     for tokens in (1, 7, 3):
@@ -141,7 +142,7 @@ def test_outputs_are_those_of_the_experts(gated: bool) -> None:
 def test_outputs_are_those_of_the_paper_s_kernel_to_the_bit() -> None:
     kernels = pytest.importorskip("moeprof.live.kernels")
     experts = random_experts(num_experts=5, d_model=32, d_ff=16, dtype=torch.bfloat16)
-    site = expert_buffer.BufferedSite(
+    site = BufferedSite(
         site=0, stack="decoder", layer=0, store=expert_store.store_of_weights(experts)
     )
     buffer = ExpertBuffer([site], BufferSettings(capacity=2), device="cpu")

@@ -14,7 +14,8 @@ torch = pytest.importorskip("torch")
 
 from moeprof.errors import MoeprofError  # noqa: E402
 from moeprof.live import expert_buffer, expert_store, transfers  # noqa: E402
-from moeprof.live.expert_buffer import BufferSettings, ExpertBuffer  # noqa: E402
+from moeprof.live.buffer_settings import BufferedSite, BufferSettings  # noqa: E402
+from moeprof.live.expert_buffer import ExpertBuffer  # noqa: E402
 from moeprof.live.experts import random_experts  # noqa: E402
 from moeprof.replay.cache import policies  # noqa: E402
 from moeprof.replay.cache.foresight import Foresight  # noqa: E402
@@ -210,7 +211,7 @@ def test_a_device_stays_the_same_whichever_is_current(monkeypatch: pytest.Monkey
     monkeypatch.setattr(expert_buffer, "with_index", lambda device: torch.device(device.type, 0))
     experts = random_experts(num_experts=2, d_model=8, d_ff=8, dtype=torch.float32)
     store = expert_store.store_of_weights(experts)
-    site = expert_buffer.BufferedSite(site=0, stack="decoder", layer=0, store=store)
+    site = BufferedSite(site=0, stack="decoder", layer=0, store=store)
     buffer = ExpertBuffer([site], BufferSettings(capacity=None), device="cpu")
     assert buffer.device == torch.device("cpu", 0)
     buffer.close()

@@ -24,8 +24,9 @@ from analysis.gpu.buffering_outputs import (  # noqa: E402
     tolerance,
     wrong_on_host,
 )
-from moeprof.live import expert_buffer  # noqa: E402
-from moeprof.live.expert_buffer import BufferSettings, ExpertBuffer  # noqa: E402
+from moeprof.live.buffer_settings import BufferSettings  # noqa: E402
+from moeprof.live.expert_buffer import ExpertBuffer  # noqa: E402
+from moeprof.live.expert_store import ExpertStore  # noqa: E402
 from moeprof.live.experts import ExpertWeights  # noqa: E402
 from moeprof.live.routed_runs import (  # noqa: E402
     ExpertGeometry,
@@ -79,7 +80,7 @@ class RoundsLess(ExpertWeights):
         return F.linear(self.activate(hidden), self.w_out[expert].float()).to(rows.dtype)
 
 
-class OtherHost(expert_buffer.ExpertStore):
+class OtherHost(ExpertStore):
     """Rounds otherwise where the host computes."""
 
     def weights(self, expert: int) -> ExpertWeights:

@@ -15,6 +15,7 @@ import pytest
 torch = pytest.importorskip("torch")
 
 import moeprof  # noqa: E402
+from moeprof.live.buffer_settings import BufferSettings  # noqa: E402
 from moeprof.live.copy_witness import (  # noqa: E402
     StepCopies,
     copies_by_step,
@@ -23,7 +24,7 @@ from moeprof.live.copy_witness import (  # noqa: E402
     step_range,
     watched_link,
 )
-from moeprof.live.expert_buffer import BufferSettings, ExpertBuffer  # noqa: E402
+from moeprof.live.expert_buffer import ExpertBuffer  # noqa: E402
 from moeprof.live.routed_runs import (  # noqa: E402
     ExpertGeometry,
     random_sites,

@@ -17,11 +17,12 @@ import torch
 
 from moeprof.errors import MoeprofError, UsageError
 from moeprof.live import expert_buffer, piece_bench
+from moeprof.live.buffer_settings import BufferedSite, BufferSettings
 from moeprof.live.calibration_sizes import CPU_SIZES
 from moeprof.live.direct_dispatch import DirectSlots
 from moeprof.live.direct_launches import CELL, CELLS, PreparedKernel
 from moeprof.live.driver_calls import FUNCTIONS, NOT_READY
-from moeprof.live.expert_buffer import BufferedSite, BufferSettings, ExpertBuffer
+from moeprof.live.expert_buffer import ExpertBuffer
 from moeprof.live.expert_store import ALIGNMENT_BYTES, store_of_weights
 from moeprof.live.experts import random_experts
 from moeprof.live.kernels.streamed import StreamedDispatch

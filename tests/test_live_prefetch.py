@@ -17,12 +17,8 @@ from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 import moeprof  # noqa: E402
 from moeprof.errors import UsageError  # noqa: E402
 from moeprof.live import expert_buffer  # noqa: E402
-from moeprof.live.expert_buffer import (  # noqa: E402
-    BufferedSite,
-    BufferSettings,
-    ExpertBuffer,
-    described,
-)
+from moeprof.live.buffer_settings import BufferedSite, BufferSettings, described  # noqa: E402
+from moeprof.live.expert_buffer import ExpertBuffer  # noqa: E402
 from moeprof.live.expert_store import store_of_weights  # noqa: E402
 from moeprof.live.experts import random_experts  # noqa: E402
 from moeprof.live.kernels.streamed import STREAMED_TOKENS  # noqa: E402

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from moeprof.live import expert_buffer
-from moeprof.live.expert_buffer import BufferedSite, BufferSettings, ExpertBuffer
+from moeprof.live.buffer_settings import BufferedSite, BufferSettings
+from moeprof.live.expert_buffer import ExpertBuffer
 from moeprof.live.expert_store import store_of_weights
 from moeprof.live.experts import random_experts
 from moeprof.live.kernels import dynamic_loop

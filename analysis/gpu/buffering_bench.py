@@ -19,6 +19,7 @@ import torch
 
 import moeprof
 from analysis.gpu.buffering_outputs import compared, noticed, wrong_on_host
+from moeprof.live.buffer_settings import BufferedSite, BufferMemory, BufferSettings, described
 from moeprof.live.copy_witness import (
     copies_by_step,
     link_overhead,
@@ -27,13 +28,7 @@ from moeprof.live.copy_witness import (
     step_range,
     watched_link,
 )
-from moeprof.live.expert_buffer import (
-    BufferedSite,
-    BufferMemory,
-    BufferSettings,
-    ExpertBuffer,
-    described,
-)
+from moeprof.live.expert_buffer import ExpertBuffer
 from moeprof.live.routed_runs import (
     ExpertGeometry,
     RoutedStep,

@@ -16,7 +16,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from moeprof.live.expert_buffer import BufferedSite
+from moeprof.live.buffer_settings import BufferedSite
 from moeprof.live.expert_store import ExpertStore
 from moeprof.live.experts import ExpertWeights
 from moeprof.live.routed_runs import ExpertGeometry, RoutedStep

@@ -7,11 +7,12 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from moeprof.live.application import AppliedGating, apply_gating
+    from moeprof.live.buffer_settings import BufferSettings
     from moeprof.live.buffered_models import buffer_experts
     from moeprof.live.calibration import calibrate, pooled, refitted
     from moeprof.live.calibration_sizes import CPU_SIZES, GPU_SIZES, CalibrationSizes
     from moeprof.live.exchange_times import exchange_curve
-    from moeprof.live.expert_buffer import BufferSettings, ExpertBuffer
+    from moeprof.live.expert_buffer import ExpertBuffer
     from moeprof.live.expert_parallel import ParallelExperts, experts_of_rank
     from moeprof.live.experts import ExpertWeights, random_experts
     from moeprof.live.forcing import ForcedRouting, force_routing
@@ -76,7 +77,7 @@ _HOMES = {
     "CPU_SIZES": "calibration_sizes",
     "GPU_SIZES": "calibration_sizes",
     "AppliedGating": "application",
-    "BufferSettings": "expert_buffer",
+    "BufferSettings": "buffer_settings",
     "CalibrationSizes": "calibration_sizes",
     "DeviceRouting": "routing_schedules",
     "ExpertBuffer": "expert_buffer",

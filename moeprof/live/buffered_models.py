@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from moeprof.live.expert_buffer import BufferedSite, BufferSettings, ExpertBuffer
+from moeprof.live.buffer_settings import BufferedSite, BufferSettings
+from moeprof.live.expert_buffer import ExpertBuffer
 from moeprof.live.expert_store import ExpertStore, store_of_layout
 from moeprof.live.experts import ExpertWeights
 from moeprof.live.model_experts import (

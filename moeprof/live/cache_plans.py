@@ -14,20 +14,18 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from moeprof.errors import UsageError
+from moeprof.live.buffer_settings import BufferedSite, BufferSettings, check_caches
 from moeprof.replay.cache import policies, reference, streams
 from moeprof.replay.cache.decisions import CompiledResidency, make_residency
 from moeprof.replay.cache.foresight import Foresight
 from moeprof.replay.cache.policies import Machine
 from moeprof.replay.cache.residency import CacheSpec, MissRule, Residency
 from moeprof.replay.cache.sizes import parse_capacity
-from moeprof.replay.serving_settings import check_prefetch
 
 if TYPE_CHECKING:
-    from moeprof.live.expert_buffer import BufferedSite, BufferSettings
     from moeprof.replay.cache.streams import Stream
 
 _STAGING = 2
-_FORESEEING = ("min", "min_bypass", "pinned")
 _NOT_ALL_KEPT = ("min_bypass", "pinned", "layers")
 
 
@@ -103,7 +101,7 @@ def plan_caches(sites: Sequence[BufferedSite], settings: BufferSettings) -> Cach
     Raises:
         UsageError: The settings make no sense.
     """
-    _check(settings)
+    check_caches(settings)
     groups = _grouped(sites, settings.scope)
     capacities = _capacities(groups, settings)
     foreseen = _foreseen(settings)
@@ -151,24 +149,6 @@ def plan_caches(sites: Sequence[BufferedSite], settings: BufferSettings) -> Cach
         staging_bytes=staging_bytes,
         padding_bytes=every - cache_bytes - staging_bytes,
     )
-
-
-def _check(settings: BufferSettings) -> None:
-    check_prefetch(settings.prefetch, settings.capacity)
-    for name, known in (
-        ("policy", tuple(policies.POLICIES)),
-        ("scope", streams.SCOPES),
-        ("initial", policies.INITIALS),
-    ):
-        if getattr(settings, name) not in known:
-            raise UsageError(
-                f"there is no {name} {getattr(settings, name)!r}", hint=f"one of {', '.join(known)}"
-            )
-    if settings.policy in _FORESEEING and settings.future is None:
-        raise UsageError(
-            f"{settings.policy} is planned on a trace of the same run",
-            hint="record the run, then give future=moeprof.open(PATH)",
-        )
 
 
 def _grouped(sites: Sequence[BufferedSite], scope: str) -> list[list[BufferedSite]]:

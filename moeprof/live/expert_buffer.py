@@ -8,41 +8,43 @@ Leaves out models (`buffered_models`) and traces without a model (`routed_runs`)
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
-from numpy.typing import NDArray
 
-from moeprof.errors import MoeprofError, UsageError
+from moeprof.errors import MoeprofError
+from moeprof.live.buffer_settings import (
+    BufferCounts,
+    BufferedSite,
+    BufferMemory,
+    BufferSettings,
+    check_settings,
+)
 from moeprof.live.cache_plans import PreparedCaches, prepare_caches
 from moeprof.live.direct_launches import Launches
 from moeprof.live.direct_runs import DirectRuns
 from moeprof.live.driver_calls import driver_functions
-from moeprof.live.expert_store import BlockShape, Bytes, ExpertStore
+from moeprof.live.expert_store import BlockShape, Bytes
 from moeprof.live.experts import ExpertWeights
+from moeprof.live.host_lane import HostLane
 from moeprof.live.kernels.streamed import STREAMED_TOKENS, StreamedDispatch, can_stream
+from moeprof.live.lookup_log import LoggedDispatch, every_column, lookup_table
 from moeprof.live.row_blocks import Workspace
 from moeprof.live.transfers import (
     Computations,
     Transfers,
     made_current,
     make_slots,
-    new_event,
     open_transfers,
     with_index,
 )
 from moeprof.replay.cache.decisions import (
     AHEAD,
-    EXPERT,
     HIT,
-    LOADS,
-    NUM_COLUMNS,
     NUM_COPIES,
     ON_HOST,
     ROWS,
@@ -52,144 +54,14 @@ from moeprof.replay.cache.decisions import (
 from moeprof.replay.cache.pieces import copies_of, pieces_of
 from moeprof.replay.cache.residency import (
     AT_ONCE,
-    MISS_ACTIONS,
     NO_SLOT,
     Fetched,
     MissRule,
     Planned,
     Residency,
 )
-from moeprof.replay.serving_settings import check_prefetch
-
-if TYPE_CHECKING:
-    from moeprof.trace.reader import Trace
-
-LOOKUP_COLUMNS = (
-    "step", "stack", "site", "layer", "expert", "hit", "copied", "ahead", "on_host", "rows",
-)  # fmt: skip
 
 _MOST_TOP_K = 16
-_NO_COLUMNS = np.zeros((NUM_COLUMNS, 0), np.int32)
-
-RunExpert = Callable[[int, ExpertWeights, torch.Tensor], torch.Tensor]
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class BufferedSite:
-    """One MoE site whose experts are buffered.
-
-    Attributes:
-        site: Site id, as in a trace.
-        stack: Its stack.
-        layer: Model layer inside the stack.
-        store: Its experts, or this device's share of them.
-        expert_ids: Id of each expert in the store; ascending. None: 0, 1, 2, ...
-        run: Runs rows through one expert; `ExpertWeights.run` when None.
-    """
-
-    site: int
-    stack: str
-    layer: int
-    store: ExpertStore
-    expert_ids: Sequence[int] | None = None
-    run: RunExpert | None = None
-
-
-@dataclass(frozen=True, kw_only=True)
-class BufferSettings:
-    """How experts are buffered.
-
-    Attributes:
-        capacity: Slots per cache (int), share of all expert bytes (float) or text, as
-            `moeprof.replay.buffering` takes it. None: all experts stay on the device.
-        policy: Name in `moeprof.replay.cache.policies.TABLE`.
-        scope: What shares a cache: ``layer``, ``stack`` or ``global``.
-        miss: ``load``, ``host`` or ``split``; see `moeprof.replay.cache.residency.MissRule`.
-        host_rows: Most rows of an expert that ``split`` computes on the host.
-        initial: ``empty`` or ``full``.
-        staging: Slots beside the caches, for experts that are not kept and for copies ahead of the
-            last reader; None: 2 where the policy does not keep every miss, else 0.
-        prefetch: Experts of the next site that are copied ahead after each dispatch, at most
-            (`moeprof.replay.cache.foresight`): so many slots more, beside the caches. Decisions of
-            the policy, and so hits, are those without.
-        future: Trace of the same run, for policies that plan on it (``min``, ``min_bypass``,
-            ``pinned``).
-        device_index: Which of ``num_devices`` this is, where experts are spread over several.
-        num_devices: Devices that experts are spread over, each with caches of its own.
-    """
-
-    capacity: int | float | str | None
-    policy: str = "lru"
-    scope: str = "layer"
-    miss: str = "load"
-    host_rows: int = 1
-    initial: str = "empty"
-    staging: int | None = None
-    prefetch: int = 0
-    future: Trace | None = None
-    device_index: int = 0
-    num_devices: int = 1
-
-
-@dataclass(frozen=True, kw_only=True)
-class BufferMemory:
-    """Bytes, as requested; how the allocator rounds them is another matter.
-
-    Attributes:
-        expert_bytes: All experts of all sites.
-        cache_bytes: Slots of all caches; all experts where nothing is buffered.
-        staging_bytes: Slots beside the caches, those of what is copied ahead included.
-        padding_bytes: Part of both that only aligns tensors within a block.
-        workspace_bytes: Rows in order of expert.
-        host_bytes: Blocks in host memory.
-    """
-
-    expert_bytes: int
-    cache_bytes: int
-    staging_bytes: int
-    padding_bytes: int
-    workspace_bytes: int
-    host_bytes: int
-
-    @property
-    def saved_bytes(self) -> int:
-        """Device bytes that the experts no longer take."""
-        return self.expert_bytes - self.cache_bytes - self.staging_bytes
-
-
-@dataclass(frozen=True, kw_only=True)
-class BufferCounts:
-    """What a buffer did since it was made or reset.
-
-    Attributes:
-        dispatches: Dispatches.
-        lookups: Active experts.
-        hits: Of them resident.
-        copies: Copies of an expert to the device, those ahead of its lookup included.
-        copied_bytes: Bytes of them.
-        prefetches: Copies ahead, of all copies.
-        prefetch_bytes: Bytes of them.
-        prefetch_used: Copies ahead that a lookup found.
-        initial_copies: Copies that filled the caches before the first dispatch.
-        host_experts: Misses computed on the host.
-        host_rows: Rows of them.
-        waits: Times the host waited for the device to learn the active experts.
-        wait_s: Time of them, what the device still had to do before included.
-    """
-
-    dispatches: int
-    lookups: int
-    hits: int
-    copies: int
-    copied_bytes: int
-    prefetches: int
-    prefetch_bytes: int
-    prefetch_used: int
-    initial_copies: int
-    host_experts: int
-    host_rows: int
-    waits: int
-    wait_s: float
 
 
 class ExpertBuffer:
@@ -218,10 +90,7 @@ class ExpertBuffer:
         dtype: torch.dtype | None = None,
         prepared: PreparedCaches | None = None,
     ) -> None:
-        if settings.miss not in MISS_ACTIONS:
-            raise UsageError(
-                f"there is no miss action {settings.miss!r}", hint=f"one of {MISS_ACTIONS}"
-            )
+        check_settings(settings)
         self.sites = tuple(sites)
         self.settings = settings
         self.device = with_index(torch.device(device))
@@ -247,8 +116,7 @@ class ExpertBuffer:
         self._pools: list[torch.Tensor] = []
         self._pool_of: dict[int, torch.Tensor] = {}
         self._cache_bytes = self._staging_bytes = self._padding_bytes = 0
-        self._host_lane: _HostLane | None = None
-        check_prefetch(settings.prefetch, settings.capacity)
+        self._host_lane: HostLane | None = None
         if settings.capacity is None:
             for site in self.sites:
                 self._keep_all(site)
@@ -262,8 +130,7 @@ class ExpertBuffer:
             self._make_slots(prepared or prepare_caches(self.sites, settings))
         self._step = -1
         self._is_halfway = False
-        # Step, site, and the columns of the decision about its active experts.
-        self._log: list[tuple[int, int, NDArray[np.int32]]] = []
+        self._log: list[LoggedDispatch] = []
         self._num_copies = self._copied_bytes = self._num_initial = 0
         self._num_ahead = self._ahead_bytes = 0
         self._direct = self._direct_runs() if self.device.type == "cuda" else None
@@ -315,7 +182,7 @@ class ExpertBuffer:
         }
         self._transfers = open_transfers(slots) if slots else None
         if self._rule.action != "load":
-            self._host_lane = _HostLane(self.device)
+            self._host_lane = HostLane(self.device)
 
     def _workspace_of(self, site: BufferedSite, dtype: torch.dtype) -> Workspace:
         width = site.store.shape.shapes["w_in"][1]
@@ -757,28 +624,11 @@ class ExpertBuffer:
         Columns step, stack, site, layer, expert, hit; then copied (its block went to the device for
         this lookup), ahead (it missed, but had been copied ahead), on_host and rows.
         """
-        log = self._log
-        count = np.array([columns.shape[1] for _, _, columns in log], np.int64)
-        every = np.concatenate([_NO_COLUMNS, *[columns for _, _, columns in log]], axis=1)
-        places = [self._by_id[site] for _, site, _ in log]
-        ids = [self._ids[site][columns[EXPERT]] for _, site, columns in log]
-        values = {
-            "step": np.repeat(np.array([step for step, _, _ in log], np.int64), count),
-            "stack": np.repeat(np.array([place.stack for place in places], object), count),
-            "site": np.repeat(np.array([place.site for place in places], np.int64), count),
-            "layer": np.repeat(np.array([place.layer for place in places], np.int64), count),
-            "expert": np.concatenate([np.zeros(0, np.int64), *ids]),
-            "hit": every[HIT].astype(bool),
-            "copied": every[LOADS].astype(bool),
-            "ahead": every[AHEAD].astype(bool),
-            "on_host": every[ON_HOST].astype(bool),
-            "rows": every[ROWS].astype(np.int64),
-        }
-        return pd.DataFrame({name: values[name] for name in LOOKUP_COLUMNS})
+        return lookup_table(self._log, self._by_id, self._ids)
 
     def counts(self) -> BufferCounts:
         """Returns what was done so far."""
-        every = np.concatenate([_NO_COLUMNS, *[columns for _, _, columns in self._log]], axis=1)
+        every = every_column(self._log)
         on_host = every[ON_HOST] > 0
         spaces = self._spaces()
         return BufferCounts(
@@ -905,90 +755,3 @@ def _streamed_dispatches(
             made.append((shape, own))
         found[site.site] = own
     return found
-
-
-class _HostLane:
-    """Brings rows to the host, runs experts there and brings the results back.
-
-    Args:
-        device: Where rows come from.
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self._is_cuda = device.type == "cuda"
-        self._fetched = new_event() if self._is_cuda else None
-        self._returned = new_event() if self._is_cuda else None
-        self._is_busy = False
-        self._buffers: dict[str, torch.Tensor] = {}
-        self._rows: list[torch.Tensor] = []
-
-    def _buffer(self, name: str, rows: int, like: torch.Tensor) -> torch.Tensor:
-        found = self._buffers.get(name)
-        if (
-            found is None
-            or found.shape[0] < rows
-            or found.dtype != like.dtype
-            or (found.shape[1] != like.shape[1])
-        ):
-            with torch.inference_mode(False):
-                found = torch.zeros(
-                    2 * rows,
-                    like.shape[1],
-                    dtype=like.dtype,
-                    device=self._device if name == "device" else "cpu",
-                    pin_memory=self._is_cuda and name != "device",
-                )
-            self._buffers[name] = found
-        return found[:rows]
-
-    def fetch(self, pieces: list[torch.Tensor]) -> None:
-        """Starts bringing rows to the host."""
-        if self._is_busy and self._returned is not None:
-            self._returned.synchronize()
-        total = sum(piece.shape[0] for piece in pieces)
-        host = self._buffer("given", total, pieces[0])
-        self._rows = []
-        start = 0
-        for piece in pieces:
-            self._rows.append(host[start : start + piece.shape[0]])
-            self._rows[-1].copy_(piece, non_blocking=True)
-            start += piece.shape[0]
-        if self._fetched is not None:
-            self._fetched.record(torch.cuda.current_stream(self._device))
-
-    def compute(
-        self, place: BufferedSite, experts: list[int], rows: list[list[int]] | None = None
-    ) -> list[torch.Tensor]:
-        """Returns the fetched rows through their experts, on the device.
-
-        Args:
-            place: The site.
-            experts: One per piece that was fetched.
-            rows: Where one piece was fetched for all: which of its rows each expert is given.
-        """
-        if self._fetched is not None:
-            self._fetched.synchronize()
-        if rows is not None:
-            (every,) = self._rows
-            self._rows = [every[own] for own in rows]
-        total = sum(rows.shape[0] for rows in self._rows)
-        results = self._buffer("results", total, self._rows[0])
-        pieces = [
-            place.store.weights(expert).run(0, rows)
-            for expert, rows in zip(experts, self._rows, strict=True)
-        ]
-        torch.cat(pieces, out=results)
-        on_device = self._buffer("device", total, results)
-        on_device.copy_(results, non_blocking=True)
-        if self._returned is not None:
-            self._returned.record(torch.cuda.current_stream(self._device))
-            self._is_busy = True
-        return list(torch.split(on_device, [rows.shape[0] for rows in self._rows]))
-
-
-def described(settings: BufferSettings) -> dict[str, Any]:
-    """Returns settings as plain values, to store beside a result."""
-    plain = {field.name: getattr(settings, field.name) for field in dataclasses.fields(settings)}
-    plain["future"] = None if settings.future is None else str(settings.future.path)
-    return plain

@@ -20,7 +20,8 @@ from moeprof.live.calibration_sizes import CalibrationSizes
 from moeprof.live.direct_launches import Launches
 from moeprof.live.direct_runs import DirectRuns
 from moeprof.live.driver_calls import driver_functions
-from moeprof.live.expert_buffer import BufferedSite, BufferSettings, ExpertBuffer
+from moeprof.live.buffer_settings import BufferedSite, BufferSettings
+from moeprof.live.expert_buffer import ExpertBuffer
 from moeprof.live.expert_store import ExpertStore
 from moeprof.live.kernels.streamed import STREAMED_TOKENS, StreamedDispatch
 from moeprof.live.measured_curves import ascending, scaled

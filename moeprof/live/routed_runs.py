@@ -17,7 +17,8 @@ import torch
 import torch.nn.functional as F
 
 from moeprof.errors import TraceError, UsageError
-from moeprof.live.expert_buffer import BufferedSite, ExpertBuffer
+from moeprof.live.buffer_settings import BufferedSite
+from moeprof.live.expert_buffer import ExpertBuffer
 from moeprof.live.expert_store import BlockShape, ExpertStore, make_store
 from moeprof.replay.cache.streams import device_of_expert
 

@@ -16,8 +16,9 @@ import torch
 import torch.nn.functional as F
 
 from moeprof.errors import MoeprofError, UsageError
+from moeprof.live.buffer_settings import BufferedSite, BufferSettings
 from moeprof.live.cache_plans import PreparedCaches, prepare_caches
-from moeprof.live.expert_buffer import BufferedSite, BufferSettings, ExpertBuffer
+from moeprof.live.expert_buffer import ExpertBuffer
 from moeprof.live.expert_store import store_of_layout
 from moeprof.live.experts import ExpertWeights
 from moeprof.live.kernels import kernel_named

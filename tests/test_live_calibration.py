@@ -176,6 +176,21 @@ def test_parts_of_a_device_with_a_queue() -> None:
     assert len(calls) == 12 + 2 + 12
 
 
+def test_the_host_is_prepared_before_its_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[str] = []
+    times = PartTimes(
+        torch.device("cpu"), repeats=2, warmup=1, prepare=lambda: calls.append("prepare")
+    )
+    monkeypatch.setattr(times, "is_serial", False)
+    monkeypatch.setattr(times, "settle", lambda: None)
+    times.host(lambda: calls.append("run"))
+    # Once, before the runs that warm up: what moves the thread is not in what is timed.
+    assert calls == ["prepare", *["run"] * (1 + 3 * 2)]
+    calls.clear()
+    times.wall(lambda: calls.append("run"))
+    assert "prepare" not in calls
+
+
 @pytest.mark.parametrize(
     "text", ["lru:3", "min:3:host", "gating:static_index", "unbuffered", "lru:2:ahead=2"]
 )

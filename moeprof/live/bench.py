@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 from moeprof.live.calibration_sizes import CalibrationSizes
@@ -14,13 +16,21 @@ class Bench:
     Args:
         device: Which.
         sizes: How large things are.
+        prepare: See `PartTimes`.
     """
 
-    def __init__(self, device: torch.device, sizes: CalibrationSizes) -> None:
+    def __init__(
+        self,
+        device: torch.device,
+        sizes: CalibrationSizes,
+        *,
+        prepare: Callable[[], object] = lambda: None,
+    ) -> None:
         self.device = device
         self.sizes = sizes
+        self.prepare = prepare
         self.dtype: torch.dtype = getattr(torch, sizes.dtype)
-        self.times = PartTimes(device, repeats=sizes.repeats)
+        self.times = PartTimes(device, repeats=sizes.repeats, prepare=prepare)
 
     def rows(
         self,

@@ -129,7 +129,7 @@ def calibrate(
         )  # fmt: skip
         if quiet_core:
             with QuietCore() as quiet:
-                machine, tried = measure(quiet.settle)
+                machine, tried = measure(quiet.settle, prepare=quiet.settle)
         else:
             machine, tried = measure(probe_ms)
     found = (
@@ -175,10 +175,12 @@ def _measured(
     *,
     known: Hardware,
     trials: bool,
+    prepare: Callable[[], object] = lambda: None,
 ) -> tuple[Calibration, list[TriedSetting]]:
     """Returns constants, and trials where these are wanted."""
-    bench = ConstantBench(device, sizes)
-    kernel_bench, trial_bench = KernelBench(device, sizes), TrialBench(device, sizes)
+    bench = ConstantBench(device, sizes, prepare=prepare)
+    kernel_bench = KernelBench(device, sizes, prepare=prepare)
+    trial_bench = TrialBench(device, sizes)
     tried_sizes = sizes.expert_bytes if trials else ()
     parts = 4 + len(policy_names) + len(kernels) + len(tried_sizes)
     count = itertools.count()

@@ -30,13 +30,23 @@ class PartTimes:
         device: Which.
         repeats: Timed repetitions of each.
         warmup: Repetitions before them.
+        prepare: Called before the host's part of anything is timed: parts are subtracted from each
+            other, and should find the host alike.
     """
 
-    def __init__(self, device: torch.device, *, repeats: int, warmup: int = 3) -> None:
+    def __init__(
+        self,
+        device: torch.device,
+        *,
+        repeats: int,
+        warmup: int = 3,
+        prepare: Callable[[], object] = _nothing,
+    ) -> None:
         self.device = device
         self.is_serial = device.type != "cuda"
         self._repeats = repeats
         self._warmup = warmup
+        self._prepare = prepare
 
     def settle(self) -> None:
         """Waits until the device has nothing to do."""
@@ -78,6 +88,7 @@ class PartTimes:
         """Returns the time in seconds that the host needs to ask for something; see `wall`."""
         if self.is_serial:
             return _NOTHING
+        self._prepare()
         return self.wall(function, before=before, settle=False, times=_HOST_TIMES)
 
     def device_part(
@@ -121,6 +132,7 @@ class PartTimes:
         """
         if self.is_serial:
             return _NOTHING
+        self._prepare()
         self._warm_up(function, before)
         found = []
         for _ in range(self._repeats):

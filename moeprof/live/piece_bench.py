@@ -16,11 +16,11 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 
 from moeprof.live.bench import Bench
+from moeprof.live.buffer_settings import BufferedSite, BufferSettings
 from moeprof.live.calibration_sizes import CalibrationSizes
 from moeprof.live.direct_launches import Launches
 from moeprof.live.direct_runs import DirectRuns
 from moeprof.live.driver_calls import driver_functions
-from moeprof.live.buffer_settings import BufferedSite, BufferSettings
 from moeprof.live.expert_buffer import ExpertBuffer
 from moeprof.live.expert_store import ExpertStore
 from moeprof.live.kernels.streamed import STREAMED_TOKENS, StreamedDispatch
@@ -111,10 +111,17 @@ class PieceBench(Bench):
     Args:
         device: Which.
         sizes: How large things are.
+        prepare: See `moeprof.live.part_times.PartTimes`.
     """
 
-    def __init__(self, device: torch.device, sizes: CalibrationSizes) -> None:
-        super().__init__(device, sizes)
+    def __init__(
+        self,
+        device: torch.device,
+        sizes: CalibrationSizes,
+        *,
+        prepare: Callable[[], object] = lambda: None,
+    ) -> None:
+        super().__init__(device, sizes, prepare=prepare)
         self._turn = itertools.count()
         self._width = sizes.d_model
 

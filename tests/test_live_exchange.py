@@ -14,6 +14,7 @@ from moeprof.errors import MoeprofError, UsageError  # noqa: E402
 from moeprof.live import calibration, exchange_times  # noqa: E402
 from moeprof.live.exchange_times import exchange_curve, visible_ranks  # noqa: E402
 from moeprof.live.parallel_estimates import exchange_ms  # noqa: E402
+from moeprof.recording.hardware import hardware  # noqa: E402
 from moeprof.replay.calibration_file import (  # noqa: E402
     Curve,
     read_calibration,
@@ -79,8 +80,8 @@ def test_a_calibration_measures_the_exchange_first(monkeypatch: pytest.MonkeyPat
         order.append(("exchange", num_ranks, device.type))
         return curve
 
-    def constants(*_, trials):
-        assert trials
+    def constants(*_, known, trials, **_more):
+        assert trials and known == hardware("cpu")
         order.append(("constants",))
         return hand_calibration(), []
 

@@ -178,15 +178,19 @@ def _is_same(row: Mapping[str, Any], other: Mapping[str, Any] | None) -> bool:
 
 def _check_dates(one: Judgement) -> None:
     facts = one.predictions.facts
-    dates = [facts["calibrated"], facts["date"], one.content["date"]]
+    # Visits may have been added to those of runs before: the first of them counts.
+    runs = [*one.content.get("earlier_runs", ()), one.content]
     try:
-        calibrated, predicted, measured = map(datetime.fromisoformat, dates)
+        calibrated, predicted = (
+            datetime.fromisoformat(facts[key]) for key in ("calibrated", "date")
+        )
+        measured = min(datetime.fromisoformat(run["date"]) for run in runs)
         in_order = calibrated <= predicted < measured
-    except (TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError) as error:
         raise MoeprofError(f"{one.name} or {one.predicted} has no date: {error}") from None
     if not in_order:
         raise MoeprofError(
-            f"{one.name} was measured {dates[2]}, {one.predicted} predicted {dates[1]} from what "
-            f"was calibrated {dates[0]}: not in this order",
+            f"{one.name} was measured {measured}, {one.predicted} predicted {predicted} from what "
+            f"was calibrated {calibrated}: not in this order",
             hint="predictions are kept before anything is measured",
         )

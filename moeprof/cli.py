@@ -883,6 +883,12 @@ def _pool_calibrations(talk: Talk, files: Sequence[str], target: Path, *, force:
 @click.option("--device", help="cpu or cuda; a GPU if there is one.")
 @click.option("--weights", type=click.Choice(("auto", "random")), default="auto")
 @click.option("--only", callback=_listed(), help="Run these settings of the predictions.")
+@click.option(
+    "--continue",
+    "earlier",
+    type=click.Path(),
+    help="Add visits to this earlier run of the same predictions on such a machine.",
+)
 @click.option("--most-seconds", type=float, help="Repeat less, to end by then.")
 @click.option("--share-host", is_flag=True, help="One host copy of random experts for all layers.")
 @click.option(
@@ -915,7 +921,12 @@ def verify(context: click.Context, /, trace: str, **options: Any) -> int:
     from moeprof.trace.reader import open_trace
 
     opened = open_trace(trace)
+    if options["earlier"] is not None and options["predictions"] is None:
+        raise click.UsageError("--continue goes with the --predictions of that run", context)
+    earlier = None
     with _progress(talk) as show:
+        if options["earlier"] is not None:
+            earlier = verification_files.read_verification(options["earlier"])
         if options["predictions"] is not None:
             made = verification_files.read_predictions(options["predictions"])
             said = [name for name in _PREDICTED_OPTIONS if options[name] is not None]
@@ -946,11 +957,14 @@ def verify(context: click.Context, /, trace: str, **options: Any) -> int:
             only=options["only"],
             most_s=options["most_seconds"],
             quiet_core=options["quiet_core"],
+            earlier=earlier,
             progress=lambda item, done, total: show("measuring", done, total, item),
         )
     if output is not None:
         command = shlex.join(["moeprof", *sys.argv[1:]])
-        verification_files.write_verification(result, output, command=command, force=force)
+        verification_files.write_verification(
+            result, output, command=command, earlier=earlier, force=force
+        )
         talk.say(f"Wrote {output}")
     shown = result.table.reindex(columns=list(_VERIFY_COLUMNS))
     click.echo(shown.to_string(index=False, float_format="{:.4g}".format, na_rep=""))

@@ -119,6 +119,18 @@ def test_from_the_machine_to_the_verdict(run: Run, tmp_path: Path) -> None:
     assert {len(each) for each in times["measured_ms"]} == {len(times["steps"])}
     assert written["hardware"] and written["versions"] and written["command"]
 
+    further = ("verify", "t.moeprof", "--predictions", "p.json", "--device", "cpu")
+    code, _, err = run(*further, "--continue", "v.json", "--most-seconds", "0", "-o", "more.json")
+    assert code == 0, err
+    more = json.loads((tmp_path / "more.json").read_text())
+    # No time for any visit: what there was is told again, and of which run it is.
+    assert more["step_times"] == written["step_times"] and len(more["earlier_runs"]) == 1
+    assert more["earlier_runs"][0]["command"] == written["command"]
+    code, _, err = run(*further, "--continue", "p.json")
+    assert code == 3 and "p.json holds no verification" in err
+    code, _, err = run(*asked, "--continue", "v.json")
+    assert code == 2 and "--continue goes with the --predictions" in err
+
 
 def test_ranks_exchange_when_asked(
     run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -10,7 +10,6 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import numpy as np
 import pytest
 
 torch = pytest.importorskip("torch")
@@ -133,7 +132,6 @@ def test_rounds_go_there_and_back() -> None:
     assert visited.times_ms.shape == (6, 2)
     assert visited.visit_of.tolist() == [0, 0, 1, 1, 2, 2]
     assert visited.round_of.tolist() == [1, 1, 2, 2, 3, 3]
-    assert visited.of_steps(np.array([1])).times_ms.shape == (6, 1)
     assert visited.visits[0].begun_s == 0 and visited.visits[0].probe_ms == 2.0
     assert machine.open_runs == 0 and machine.of("empty") == []
     assert gc.isenabled() and gc.get_freeze_count() == 0
@@ -367,6 +365,45 @@ def test_others_go_on_where_all_of_a_round_run_out_of_memory() -> None:
     found = measure(machine, "ab", needs, spread=known_after(a=4, b=4), progress=progress)
     visited = found.measured["b"]
     assert visited is not None and len(visited.visits) == 4
+
+
+def test_visits_are_added_to_those_of_an_earlier_run() -> None:
+    names = "abcd"
+    given = limits(rounds=2, repetitions=2, most_repetitions=60)
+    needed = {"a": 2, "b": 5, "c": 4, "d": 2}
+    first = measure(Machine(step_times(names)), names, given).measured
+    kept = {name: each for name, each in first.items() if each and name != "d"}
+    machine = Machine(step_times(names))
+    found = run_in_rounds(
+        names, machine.opened, given, spread=known_after(**needed), probe=lambda: 3.0,
+        earlier=kept, empty=machine.empty, clock=lambda: machine.now_s,
+    )  # fmt: skip
+    visits = {name: each.visits for name, each in found.measured.items() if each}
+    assert {name: len(each) for name, each in visits.items()} == needed
+    assert list(found.measured) == list(names)
+    for name, each in kept.items():
+        # What was there stays in front, as it is.
+        assert visits[name][: len(each.visits)] == each.visits
+        assert all(visit.round > 2 and visit.probe_ms == 3.0 for visit in visits[name][2:])
+    # a is known; whoever is visited is warmed up whole once in this run too.
+    whole = [name for name, is_whole in machine.of("warm") if is_whole]
+    assert sorted(whole) == ["b", "c", "d"] and "a" not in machine.of("step")
+
+
+def test_no_time_to_add_visits() -> None:
+    names = "ab"
+    given = limits(rounds=2, repetitions=2, most_repetitions=60)
+    first = measure(Machine(step_times(names)), names, given).measured
+    kept = {name: each for name, each in first.items() if each}
+    machine = Machine(step_times(names))
+    found = run_in_rounds(
+        names, machine.opened, dataclasses.replace(given, most_s=0.0), spread=lambda _: 0.5,
+        probe=lambda: 3.0, earlier=kept, empty=machine.empty, clock=lambda: machine.now_s,
+    )  # fmt: skip
+    assert machine.log == [] and found.late == ()
+    assert {name: each.visits for name, each in found.measured.items() if each} == {
+        name: each.visits for name, each in kept.items()
+    }
 
 
 def test_the_machine_is_settled_before_anything_is_built() -> None:

@@ -216,6 +216,73 @@ def test_the_thread_stays_on_a_quiet_core_where_asked_to(
         live.verify(trace, machine, SETTINGS[:1], OPTIONS, device="cpu", quiet_core=True)
 
 
+def test_visits_are_added_to_those_of_an_earlier_run(
+    trace: Any, machine: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(verification, "TOLERANCE", 0.0)
+    options = dataclasses.replace(OPTIONS, rounds=2, repetitions=2, most_repetitions=2)
+    made = verification.make_predictions(trace, machine, SETTINGS[:2], options)
+    names = [setting.name for setting in SETTINGS[:2]]
+    once = live.verify(trace, predictions=made, device="cpu", only=names[:1])
+    file = verification_files.write_verification(once, tmp_path / "once.json", command="first")
+    earlier = verification_files.read_verification(file)
+    assert list(earlier.visited) == names[:1] and earlier.runs[-1]["command"] == "first"
+    both = live.verify(trace, predictions=made, device="cpu", earlier=earlier)
+    assert any("visits were added to those of a run of 20" in note for note in both.notes)
+    again = verification_files.write_verification(
+        both, tmp_path / "both.json", command="second", earlier=earlier
+    )
+    content = json.loads(again.read_text())
+    assert content["command"] == "second"
+    assert [run["command"] for run in content["earlier_runs"]] == ["first"]
+    first, second = (json.loads(path.read_text())["step_times"] for path in (file, again))
+    old, new = first[names[0]], second[names[0]]
+    assert new["measured_ms"][:2] == old["measured_ms"] and len(new["measured_ms"]) == 4
+    assert new["visits"][:2] == old["visits"]
+    rounds = [visit["round"] for visit in new["visits"]]
+    assert rounds[:3] == [1, 2, 3] and rounds == sorted(set(rounds)) and len(rounds) == 4
+    # The other setting was not in the earlier run.
+    assert len(second[names[1]]["measured_ms"]) == 2
+    for row in content["rows"]:
+        times = np.array(second[row["setting"]]["measured_ms"])
+        assert row["repetitions"] == len(times)
+        assert row["measured_ms"] == pytest.approx(
+            np.percentile(np.median(times, axis=0), row["percentile"])
+        )
+    third = verification_files.read_verification(again)
+    assert [run["command"] for run in third.runs] == ["first", "second"]
+
+    def refused(match: str, given: Any, **changes: Any) -> None:
+        with pytest.raises(TraceError, match=match) as caught:
+            live.verify(
+                trace, predictions=given, device="cpu",
+                earlier=dataclasses.replace(earlier, **changes),
+            )  # fmt: skip
+        assert caught.value.hint
+
+    refused("was on another", made, machine="another")
+    refused("has other steps", made, steps=(1,))
+    rows = [{**row, "predicted_ms": row["predicted_ms"] * 1.01} for row in made.rows]
+    refused("judges another prediction", dataclasses.replace(made, rows=tuple(rows)))
+
+
+@pytest.mark.parametrize(
+    ("content", "match"),
+    [
+        ("{", "cannot be read"),
+        ("[]", "holds no verification"),
+        ('{"kind": "moeprof predictions"}', "holds no verification"),
+        ('{"kind": "moeprof verification"}', "damaged"),
+        ('{"kind": "moeprof verification", "step_times": {}}', "damaged"),
+    ],
+)
+def test_what_is_no_earlier_run(tmp_path: Path, content: str, match: str) -> None:
+    (tmp_path / "bad.json").write_text(content)
+    with pytest.raises(TraceError, match=match) as caught:
+        verification_files.read_verification(tmp_path / "bad.json")
+    assert "moeprof verify -o" in str(caught.value.hint)
+
+
 def test_predictions_of_an_older_calibration_are_refused(trace: Any, machine: Any) -> None:
     made = verification.make_predictions(trace, machine, SETTINGS[:1], OPTIONS)
     assert made.facts["calibration_version"] == SCHEMA_VERSION

@@ -233,6 +233,8 @@ def test_nothing_measured_is_no_goal_reached(tmp_path):
         (lambda c: c["rows"][0].update(device_bytes=1), "none of predicted-a.json says"),
         (lambda c: c.update(date="2026-01-01T12:00:00+00:00"), "not in this order"),
         (lambda c: c.update(date=made.PREDICTED), "not in this order"),
+        (lambda c: c.update(earlier_runs=[{"date": made.PREDICTED}]), "not in this order"),
+        (lambda c: c.update(earlier_runs=[{"date": None}]), "no date"),
         (lambda c: c.update(date="yesterday"), "no date"),
         (lambda c: c.update(date=None), "no date"),
     ],

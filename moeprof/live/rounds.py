@@ -8,7 +8,6 @@ where the machine did. Leaves out what runs (`setting_runs`) and what it is judg
 
 from __future__ import annotations
 
-import dataclasses
 import gc
 import itertools
 import math
@@ -135,19 +134,6 @@ class Visited:
         """[repetitions] round of each."""
         return np.repeat([visit.round for visit in self.visits], self._counts)
 
-    def of_steps(self, steps: Numbers) -> Visited:
-        """Returns the same visits with the times of some steps.
-
-        Args:
-            steps: Their indices.
-        """
-        return Visited(
-            visits=tuple(
-                dataclasses.replace(visit, times_ms=visit.times_ms[:, steps])
-                for visit in self.visits
-            )
-        )
-
     @property
     def _counts(self) -> list[int]:
         return [len(visit.times_ms) for visit in self.visits]
@@ -174,6 +160,7 @@ def run_in_rounds(
     spread: Callable[[Visited], float],
     probe: Callable[[], float] = probe_ms,
     settle: Callable[[], object] | None = None,
+    earlier: Mapping[str, Visited] | None = None,
     empty: Callable[[], None] | None = None,
     clock: Callable[[], float] = time.perf_counter,
     progress: Progress | None = None,
@@ -193,6 +180,9 @@ def run_in_rounds(
         spread: How well a setting is known, as a share.
         probe: Speed of the host in milliseconds.
         settle: Called before each visit, with what it is to find the machine ready.
+        earlier: Visits of an earlier run, which these are added to: whoever is known from them is
+            not visited again, all others at least once more, time permitting. They do not count as
+            repetitions of this run.
         empty: Gives memory that torch keeps back to the driver. Called only where memory ran out:
             visits build out of what the last ones left, and the driver is slow to give as much
             again.
@@ -206,6 +196,7 @@ def run_in_rounds(
         spread=spread,
         probe=probe,
         settle=settle or (lambda: None),
+        earlier=earlier or {},
         empty=empty or _empty,
         clock=clock,
         show=progress or (lambda *_: None),
@@ -241,6 +232,7 @@ class _Schedule:
     spread: Callable[[Visited], float]
     probe: Callable[[], float]
     settle: Callable[[], object]
+    earlier: Mapping[str, Visited]
     empty: Callable[[], None]
     clock: Callable[[], float]
     show: Progress
@@ -256,11 +248,12 @@ class _Schedule:
     def run(self) -> Rounds:
         """Runs all rounds."""
         self.begun_s = self.clock()
+        self.visits = {name: list(each.visits) for name, each in self.earlier.items()}
         gc.collect()
         # What is there stays: each visit looks for garbage before it begins.
         gc.freeze()
         try:
-            number = self._all_rounds()
+            number = self._once_more() if self.earlier else self._all_rounds()
             while self._further_round(number + 1):
                 number += 1
         finally:
@@ -294,10 +287,28 @@ class _Schedule:
                 self._visit(name, number, others=[*order[index + 1 :], *later])
         return limits.num_rounds
 
+    def _once_more(self) -> int:
+        """Visits those that are not known from an earlier run; says in which round."""
+        number = 1 + max(each.visits[-1].round for each in self.earlier.values())
+        order = [
+            name
+            for name in self.names
+            if name not in self.visits or self._spread_of(name) > self.limits.tolerance
+        ]
+        for index, name in enumerate(order):
+            if self._left_s() <= 0:
+                break
+            self.show(f"{name}, round {number}", index, len(order))
+            self._visit(name, number, others=order[index + 1 :])
+        return number
+
     def _further_round(self, number: int) -> bool:
         """Visits settings that are not known; False where none was."""
         spreads = {
-            name: self._spread_of(name) for name in self._unfinished() if name in self.visits
+            # What a visit costs is known of those that this run has visited.
+            name: self._spread_of(name)
+            for name in self._unfinished()
+            if name in self.costs
         }
         unknown = [name for name, each in spreads.items() if each > self.limits.tolerance]
         order = self._not_again(self._worth_visiting(unknown))
@@ -349,13 +360,13 @@ class _Schedule:
         """Returns the time until a setting is known, as far as its visits say."""
         visits = self.visits[name]
         left = self.limits.most_repetitions - self._num_repetitions(name)
-        most = -(-left * len(visits) // self._num_repetitions(name))
+        most = -(-left * len(self._own_visits(name)) // self._num_repetitions(name))
         more = more_visits(self._spread_of(name), len(visits), self.limits.tolerance, most=most)
         return more * self._usual_s(name)
 
     def _usual_s(self, name: str) -> float:
         """Returns the time of a visit."""
-        repetitions = -(-self._num_repetitions(name) // len(self.visits[name]))
+        repetitions = -(-self._num_repetitions(name) // len(self._own_visits(name)))
         return self.costs[name].visit_s(repetitions)
 
     def _not_again(self, order: list[str]) -> list[str]:
@@ -382,7 +393,7 @@ class _Schedule:
 
     def _visited(self, name: str, number: int, others: Sequence[str]) -> None:
         begun_s = self.clock()
-        is_first = name not in self.visits
+        is_first = name not in self.costs
         most = self.limits.most_repetitions - self._num_repetitions(name)
         with uncollected():
             # What earlier visits have left (modules, kernels) stays too.
@@ -456,7 +467,13 @@ class _Schedule:
         ]
 
     def _num_repetitions(self, name: str) -> int:
-        return sum(len(visit.times_ms) for visit in self.visits.get(name, ()))
+        """Returns the repetitions of a setting in this run."""
+        return sum(len(visit.times_ms) for visit in self._own_visits(name))
+
+    def _own_visits(self, name: str) -> list[Visit]:
+        """Returns the visits of this run."""
+        before = len(self.earlier[name].visits) if name in self.earlier else 0
+        return self.visits.get(name, [])[before:]
 
     def _left_s(self) -> float:
         if self.limits.most_s is None:

@@ -14,11 +14,11 @@ Predictions can be written to a file before anything is measured, and read back 
 
 from __future__ import annotations
 
-import dataclasses
 import functools
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -49,6 +49,7 @@ from moeprof.replay.serving_settings import (
 )
 
 if TYPE_CHECKING:
+    from moeprof.live.verification_files import EarlierRun
     from moeprof.replay.calibration_file import Calibration
     from moeprof.trace.reader import Trace
 
@@ -170,6 +171,7 @@ def verify(
     only: Sequence[str] | None = None,
     most_s: float | None = None,
     quiet_core: bool = False,
+    earlier: EarlierRun | None = None,
     progress: Progress | None = None,
 ) -> Result:
     """Predicts settings, runs them on this machine, and says how far off the predictions were.
@@ -194,11 +196,13 @@ def verify(
             visited in fewer rounds, and only then left out.
         quiet_core: Put the calling thread on a core that is quiet before a visit begins
             (`moeprof.live.core_binding`). Machines should be calibrated likewise.
+        earlier: A run of the same predictions on such a machine, which visits are added to: of
+            those settings first that it does not know to `TOLERANCE`.
         progress: Called with (setting and round, visits done, visits planned).
 
     Raises:
         UsageError: An argument makes no sense.
-        TraceError: The predictions are not of this trace.
+        TraceError: The predictions are not of this trace, or the earlier run is of others.
     """
     if quiet_core:
         # Before anything takes time: not every system can.
@@ -229,6 +233,9 @@ def verify(
     if predictions.facts["num_lookups"] != question.routed.num_lookups:
         raise TraceError(f"the predictions are not of {trace.path}", hint="give their trace")
     target = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    here = str(hardware(target).device_name or hardware(target).cpu_name)
+    if earlier is not None:
+        _check_earlier(earlier, predictions, question, here)
     stack = open_stack(
         trace,
         stack=question.routed.sites[0].stack,
@@ -248,7 +255,14 @@ def verify(
             )
         left_s = None if most_s is None else most_s - (time.perf_counter() - begun_s)
         measure = functools.partial(
-            _measured, stack, names, chosen, question.judged, left_s, progress
+            _measured,
+            stack,
+            names,
+            chosen,
+            question.judged,
+            left_s,
+            progress,
+            earlier={} if earlier is None else earlier.visited,
         )
         if quiet_core:
             with QuietCore() as quiet:
@@ -268,8 +282,7 @@ def verify(
         table=table,
         **summary(table),
         notes=(
-            f"measured on {hardware(target).device_name or hardware(target).cpu_name}, predicted "
-            f"for {predictions.facts['calibrated_on']} as calibrated "
+            f"measured on {here}, predicted for {predictions.facts['calibrated_on']} as calibrated "
             f"{predictions.facts['calibrated']}",
             f"routing of {Path(trace.path).name} ({trace.model.name}), {stack.weights_source}",
             f"{len(question.judged)} of {num_steps} steps judged, each by its "
@@ -279,6 +292,11 @@ def verify(
             + (f", no time for {', '.join(late)}" if late else ""),
             *_visit_notes(visits),
             *((QUIET_CORE_NOTE,) if quiet_core else ()),
+            *(
+                ()
+                if earlier is None
+                else (f"visits were added to those of a run of {earlier.runs[-1]['date']}",)
+            ),
             "versions: " + ", ".join(f"{name} {one}" for name, one in versions().items()),
         ),
         tables={"step_times": _step_table(measured, question), "visits": visits},
@@ -293,23 +311,25 @@ def _measured(
     most_s: float | None,
     progress: Progress | None,
     settle: Callable[[], float] | None,
+    *,
+    earlier: Mapping[str, Visited],
 ) -> Rounds:
     """Runs settings in rounds; times are of the judged steps."""
     resident = ResidentExperts()
     prepared: dict[str, PreparedCaches] = {}
 
-    def opened(name: str) -> SettingRun:
-        return SettingRun(
+    def opened(name: str) -> _JudgedSteps:
+        run = SettingRun(
             stack,
             parse_setting(name),
             resident=resident,
             judged=judged.tolist(),
             prepared=prepared,
         )
+        return _JudgedSteps(run=run, judged=judged.tolist())
 
     def spread(visited: Visited) -> float:
-        times, visits = visited.of_steps(judged).times_ms, visited.visit_of
-        return max(spreads_of(times, PERCENTILES, visits))
+        return max(spreads_of(visited.times_ms, PERCENTILES, visited.visit_of))
 
     limits = RoundLimits(
         rounds=options.rounds,
@@ -320,16 +340,70 @@ def _measured(
     )
     _open_libraries(stack)
     try:
-        found = run_in_rounds(
-            names, opened, limits, spread=spread, settle=settle, progress=progress
+        return run_in_rounds(
+            names,
+            opened,
+            limits,
+            spread=spread,
+            settle=settle,
+            earlier={name: earlier[name] for name in names if name in earlier},
+            progress=progress,
         )
     finally:
         resident.let_go()
-    of_judged = {
-        name: None if visited is None else visited.of_steps(judged)
-        for name, visited in found.measured.items()
-    }
-    return dataclasses.replace(found, measured=of_judged)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _JudgedSteps:
+    """A run of which only the judged steps are told."""
+
+    run: SettingRun
+    judged: Sequence[int]
+
+    def warm_up(self, *, is_whole: bool) -> None:
+        self.run.warm_up(is_whole=is_whole)
+
+    def step_ms(self) -> list[float]:
+        times = self.run.step_ms()
+        return [times[step] for step in self.judged]
+
+    def close(self, *, keep_memory: bool) -> None:
+        self.run.close(keep_memory=keep_memory)
+
+
+def _check_earlier(
+    earlier: EarlierRun, predictions: Predictions, question: Question, here: str
+) -> None:
+    """Refuses to add visits to a run of other predictions, other steps or on another machine.
+
+    Raises:
+        TraceError: It is one.
+    """
+    predicted = {(row["setting"], row["percentile"]): row for row in predictions.rows}
+    told = ("predicted_ms", "low_ms", "high_ms")
+    for row in earlier.rows:
+        own = predicted.get((row["setting"], row["percentile"]))
+        if own is None or any(not _is_close(row[name], own[name]) for name in told):
+            raise TraceError(
+                f"the earlier run judges another prediction of {row['setting']}",
+                hint="give the predictions that it was run with",
+            )
+    if earlier.steps != tuple(question.routed.steps[question.judged].tolist()):
+        raise TraceError(
+            "the earlier run has other steps", hint="give the trace that it was run with"
+        )
+    if earlier.machine != here:
+        raise TraceError(
+            f"the earlier run was on {earlier.machine}, this is {here}",
+            hint="visits are added on the same kind of machine; leave out --continue",
+        )
+
+
+def _is_close(one: float | None, other: float | None) -> bool:
+    if one is None or other is None:
+        return one is other
+    # Files have twelve digits.
+    return math.isclose(one, other, rel_tol=1e-9, abs_tol=1e-9)
 
 
 @torch.no_grad()

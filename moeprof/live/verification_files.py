@@ -5,14 +5,17 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 
 from moeprof.errors import MoeprofError, TraceError
+from moeprof.live.rounds import Visit, Visited
+from moeprof.live.step_percentiles import visits_of
 from moeprof.live.verification_options import NAME, Predictions, VerifyOptions
 from moeprof.recording.hardware import hardware, versions
 from moeprof.replay.expert_shapes import ExpertShape
@@ -42,18 +45,25 @@ def write_predictions(
 
 
 def write_verification(
-    result: Result, path: str | os.PathLike[str], *, command: str, force: bool = False
+    result: Result,
+    path: str | os.PathLike[str],
+    *,
+    command: str,
+    earlier: EarlierRun | None = None,
+    force: bool = False,
 ) -> Path:
     """Writes what `moeprof.live.verify` returned, every repetition of every step included.
 
     Under ``step_times`` every setting has its ``steps``, the times ``measured_ms`` [repetitions]
     [steps], the round of each repetition (``rounds``) and its ``visits`` in order: round, seconds
-    since the first visit began, the host's probe in milliseconds, and repetitions.
+    since the first visit of its run began, the host's probe in milliseconds, and repetitions.
+    ``earlier_runs`` say where and when the first visits were made, where these were added to them.
 
     Args:
         result: From `moeprof.live.verify`.
         path: Where to.
         command: What was run.
+        earlier: The run that this one added visits to.
         force: Replace an existing file.
 
     Raises:
@@ -77,6 +87,7 @@ def write_verification(
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "hardware": asdict(hardware("cuda" if torch.cuda.is_available() else "cpu")),
         "versions": versions(),
+        **({} if earlier is None else {"earlier_runs": list(earlier.runs)}),
         "notes": list(result.notes),
         "findings": [finding.text for finding in result.findings],
         "metrics": [asdict(metric) for metric in result.metrics],
@@ -84,6 +95,79 @@ def write_verification(
         "step_times": times,
     }
     return _write_json(content, Path(path), force=force)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class EarlierRun:
+    """A verification that another run adds visits to.
+
+    Attributes:
+        rows: As they stand in its file.
+        visited: Its visits by setting, times of the judged steps.
+        steps: The judged steps.
+        machine: Name of the device, or of the processor.
+        runs: Command, date, hardware and versions of it and of those that it added to, in order.
+    """
+
+    rows: tuple[Mapping[str, Any], ...]
+    visited: Mapping[str, Visited]
+    steps: tuple[int, ...]
+    machine: str
+    runs: tuple[Mapping[str, Any], ...]
+
+
+def read_verification(path: str | os.PathLike[str]) -> EarlierRun:
+    """Reads what `write_verification` wrote, to add visits to it.
+
+    Raises:
+        TraceError: The file is missing, damaged or something else.
+    """
+    hint = "give a file that moeprof verify -o wrote"
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise TraceError(f"{path} cannot be read as a verification: {error}", hint=hint) from None
+    if not isinstance(content, dict) or content.get("kind") != VERIFICATION_KIND:
+        raise TraceError(f"{path} holds no verification", hint=hint)
+    try:
+        times = content["step_times"]
+        steps = {tuple(one["steps"]) for one in times.values()}
+        if len(steps) != 1:
+            raise ValueError(f"{len(steps)} kinds of steps")
+        hardware_of = content["hardware"]
+        return EarlierRun(
+            rows=tuple(content["rows"]),
+            visited={name: _visited(one) for name, one in times.items()},
+            steps=steps.pop(),
+            machine=str(hardware_of["device_name"] or hardware_of["cpu_name"]),
+            runs=(
+                *content.get("earlier_runs", ()),
+                {name: content[name] for name in ("command", "date", "hardware", "versions")},
+            ),
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise TraceError(f"{path} is damaged: {error!r}", hint=hint) from None
+
+
+def _visited(times: Mapping[str, Any]) -> Visited:
+    """Returns the visits of a setting as a file has them."""
+    every = np.array(times["measured_ms"], np.float64)
+    if every.ndim != 2 or every.shape[1] != len(times["steps"]):  # noqa: PLR2004
+        raise ValueError(f"{every.shape} times, not one per repetition and step")
+    visit_of = visits_of(times)
+    if visit_of is None:
+        raise ValueError("no visits")
+    return Visited(
+        visits=tuple(
+            Visit(
+                round=each["round"],
+                begun_s=each["begun_s"],
+                probe_ms=each["probe_ms"],
+                times_ms=every[visit_of == number],
+            )
+            for number, each in enumerate(times["visits"])
+        )
+    )
 
 
 def read_predictions(path: str | os.PathLike[str]) -> Predictions:

@@ -123,12 +123,7 @@ def read_verification(path: str | os.PathLike[str]) -> EarlierRun:
         TraceError: The file is missing, damaged or something else.
     """
     hint = "give a file that moeprof verify -o wrote"
-    try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise TraceError(f"{path} cannot be read as a verification: {error}", hint=hint) from None
-    if not isinstance(content, dict) or content.get("kind") != VERIFICATION_KIND:
-        raise TraceError(f"{path} holds no verification", hint=hint)
+    content = _read(path, VERIFICATION_KIND, "verification", hint)
     try:
         times = content["step_times"]
         steps = {tuple(one["steps"]) for one in times.values()}
@@ -177,12 +172,7 @@ def read_predictions(path: str | os.PathLike[str]) -> Predictions:
         TraceError: The file is missing, damaged or something else.
     """
     hint = "write them again: moeprof verify TRACE --calibration FILE --predict-only -o FILE"
-    try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise TraceError(f"{path} cannot be read as predictions: {error}", hint=hint) from None
-    if not isinstance(content, dict) or content.get("kind") != PREDICTIONS_KIND:
-        raise TraceError(f"{path} holds no predictions", hint=hint)
+    content = _read(path, PREDICTIONS_KIND, "predictions", hint)
     if content.get("schema_version") != PREDICTIONS_VERSION:
         raise TraceError(f"{path} has version {content.get('schema_version')}", hint=hint)
     try:
@@ -197,6 +187,21 @@ def read_predictions(path: str | os.PathLike[str]) -> Predictions:
         )
     except (KeyError, TypeError) as error:
         raise TraceError(f"{path} is damaged: {error}", hint=hint) from None
+
+
+def _read(path: str | os.PathLike[str], kind: str, what: str, hint: str) -> dict[str, Any]:
+    """Returns a file of a kind.
+
+    Raises:
+        TraceError: It is missing, no JSON or of another kind.
+    """
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise TraceError(f"{path} cannot be read as {what}: {error}", hint=hint) from None
+    if not isinstance(content, dict) or content.get("kind") != kind:
+        raise TraceError(f"{path} holds no {what}", hint=hint)
+    return content
 
 
 def _write_json(content: Mapping[str, Any], target: Path, *, force: bool) -> Path:

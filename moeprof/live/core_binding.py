@@ -22,7 +22,7 @@ from moeprof.live.host_probe import probe_ms
 # More than torch computes on one thread.
 _SHARED_OUT = 1 << 20
 # A core is quiet that takes no longer than this over what quiet cores take, and is left only for
-# one that is faster by as much. A busy neighbour costs more than half again.
+# one that is faster by as much. Slow stretches of the hosts seen took over half as long again.
 _MARGIN = 1.12
 # What quiet cores take is this quantile of the last probes: a single fast one is no measure.
 _QUIET_QUANTILE = 0.1

@@ -17,7 +17,6 @@ from numpy.typing import NDArray
 
 from moeprof.live.bench import Bench
 from moeprof.live.buffer_settings import BufferedSite, BufferSettings
-from moeprof.live.calibration_sizes import CalibrationSizes
 from moeprof.live.direct_launches import Launches
 from moeprof.live.direct_runs import DirectRuns
 from moeprof.live.driver_calls import driver_functions
@@ -114,17 +113,6 @@ class PieceBench(Bench):
         prepare: See `moeprof.live.part_times.PartTimes`.
     """
 
-    def __init__(
-        self,
-        device: torch.device,
-        sizes: CalibrationSizes,
-        *,
-        prepare: Callable[[], object] = lambda: None,
-    ) -> None:
-        super().__init__(device, sizes, prepare=prepare)
-        self._turn = itertools.count()
-        self._width = sizes.d_model
-
     def of_store(self, store: ExpertStore, slots: Sequence[torch.Tensor]) -> PieceParts:
         """Returns what dispatches over a store's experts take.
 
@@ -134,6 +122,7 @@ class PieceBench(Bench):
         """
         shape, sizes = store.shape, self.sizes
         self._width = shape.shapes["w_out"][0]
+        self._turn = itertools.count()
         most, size = max(len(slots), sizes.pieces[-1]), shape.block_bytes
         memory = torch.empty(most * size, dtype=torch.uint8, device=self.device)
         blocks = [memory[each * size : (each + 1) * size] for each in range(most)]

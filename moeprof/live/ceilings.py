@@ -16,6 +16,24 @@ _CPU_MATRIX_WIDTH = 512
 
 
 @dataclass(frozen=True)
+class FloorParts:
+    """The least times that reading and multiplying take, each at the rate of the device.
+
+    Attributes:
+        bytes_ms: Every active expert's weights read once.
+        flops_ms: Every executed row multiplied.
+    """
+
+    bytes_ms: float
+    flops_ms: float
+
+    @property
+    def floor_ms(self) -> float:
+        """The longer of the two: the other can be hidden behind it."""
+        return max(self.bytes_ms, self.flops_ms)
+
+
+@dataclass(frozen=True)
 class Ceilings:
     """Measured rates of a device.
 
@@ -41,11 +59,17 @@ class Ceilings:
             expert_ids: [T, k]; -1 where a slot is not executed.
             experts: The layer's.
         """
+        return self.floor_parts(expert_ids, experts).floor_ms
+
+    def floor_parts(self, expert_ids: torch.Tensor, experts: ExpertWeights) -> FloorParts:
+        """Returns both times of which `floor_ms` is the longer; arguments as there."""
         executed = expert_ids[expert_ids >= 0]
         num_bytes = len(torch.unique(executed)) * experts.expert_bytes
         num_flops = executed.numel() * experts.flops_per_row
-        seconds = max(num_bytes / self.copy_bytes_per_s, num_flops / self.matrix_flops_per_s)
-        return 1e3 * seconds
+        return FloorParts(
+            bytes_ms=1e3 * (num_bytes / self.copy_bytes_per_s),
+            flops_ms=1e3 * (num_flops / self.matrix_flops_per_s),
+        )
 
 
 def measure_ceilings(

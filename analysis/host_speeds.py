@@ -20,7 +20,7 @@ import numpy as np
 import pandas as pd
 
 from analysis.judgements import Judgement
-from moeprof.live.step_percentiles import measured_ms, visits_of
+from moeprof.live.step_percentiles import repetitions_of
 
 PERCENTILE = 50
 FASTEST = 0.1
@@ -66,10 +66,11 @@ def _visits_of(one: Judgement, said: Mapping[str, Any]) -> list[dict[str, Any]]:
     times = one.content["step_times"].get(said["setting"])
     if times is None or not all("probe_ms" in each for each in times.get("visits", [{}])):
         return []
-    steps, visits = np.array(times["measured_ms"], float), visits_of(times)
+    repeated = repetitions_of(times)
     found = []
     for number, visit in enumerate(times["visits"]):
-        value = measured_ms(steps[visits == number], PERCENTILE)
+        own = repeated.part(repeated.visit_of == number)
+        value = own.percentile_ms(PERCENTILE)
         low, high = said["low_ms"], said["high_ms"]
         found.append(
             {

@@ -1,9 +1,10 @@
 """How far off predictions were, row by row and together: errors, coverage, regret.
 
 Measured percentiles, errors and coverage are computed again from the times of the steps, as the
-predictions mean them (of the steps' medians over repetitions); beside them stands what they are for
-all repetitions of all steps together (raw). Leaves out what is held to which goal
-(`analysis.prediction_quality`).
+predictions mean them (of the steps' medians over repetitions, without what was set aside); beside
+them stands what they are with nothing set aside (whole), and for all repetitions of all steps
+together (raw). Leaves out what is held
+to which goal (`analysis.prediction_quality`).
 """
 
 from __future__ import annotations
@@ -13,14 +14,16 @@ from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
-import numpy as np
 import pandas as pd
 
 from analysis.judgements import PREDICTED, Judgement
-from moeprof.live.step_percentiles import measured_ms, spread_of, visits_of
+from moeprof.live.step_percentiles import repetitions_of
 from moeprof.live.verdicts import binomial_interval, regrets
 from moeprof.replay.cache.policies import POLICIES
 from moeprof.replay.serving_settings import GatingSetting, Setting, parse_setting
+
+OTHER_MEASURES = ("raw", "whole")
+"""What else a measurement could have been; see above."""
 
 QUANTILES = (0.25, 0.5, 0.75, 0.9, 1.0)
 MODELS_OF_TIME: Mapping[str, str] = MappingProxyType(
@@ -54,21 +57,23 @@ def pooled_rows(judgements: Sequence[Judgement]) -> pd.DataFrame:
                 **{key: row[key] for key in PREDICTED},
                 "measured_ms": math.nan,
                 "raw_ms": math.nan,
+                "whole_ms": math.nan,
+                "aside_share": math.nan,
                 "measured_spread": math.nan,
                 "repetitions": row["repetitions"],
                 "inside": None,
                 **dict.fromkeys(MODELS_OF_TIME.values(), math.nan),
             }
             if row["setting"] in times_of:
-                times = np.array(times_of[row["setting"]]["measured_ms"], float)
-                value = measured_ms(times, row["percentile"])
+                repeated = repetitions_of(times_of[row["setting"]])
+                value = repeated.percentile_ms(row["percentile"])
                 low, high = row["low_ms"], row["high_ms"]
                 own |= {
                     "measured_ms": value,
-                    "raw_ms": float(np.percentile(times, row["percentile"])),
-                    "measured_spread": spread_of(
-                        times, row["percentile"], visits_of(times_of[row["setting"]])
-                    ),
+                    "raw_ms": repeated.raw_ms(row["percentile"]),
+                    "whole_ms": repeated.whole().percentile_ms(row["percentile"]),
+                    "aside_share": repeated.aside_share,
+                    "measured_spread": repeated.spreads((row["percentile"],))[0],
                     "inside": None if low is None else bool(low <= value <= high),
                     "error": row["predicted_ms"] / value - 1,
                     "naive_bandwidth_error": row["naive_bandwidth_ms"] / value - 1,
@@ -118,12 +123,21 @@ def quality_of(rows: pd.DataFrame) -> dict[str, Any]:
         "coverage_high": high,
         "below": int((stated["measured_ms"] < stated["low_ms"]).sum()),
         "above": int((stated["measured_ms"] > stated["high_ms"]).sum()),
-        "raw_inside": int(
-            ((stated["low_ms"] <= stated["raw_ms"]) & (stated["raw_ms"] <= stated["high_ms"])).sum()
-        ),
-        "raw_median_error": float((known["predicted_ms"] / known["raw_ms"] - 1).abs().median())
-        if len(known)
-        else None,
+        **{
+            f"{name}_inside": int(
+                stated[f"{name}_ms"].between(stated["low_ms"], stated["high_ms"]).sum()
+            )
+            for name in OTHER_MEASURES
+        },
+        **{
+            f"{name}_median_error": float(
+                (known["predicted_ms"] / known[f"{name}_ms"] - 1).abs().median()
+            )
+            if len(known)
+            else None
+            for name in OTHER_MEASURES
+        },
+        "mean_aside_share": float(known["aside_share"].mean()) if len(known) else None,
         "median_signed_error": float(known["error"].median()) if len(known) else None,
         "absolute_errors": errors,
     }

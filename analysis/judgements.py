@@ -14,10 +14,9 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 
 from moeprof.errors import MoeprofError
-from moeprof.live.step_percentiles import measured_ms, visits_of
+from moeprof.live.step_percentiles import repetitions_of
 from moeprof.live.verification_files import VERIFICATION_KIND, read_predictions
 from moeprof.live.verification_options import Predictions
 
@@ -140,11 +139,11 @@ def _check_row(row: Mapping[str, Any], times: Mapping[str, Any] | None) -> None:
         raise ValueError(f"{what} has a time and no steps, or steps and no time")
     if times is None:
         return
-    steps = np.array(times["measured_ms"], float)
-    visits_of(times)
-    if steps.shape != (row["repetitions"], len(times["steps"])) or not np.isfinite(steps).all():
-        raise ValueError(f"{what} has {steps.shape} times, not one per repetition and step")
-    if not math.isclose(measured_ms(steps, row["percentile"]), row["measured_ms"], rel_tol=1e-6):
+    found = repetitions_of(times)
+    if len(found.times_ms) != row["repetitions"]:
+        raise ValueError(f"{what} has not as many repetitions as it says")
+    value = found.percentile_ms(row["percentile"])
+    if not math.isclose(value, row["measured_ms"], rel_tol=1e-6):
         raise ValueError(f"{what} says {row['measured_ms']} ms, its steps say otherwise")
 
 

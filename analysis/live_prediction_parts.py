@@ -20,6 +20,7 @@ from analysis.live_parts import (
 )
 from analysis.live_prediction_drawings import draw_memory_latency, draw_predictions
 from analysis.live_prediction_words import (
+    aside_notes,
     carried_findings,
     carried_notes,
     carried_rows,
@@ -165,6 +166,7 @@ def predictions_part(data: Mapping[str, Any]) -> Described:
             "is the time of the recommended over that of the best measured, less 1."
             + _without_future(regret),
             *probe_notes(data),
+            *aside_notes(data),
             *carried_notes(data),
             f"{counts['not_to_tolerance']} of {whole['predictions']} percentiles are not known to "
             f"{percent(counts['tolerance'])} (half of the 90% interval over repetitions).",

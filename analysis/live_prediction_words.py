@@ -195,6 +195,24 @@ def probe_notes(data: Mapping[str, Any]) -> list[str]:
     ]
 
 
+def aside_notes(data: Mapping[str, Any]) -> list[str]:
+    """Returns how much was set aside while cores were slow, and what it changes."""
+    said = [
+        f"{each['aside_share']:.0%} of {each['trace']} on {each['machine']}"
+        for each in data["sources"]
+        if each.get("aside_share") is not None
+    ]
+    whole = data["all"]
+    if not said or whole.get("whole_median_error") is None:
+        return []
+    return [
+        "Steps are set aside before or after which the core of the dispatching thread was found "
+        f"slow, however long they took: {', '.join(said)}. With nothing set aside "
+        f"{whole['whole_inside']} of {whole['stated']} would lie inside and the median error be "
+        f"{100 * whole['whole_median_error']:.1f}%."
+    ]
+
+
 def host_speed_rows(data: Mapping[str, Any]) -> pd.DataFrame:
     """Returns one row per machine, model and speed of the host; empty where no host was timed.
 

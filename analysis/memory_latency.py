@@ -31,7 +31,7 @@ from analysis import command
 from analysis.prediction_quality import Judgement, read_judgements
 from analysis.token_major import token_major
 from moeprof.errors import MoeprofError
-from moeprof.live.step_percentiles import measured_ms, spread_of, visits_of
+from moeprof.live.step_percentiles import repetitions_of
 from moeprof.live.verification_files import read_predictions
 from moeprof.live.verification_options import Predictions
 from moeprof.replay.buffer_plans import plan_buffer
@@ -243,16 +243,16 @@ def _measured_rows(one: Judgement) -> Iterator[dict[str, Any]]:
     """Yields each setting: the percentile of the steps' medians, and of all repetitions."""
     sizes = {row["setting"]: row["device_bytes"] for row in one.content["rows"]}
     for name, times in one.content["step_times"].items():
-        steps = np.array(times["measured_ms"], float)
-        spread = spread_of(steps, PERCENTILE, visits_of(times))
+        repeated = repetitions_of(times)
+        (spread,) = repeated.spreads((PERCENTILE,))
         yield {
             "machine": one.machine,
             "setting": name,
             "device_bytes": sizes[name],
-            "p95_ms": measured_ms(steps, PERCENTILE),
+            "p95_ms": repeated.percentile_ms(PERCENTILE),
             "spread": spread if math.isfinite(spread) else None,
-            "raw_p95_ms": float(np.percentile(steps, PERCENTILE)),
-            "repetitions": len(steps),
+            "raw_p95_ms": repeated.raw_ms(PERCENTILE),
+            "repetitions": len(repeated.times_ms),
         }
 
 

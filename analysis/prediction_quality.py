@@ -35,7 +35,8 @@ from analysis.earlier_predictions import EARLIER, earlier_of, read_earlier
 from analysis.host_speeds import by_host_speed
 from analysis.judged_rows import MODELS_OF_TIME, pooled_rows, quality_of, regret_of, regret_rows
 from analysis.judgements import Judgement, read_judgements
-from moeprof.live.verification_options import TOLERANCE
+from moeprof.live.step_percentiles import repetitions_of
+from moeprof.live.verification_options import QUIET_CORE_NOTE, TOLERANCE
 from moeprof.reporting.writing import write_files
 
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -128,8 +129,18 @@ def _source(one: Judgement) -> dict[str, Any]:
         "command": one.content["command"],
         "notes": one.content["notes"],
         "host_probe_ms": _host_probe_ms(one),
+        "aside_share": _aside_share(one),
         **({"beside": one.content["beside"]} if "beside" in one.content else {}),
     }
+
+
+def _aside_share(one: Judgement) -> float | None:
+    """Returns the share of all times that a run set aside; None where it did not look."""
+    if QUIET_CORE_NOTE not in one.content["notes"]:
+        return None
+    found = [repetitions_of(times) for times in one.content["step_times"].values()]
+    size = sum(each.times_ms.size for each in found)
+    return sum(each.aside_share * each.times_ms.size for each in found) / size if size else None
 
 
 def _host_probe_ms(one: Judgement) -> dict[str, float] | None:

@@ -756,7 +756,7 @@ def _replay(
 @click.option(
     "--quiet-core",
     is_flag=True,
-    help="Put the measuring thread on a core that is quiet, again and again.",
+    help="Keep the measuring thread on a quiet core; measure again where it was disturbed.",
 )
 @click.option("--force", is_flag=True, help="Replace an existing file.")
 @_talkative
@@ -894,7 +894,7 @@ def _pool_calibrations(talk: Talk, files: Sequence[str], target: Path, *, force:
 @click.option(
     "--quiet-core",
     is_flag=True,
-    help="Put the measuring thread on a core that is quiet, again and again.",
+    help="Keep the measuring thread on a quiet core; set steps aside where it was disturbed.",
 )
 @click.option("--force", is_flag=True, help="Replace an existing file.")
 @_talkative

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 
 from moeprof.live.calibration_sizes import CalibrationSizes
+from moeprof.live.core_binding import Unwatched, Watch
 from moeprof.live.part_times import PartTimes
 
 
@@ -16,7 +15,7 @@ class Bench:
     Args:
         device: Which.
         sizes: How large things are.
-        prepare: See `PartTimes`.
+        watch: See `PartTimes`.
     """
 
     def __init__(
@@ -24,13 +23,13 @@ class Bench:
         device: torch.device,
         sizes: CalibrationSizes,
         *,
-        prepare: Callable[[], object] = lambda: None,
+        watch: Watch | None = None,
     ) -> None:
         self.device = device
         self.sizes = sizes
-        self.prepare = prepare
+        self.watch: Watch = watch or Unwatched()
         self.dtype: torch.dtype = getattr(torch, sizes.dtype)
-        self.times = PartTimes(device, repeats=sizes.repeats, prepare=prepare)
+        self.times = PartTimes(device, repeats=sizes.repeats, watch=self.watch)
 
     def rows(
         self,

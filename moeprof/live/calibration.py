@@ -32,7 +32,7 @@ from moeprof.live.calibration_trials import (
 )
 from moeprof.live.ceilings import measure_ceilings
 from moeprof.live.constant_bench import ConstantBench, streamed_times
-from moeprof.live.core_binding import QuietCore, allowed_cores
+from moeprof.live.core_binding import QuietCore, Unwatched, Watch, allowed_cores
 from moeprof.live.decision_times import decision_times, foresee_time
 from moeprof.live.exchange_times import exchange_curve
 from moeprof.live.host_probe import probe_ms
@@ -88,8 +88,9 @@ def calibrate(
             ``if __name__ == "__main__":``.
         trials_from: Another machine's calibration: what its trials say is taken over, and only
             constants are measured here.
-        quiet_core: Put the calling thread on a core that is quiet before a part or trial begins
-            (`moeprof.live.core_binding`), as a verification does that is told to.
+        quiet_core: Keep the calling thread on a core that is quiet (`moeprof.live.core_binding`),
+            and measure again what the core did not stay quiet for, as a verification does that is
+            told to.
         command: What to write into the file as the command.
         progress: Called with (what is measured, parts done, parts in all).
 
@@ -129,9 +130,9 @@ def calibrate(
         )  # fmt: skip
         if quiet_core:
             with QuietCore() as quiet:
-                machine, tried = measure(quiet.settle, prepare=quiet.settle)
+                machine, tried = measure(quiet)
         else:
-            machine, tried = measure(probe_ms)
+            machine, tried = measure(Unwatched())
     found = (
         _corrected(machine, tried) if trials_from is None else with_trials_of(machine, trials_from)
     )
@@ -171,23 +172,23 @@ def _measured(
     kernels: Sequence[str],
     command: str,
     show: Progress,
-    probe_host: Callable[[], float],
+    watch: Watch,
     *,
     known: Hardware,
     trials: bool,
-    prepare: Callable[[], object] = lambda: None,
 ) -> tuple[Calibration, list[TriedSetting]]:
     """Returns constants, and trials where these are wanted."""
-    bench = ConstantBench(device, sizes, prepare=prepare)
-    kernel_bench = KernelBench(device, sizes, prepare=prepare)
-    trial_bench = TrialBench(device, sizes)
+    bench = ConstantBench(device, sizes, watch=watch)
+    kernel_bench = KernelBench(device, sizes, watch=watch)
+    trial_bench = TrialBench(device, sizes, watch=watch)
     tried_sizes = sizes.expert_bytes if trials else ()
     parts = 4 + len(policy_names) + len(kernels) + len(tried_sizes)
     count = itertools.count()
     probes: list[float] = []
 
     def probe() -> None:
-        probes.append(probe_host())
+        watch.settle()
+        probes.append(probe_ms())
 
     show("rates of the device", next(count), parts)
     probe()
@@ -223,7 +224,7 @@ def _measured(
         slot_host_s=middle([one.slot for one in by_size]),
         load_host_s=middle([one.load for one in by_size]),
         handover_s=by_size[0].handover,
-        foresee_s=foresee_time(regimes, streamed=streamed is not None),
+        foresee_s=foresee_time(regimes, streamed=streamed is not None, watch=watch),
         streamed=streamed,
         **constants,
     )
@@ -231,7 +232,9 @@ def _measured(
     for name in policy_names:
         show(f"decisions of {name}", next(count), parts)
         probe()
-        decisions[name] = decision_times(regimes, name, streamed=machine.streamed is not None)
+        decisions[name] = decision_times(
+            regimes, name, streamed=machine.streamed is not None, watch=watch
+        )
     gating = {}
     for name in kernels:
         show(f"gating {name}", next(count), parts)

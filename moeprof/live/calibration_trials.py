@@ -10,12 +10,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 
 from moeprof.live.bench import Bench
 from moeprof.live.calibration_sizes import CalibrationSizes, Regime
 from moeprof.live.routed_runs import routed_steps, starting_rows
-from moeprof.live.setting_runs import RoutedStack, SettingRun, geometry_of, open_stack, timed_steps
+from moeprof.live.setting_runs import (
+    RoutedStack,
+    SettingRun,
+    geometry_of,
+    open_stack,
+    uncollected,
+)
+from moeprof.live.watched_steps import StepTimes
 from moeprof.replay import cost_model
 from moeprof.replay.calibration_file import Calibration, Trial
 from moeprof.replay.expert_shapes import ExpertShape
@@ -122,7 +130,7 @@ class TrialBench(Bench):
         stack = self._stack_of(whole, made)
         question = trial_question(made, whole.shape, self.sizes)
         settings = trial_settings(machine)
-        measured: dict[str, tuple[tuple[float, ...], ...]] = {each.name: () for each in settings}
+        measured: dict[str, tuple[StepTimes, ...]] = {each.name: () for each in settings}
         # Each setting at two moments: a slow stretch of the machine is no setting's own.
         for turn, order in enumerate((settings, settings[::-1])):
             for setting in order:
@@ -136,7 +144,7 @@ class TrialBench(Bench):
                     del measured[setting.name]
                     torch.cuda.empty_cache()
         return [
-            tried_setting(measured[setting.name], question, setting, machine)
+            tried_setting(_undisturbed(measured[setting.name]), question, setting, machine)
             for setting in settings
             if setting.name in measured
         ]
@@ -160,29 +168,44 @@ class TrialBench(Bench):
 
     def _turn(
         self, stack: RoutedStack, setting: Setting, *, is_first: bool
-    ) -> tuple[tuple[float, ...], ...]:
+    ) -> tuple[StepTimes, ...]:
         run = SettingRun(stack, setting)
         try:
-            run.warm_up(is_whole=is_first)
-            return self._repeated(run)
+            with uncollected():
+                run.warm_up(is_whole=is_first)
+                return self._repeated(run)
         finally:
             run.close()
 
-    def _repeated(self, run: SettingRun) -> tuple[tuple[float, ...], ...]:
-        """Returns [repetitions][steps] in milliseconds of one of `_TURNS` turns.
+    def _repeated(self, run: SettingRun) -> tuple[StepTimes, ...]:
+        """Returns the repetitions of one of `_TURNS` turns.
 
-        Fewer repetitions where they take long, more where they take next to nothing: small experts
-        are bound by the host, whose speed varies most.
+        Fewer repetitions where they take long, more where they take next to nothing or were
+        disturbed: small experts are bound by the host, whose speed varies most.
         """
         begun_s = time.perf_counter()
-        found = timed_steps(run, repetitions=1, warmup=0)
+        found = [run.repeat(self.watch)]
         usual = -(-self.sizes.trial_repetitions // _TURNS)
         while len(found) < _MOST_REPETITIONS:
             elapsed_s = time.perf_counter() - begun_s
-            if elapsed_s > (_TURN_S if len(found) < usual else _CHEAP_S):
+            fewest = min(map(sum, zip(*(each.is_quiet for each in found), strict=True)))
+            if elapsed_s > (_TURN_S if fewest < usual else _CHEAP_S):
                 break
-            found += timed_steps(run, repetitions=1, warmup=0)
-        return found
+            found.append(run.repeat(self.watch))
+        return tuple(found)
+
+
+def _undisturbed(found: Sequence[StepTimes]) -> tuple[tuple[float | None, ...], ...]:
+    """Returns [repetitions][steps] in milliseconds, None where one is set aside.
+
+    A step that was disturbed each time has all its times.
+    """
+    is_quiet = np.array([each.is_quiet for each in found])
+    is_kept = is_quiet | ~is_quiet.any(axis=0)
+    return tuple(
+        tuple(ms if kept else None for ms, kept in zip(each.times_ms, own, strict=True))
+        for each, own in zip(found, is_kept.tolist(), strict=True)
+    )
 
 
 def trial_question(
@@ -199,7 +222,7 @@ def trial_question(
 
 
 def tried_setting(
-    measured_ms: tuple[tuple[float, ...], ...],
+    measured_ms: tuple[tuple[float | None, ...], ...],
     question: cost_model.Question,
     setting: Setting,
     machine: Calibration,

@@ -159,7 +159,7 @@ class ConstantBench(Bench):
             slot=self.times.host(order),
             load=self.times.host(ask),
             handover=self._handover(chain, copy.median + curve.times_s[0].median),
-            pieces=PieceBench(self.device, self.sizes, prepare=self.prepare).of_store(store, slots)
+            pieces=PieceBench(self.device, self.sizes, watch=self.watch).of_store(store, slots)
             if not self.times.is_serial and can_stream(store.shape, self.device)
             else None,
         )

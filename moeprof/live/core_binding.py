@@ -2,7 +2,8 @@
 
 A thread that waits for the device by reading memory again and again loses what it had in caches
 when it is moved, and cores differ: one may share its arithmetic with a busy neighbour, which guests
-of a virtual machine are not told. Nothing here is used unless asked for.
+of a virtual machine are not told. So what is timed looks again and again whether its core is still
+quiet (`Watch`), whatever the time came out as. Nothing here is used unless asked for.
 """
 
 from __future__ import annotations
@@ -12,21 +13,66 @@ import os
 from collections import deque
 from collections.abc import Callable
 from types import TracebackType
+from typing import Protocol, TypeVar
 
 import numpy as np
 import torch
 
 from moeprof.errors import UsageError
-from moeprof.live.host_probe import probe_ms
+from moeprof.live.host_probe import glance_ms
 
 # More than torch computes on one thread.
 _SHARED_OUT = 1 << 20
 # A core is quiet that takes no longer than this over what quiet cores take, and is left only for
-# one that is faster by as much. Slow stretches of the hosts seen took over half as long again.
-_MARGIN = 1.12
-# What quiet cores take is this quantile of the last probes: a single fast one is no measure.
+# one that is faster by as much. Cores of the hosts seen took 1.0 to 1.1, or 1.6 to 1.9.
+_MARGIN = 1.3
+# What quiet cores take is this quantile of the last glances: a single fast one is no measure.
 _QUIET_QUANTILE = 0.1
-_NUM_KEPT = 256
+_NUM_KEPT = 4096
+_NUM_LOOKS = 2
+_MOST_TRIES = 6
+
+T = TypeVar("T")
+
+
+class Watch(Protocol):
+    """Whoever knows whether the core that the calling thread is on is quiet."""
+
+    def settle(self) -> object:
+        """Goes to a quiet core, if there is one."""
+
+    def is_quiet(self) -> bool:
+        """Says whether the present core is quiet."""
+
+
+class Unwatched:
+    """A watch that never looks: every core will do."""
+
+    def settle(self) -> None:
+        """Stays."""
+
+    def is_quiet(self) -> bool:
+        """Takes every core for quiet."""
+        return True
+
+
+def undisturbed(watch: Watch, measure: Callable[[], T]) -> T:
+    """Returns what was measured on a core that was quiet before and after.
+
+    Measures again where it was not, a few times; then the last has to do.
+
+    Args:
+        watch: Looks.
+        measure: What is to be measured; any times.
+    """
+    for _ in range(_MOST_TRIES - 1):
+        watch.settle()
+        was_quiet = watch.is_quiet()
+        found = measure()
+        if was_quiet and watch.is_quiet():
+            return found
+    watch.settle()
+    return measure()
 
 
 class QuietCore:
@@ -44,11 +90,12 @@ class QuietCore:
         UsageError: The system binds no threads.
     """
 
-    def __init__(self, *, probe: Callable[[], float] = probe_ms) -> None:
+    def __init__(self, *, probe: Callable[[], float] = glance_ms) -> None:
         self._probe = probe
         self._before = allowed_cores()
         self._times: deque[float] = deque(maxlen=_NUM_KEPT)
         self._core: int | None = None
+        self._quiet_ms = 0.0
 
     def __enter__(self) -> QuietCore:
         _start_threads()
@@ -77,7 +124,6 @@ class QuietCore:
         Returns:
             The probe's time where the thread is now.
         """
-        quiet_ms = _MARGIN * float(np.quantile(self._times, _QUIET_QUANTILE)) if self._times else 0
         cores = sorted(self._before)
         start = 0 if self._core is None else cores.index(self._core)
         found: dict[int, float] = {}
@@ -85,8 +131,10 @@ class QuietCore:
             own = self._probed(core)
             if own is not None:
                 found[core] = own
-                if own <= quiet_ms:
+                if own <= self._quiet_ms:
                     break
+        if self._times:
+            self._quiet_ms = _MARGIN * float(np.quantile(self._times, _QUIET_QUANTILE))
         if not found:
             # None is left of those that there were: wherever the system likes.
             self._core = None
@@ -100,6 +148,19 @@ class QuietCore:
             os.sched_setaffinity(0, {best})
         self._core = best
         return found[best]
+
+    def is_quiet(self) -> bool:
+        """Says whether the thread's core takes no longer than quiet cores do (`settle`).
+
+        Looks twice before it says no: after a long wait for the device caches are cold, while a
+        neighbour stays.
+        """
+        for _ in range(_NUM_LOOKS):
+            found = self._probe()
+            self._times.append(found)
+            if found <= self._quiet_ms:
+                return True
+        return False
 
     def _probed(self, core: int) -> float | None:
         """Returns a core's time; None where the thread may not run there any more."""

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moeprof.live.calibration_trials import MadeUp
+from moeprof.live.core_binding import Unwatched, Watch, undisturbed
 from moeprof.replay.buffer_plans import (
     RoutedRows,
     planned_dispatches,
@@ -37,10 +38,12 @@ _DECISION_SHARES = (0.125, 0.25, 0.5)
 _FORESEEN = BufferingSetting(capacity=0.25, prefetch=2)
 
 
-def decision_times(regimes: Sequence[MadeUp], policy: str, *, streamed: bool) -> DecisionTimes:
+def decision_times(
+    regimes: Sequence[MadeUp], policy: str, *, streamed: bool, watch: Watch | None = None
+) -> DecisionTimes:
     """Times a policy's state machine over made-up routing, and the order of pieces; host alone."""
     found = [
-        _decisions(made.trace, policy, share, streamed=streamed)
+        _decisions(made.trace, policy, share, watch or Unwatched(), streamed=streamed)
         for made in regimes
         for share in _DECISION_SHARES
     ]
@@ -55,23 +58,27 @@ def decision_times(regimes: Sequence[MadeUp], policy: str, *, streamed: bool) ->
     )
 
 
-def _decisions(trace: Trace, policy: str, share: float, *, streamed: bool) -> tuple[Floats, Floats]:
+def _decisions(
+    trace: Trace, policy: str, share: float, watch: Watch, *, streamed: bool
+) -> tuple[Floats, Floats]:
     """Returns what `DecisionTimes` multiplies [dispatches, 4], and the times in seconds."""
     routed = read_routed_rows(trace, "decoder")
     rows = streams.read_rows(trace)
     count = np.diff(routed.starts)
     setting = BufferingSetting(capacity=share, policy=policy)
-    runs = []
-    for _ in range(_PLAN_REPEATS):
-        made = residency_of(trace, routed, setting, rows=rows)
-        times, hits = _timed(made.residency, routed, setting, streamed=streamed)
-        runs.append(times)
-    hit = np.array(hits, np.float64)
+    made = residency_of(trace, routed, setting, rows=rows)
+
+    def timed() -> tuple[list[float], list[int]]:
+        fresh = residency_of(trace, routed, setting, rows=rows)
+        return _timed(fresh.residency, routed, setting, streamed=streamed)
+
+    runs = [undisturbed(watch, timed) for _ in range(_PLAN_REPEATS)]
+    hit = np.array(runs[-1][1], np.float64)
     missed = count - hit
     slots = made.capacity[routed.site]
     columns = np.stack([np.ones_like(hit), hit, missed, missed * slots], axis=1)
     # The same decisions each time: the median of the repetitions is without interruptions.
-    return columns, np.median(np.array(runs), axis=0)
+    return columns, np.median(np.array([times for times, _ in runs]), axis=0)
 
 
 def _timed(
@@ -110,26 +117,29 @@ def _chosen(routed: RoutedRows) -> Iterator[tuple[int, NDArray[np.int64]]]:
         yield routed.sites[index].site, chosen
 
 
-def foresee_time(regimes: Sequence[MadeUp], *, streamed: bool) -> Measured:
+def foresee_time(
+    regimes: Sequence[MadeUp], *, streamed: bool, watch: Watch | None = None
+) -> Measured:
     """Times what a dispatch teaches, and saying which experts are copied ahead.
 
     Asking for the copies is not in it: they take as long to ask for as others.
     """
-    found = [_foreseen_s(made.trace, streamed=streamed) for made in regimes]
+    found = [_foreseen_s(made.trace, watch or Unwatched(), streamed=streamed) for made in regimes]
     return Measured.of(np.concatenate(found).tolist())
 
 
-def _foreseen_s(trace: Trace, *, streamed: bool) -> Floats:
+def _foreseen_s(trace: Trace, watch: Watch, *, streamed: bool) -> Floats:
     """Returns the times [dispatches] in seconds, medians of repetitions."""
     routed = read_routed_rows(trace, "decoder")
     rows = streams.read_rows(trace)
-    runs = []
-    for _ in range(_PLAN_REPEATS):
+
+    def timed() -> list[float]:
         residency = residency_of(trace, routed, _FORESEEN, rows=rows).residency
         if streamed and isinstance(residency, CompiledResidency):
-            runs.append(list(_compiled_foreseen_s(residency, routed)))
-        else:
-            runs.append(list(_planned_foreseen_s(residency, routed)))
+            return list(_compiled_foreseen_s(residency, routed))
+        return list(_planned_foreseen_s(residency, routed))
+
+    runs = [undisturbed(watch, timed) for _ in range(_PLAN_REPEATS)]
     found: Floats = np.median(np.array(runs), axis=0)
     return found
 

@@ -10,6 +10,7 @@ from collections.abc import Callable
 
 import torch
 
+from moeprof.live.core_binding import Unwatched, Watch, undisturbed
 from moeprof.replay.calibration_file import Measured
 
 _AHEAD_CYCLES = 8_000_000
@@ -30,8 +31,9 @@ class PartTimes:
         device: Which.
         repeats: Timed repetitions of each.
         warmup: Repetitions before them.
-        prepare: Called before the host's part of anything is timed: parts are subtracted from each
-            other, and should find the host alike.
+        watch: Asked for a quiet core before the host has a part in what is timed; that is timed
+            again where the core did not stay quiet. Parts are subtracted from each other, and
+            should find the host alike.
     """
 
     def __init__(
@@ -40,13 +42,13 @@ class PartTimes:
         *,
         repeats: int,
         warmup: int = 3,
-        prepare: Callable[[], object] = _nothing,
+        watch: Watch | None = None,
     ) -> None:
         self.device = device
         self.is_serial = device.type != "cuda"
         self._repeats = repeats
         self._warmup = warmup
-        self._prepare = prepare
+        self._watch = watch or Unwatched()
 
     def settle(self) -> None:
         """Waits until the device has nothing to do."""
@@ -70,17 +72,21 @@ class PartTimes:
             times: As many repetitions as usual.
         """
         self._warm_up(function, before)
-        found = []
-        for _ in range(times * self._repeats):
-            before()
-            self.settle()
-            begun_s = time.perf_counter()
-            function()
-            if settle:
+
+        def measured() -> list[float]:
+            found = []
+            for _ in range(times * self._repeats):
+                before()
                 self.settle()
-            found.append(time.perf_counter() - begun_s)
-        self.settle()
-        return Measured.of(found)
+                begun_s = time.perf_counter()
+                function()
+                if settle:
+                    self.settle()
+                found.append(time.perf_counter() - begun_s)
+            self.settle()
+            return found
+
+        return Measured.of(undisturbed(self._watch, measured))
 
     def host(
         self, function: Callable[[], object], *, before: Callable[[], object] = _nothing
@@ -88,7 +94,6 @@ class PartTimes:
         """Returns the time in seconds that the host needs to ask for something; see `wall`."""
         if self.is_serial:
             return _NOTHING
-        self._prepare()
         return self.wall(function, before=before, settle=False, times=_HOST_TIMES)
 
     def device_part(
@@ -132,23 +137,26 @@ class PartTimes:
         """
         if self.is_serial:
             return _NOTHING
-        self._prepare()
         self._warm_up(function, before)
-        found = []
-        for _ in range(self._repeats):
-            before()
-            self.settle()
-            begin = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
-            end = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
-            begun_s = time.perf_counter()
-            begin.record()
-            torch.cuda._sleep(_AHEAD_CYCLES)  # type: ignore[no-untyped-call]
-            end.record()
-            function()
-            passed_s = time.perf_counter() - begun_s
-            self.settle()
-            found.append(max(0.0, passed_s - begin.elapsed_time(end) / 1e3))
-        return Measured.of(found)
+
+        def measured() -> list[float]:
+            found = []
+            for _ in range(self._repeats):
+                before()
+                self.settle()
+                begin = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+                end = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+                begun_s = time.perf_counter()
+                begin.record()
+                torch.cuda._sleep(_AHEAD_CYCLES)  # type: ignore[no-untyped-call]
+                end.record()
+                function()
+                passed_s = time.perf_counter() - begun_s
+                self.settle()
+                found.append(max(0.0, passed_s - begin.elapsed_time(end) / 1e3))
+            return found
+
+        return Measured.of(undisturbed(self._watch, measured))
 
     def _warm_up(self, function: Callable[[], object], before: Callable[[], object]) -> None:
         for _ in range(self._warmup):

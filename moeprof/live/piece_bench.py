@@ -110,7 +110,7 @@ class PieceBench(Bench):
     Args:
         device: Which.
         sizes: How large things are.
-        prepare: See `moeprof.live.part_times.PartTimes`.
+        watch: See `moeprof.live.part_times.PartTimes`.
     """
 
     def of_store(self, store: ExpertStore, slots: Sequence[torch.Tensor]) -> PieceParts:

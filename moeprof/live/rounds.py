@@ -22,9 +22,11 @@ from numpy.typing import NDArray
 
 from moeprof.live.host_probe import probe_ms
 from moeprof.live.setting_runs import uncollected
-from moeprof.live.step_percentiles import more_visits
+from moeprof.live.step_percentiles import RepeatedSteps, more_visits
+from moeprof.live.watched_steps import StepTimes
 
 Floats = NDArray[np.float64]
+Flags = NDArray[np.bool_]
 Numbers = NDArray[np.int64]
 Progress = Callable[[str, int, int], None]
 
@@ -43,7 +45,7 @@ class Run(Protocol):
     def warm_up(self, *, is_whole: bool) -> None:
         """Runs all steps, or as many as anything that was warmed up before needs."""
 
-    def step_ms(self) -> Sequence[float]:
+    def repeat(self) -> StepTimes:
         """Returns the time of each step."""
 
     def close(self, *, keep_memory: bool) -> None:
@@ -105,12 +107,15 @@ class Visit:
         begun_s: Since the first visit began.
         probe_ms: Of the host, just before the repetitions (`moeprof.live.host_probe`).
         times_ms: [repetitions, steps].
+        is_quiet: [repetitions, steps] False where the core of the dispatching thread was found slow
+            (`moeprof.live.watched_steps`).
     """
 
     round: int
     begun_s: float
     probe_ms: float
     times_ms: Floats
+    is_quiet: Flags
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -120,14 +125,18 @@ class Visited:
     visits: tuple[Visit, ...]
 
     @property
+    def repeated(self) -> RepeatedSteps:
+        """All repetitions."""
+        return RepeatedSteps(
+            times_ms=self.times_ms,
+            is_quiet=np.concatenate([visit.is_quiet for visit in self.visits]),
+            visit_of=np.repeat(np.arange(len(self.visits)), self._counts),
+        )
+
+    @property
     def times_ms(self) -> Floats:
         """[repetitions, steps]."""
         return np.concatenate([visit.times_ms for visit in self.visits])
-
-    @property
-    def visit_of(self) -> Numbers:
-        """[repetitions] number of the visit of each."""
-        return np.repeat(np.arange(len(self.visits)), self._counts)
 
     @property
     def round_of(self) -> Numbers:
@@ -405,10 +414,10 @@ class _Schedule:
                 run.warm_up(is_whole=is_first)
                 warmed_s = self.clock()
                 probed_ms = self.probe()
-                times: list[Sequence[float]] = []
+                times: list[StepTimes] = []
                 repeating_s = self.clock()
                 while True:
-                    times.append(run.step_ms())
+                    times.append(run.repeat())
                     repetition_s = (self.clock() - repeating_s) / len(times)
                     warming_s = warmed_s - built_s
                     if is_first:
@@ -433,7 +442,8 @@ class _Schedule:
             round=number,
             begun_s=begun_s - self.begun_s,
             probe_ms=probed_ms,
-            times_ms=np.array(times, np.float64),
+            times_ms=np.array([each.times_ms for each in times], np.float64),
+            is_quiet=np.array([each.is_quiet for each in times], np.bool_),
         )
         self.visits.setdefault(name, []).append(visit)
         self.last = name

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from moeprof.errors import MoeprofError, UsageError
 from moeprof.live.buffer_settings import BufferedSite, BufferSettings
 from moeprof.live.cache_plans import PreparedCaches, prepare_caches
+from moeprof.live.core_binding import Unwatched, Watch
 from moeprof.live.expert_buffer import ExpertBuffer
 from moeprof.live.expert_store import store_of_layout
 from moeprof.live.experts import ExpertWeights
@@ -32,6 +33,7 @@ from moeprof.live.routed_runs import (
     starting_rows,
 )
 from moeprof.live.transfers import made_current
+from moeprof.live.watched_steps import StepTimes, WatchedTimes
 from moeprof.replay.expert_shapes import ITEM_BYTES, ExpertShape, shape_of_trace
 from moeprof.replay.serving_settings import GatingSetting, Setting
 
@@ -302,31 +304,34 @@ class SettingRun:
                 enough where such dispatches ran in this process before.
         """
         if is_whole or self._buffer is None:
-            self._run(self._stack.steps if is_whole else self._stack.warming_steps)
+            self._run(self._stack.steps if is_whole else self._stack.warming_steps, Unwatched())
             return
         with self._buffer.without_copies():
-            self._run(self._stack.warming_steps)
+            self._run(self._stack.warming_steps, Unwatched())
 
-    def step_ms(self) -> list[float]:
+    def repeat(self, watch: Watch | None = None) -> StepTimes:
         """Returns the time of every step, from caches as they are at the start.
 
         Times of steps that are not judged are not theirs with copies.
-        """
-        return self._run(self._stack.steps)
 
-    def _run(self, steps: Sequence[RoutedStep]) -> list[float]:
+        Args:
+            watch: Looks between steps whether the core is quiet; nobody does when None.
+        """
+        return self._run(self._stack.steps, watch or Unwatched())
+
+    def _run(self, steps: Sequence[RoutedStep], watch: Watch) -> StepTimes:
         if self._buffer is None:
             with made_current(self._stack.device):
                 weights = self._resident.of(self._stack)
-                return _gating_steps(self._stack, steps, self._kernel, weights)
+                return _gating_steps(self._stack, steps, self._kernel, weights, watch)
         self._buffer.reset()
         _settle(self._stack.device)
-        times: list[float] = []
+        times = WatchedTimes(watch)
         for is_judged, group in itertools.groupby(steps, key=self._is_judged):
             with nullcontext() if is_judged else self._buffer.without_copies():
-                results = run_steps(self._buffer, list(group), self._stack.hidden)
-                times += [result.wall_ms for result in results]
-        return times
+                for result in run_steps(self._buffer, list(group), self._stack.hidden):
+                    times.add(result.wall_ms)
+        return times.whole()
 
     def _is_judged(self, step: RoutedStep) -> bool:
         return step.step in self._judged
@@ -364,9 +369,10 @@ def _gating_steps(
     steps: Sequence[RoutedStep],
     kernel: Callable[..., torch.Tensor],
     weights: Mapping[int, ExpertWeights],
-) -> list[float]:
+    watch: Watch,
+) -> StepTimes:
     _settle(stack.device)
-    times = []
+    times = WatchedTimes(watch)
     for step in steps:
         begun_s = time.perf_counter()
         stream = stack.hidden
@@ -375,8 +381,8 @@ def _gating_steps(
                 kernel, stream[: each.ids.shape[0]], each.ids, each.weights, weights[each.site]
             )
         _settle(stack.device)
-        times.append((time.perf_counter() - begun_s) * 1e3)
-    return times
+        times.add((time.perf_counter() - begun_s) * 1e3)
+    return times.whole()
 
 
 def gating_layer(
@@ -389,16 +395,6 @@ def gating_layer(
     """Returns the stream [T, d_model] after one layer: normalization, experts, residual."""
     rows = F.rms_norm(stream, stream.shape[-1:])
     return stream + kernel(rows, ids, gates, experts)
-
-
-def timed_steps(
-    run: SettingRun, *, repetitions: int, warmup: int = 1
-) -> tuple[tuple[float, ...], ...]:
-    """Returns the times [repetitions][steps] in milliseconds."""
-    with uncollected():
-        for _ in range(warmup):
-            run.warm_up()
-        return tuple(tuple(run.step_ms()) for _ in range(repetitions))
 
 
 @contextmanager

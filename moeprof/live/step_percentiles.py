@@ -1,13 +1,16 @@
 """Percentiles of measured steps, and how well repetitions know them.
 
-A setting's step takes the median over its repetitions; percentiles are taken over these medians.
-Leaves out when repetitions are taken (`rounds`).
+A setting's step takes the median over its repetitions, without those during which the core that
+dispatched was found slow (`watched_steps`); percentiles are taken over these medians. Leaves out
+when repetitions are taken (`rounds`).
 """
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -15,6 +18,7 @@ from numpy.typing import NDArray
 
 Floats = NDArray[np.float64]
 Numbers = NDArray[np.int64]
+Flags = NDArray[np.bool_]
 
 _NUM_DRAWS = 200
 # Of what is drawn at once, 32 MiB.
@@ -24,14 +28,85 @@ _TAIL = 0.05
 _Z = 1.6448536269514722
 
 
+@dataclass(frozen=True, kw_only=True, eq=False)
+class RepeatedSteps:
+    """All repetitions of a setting.
+
+    Attributes:
+        times_ms: [repetitions, steps].
+        is_quiet: [repetitions, steps] False where a time is set aside.
+        visit_of: [repetitions] the visit of each; None where they are not known.
+    """
+
+    times_ms: Floats
+    is_quiet: Flags
+    visit_of: Numbers | None = None
+
+    @property
+    def aside_share(self) -> float:
+        """Share of all times that is set aside."""
+        return float(1 - self.is_quiet.mean())
+
+    def whole(self) -> RepeatedSteps:
+        """Returns the same with nothing set aside."""
+        return dataclasses.replace(self, is_quiet=np.ones_like(self.is_quiet))
+
+    def part(self, chosen: Flags) -> RepeatedSteps:
+        """Returns some of the repetitions.
+
+        Args:
+            chosen: [repetitions].
+        """
+        visit_of = None if self.visit_of is None else self.visit_of[chosen]
+        return RepeatedSteps(
+            times_ms=self.times_ms[chosen], is_quiet=self.is_quiet[chosen], visit_of=visit_of
+        )
+
+    def percentile_ms(self, percentile: int) -> float:
+        """Returns a percentile of the steps' medians; a step that was never quiet takes all."""
+        never = ~self.is_quiet.any(axis=0)
+        return measured_ms(np.where(self.is_quiet | never, self.times_ms, np.nan), percentile)
+
+    def raw_ms(self, percentile: int) -> float:
+        """Returns a percentile of all times, those that are set aside included."""
+        return float(np.percentile(self.times_ms, percentile))
+
+    def spreads(self, percentiles: Sequence[int]) -> tuple[float, ...]:
+        """Returns `spreads_of` without what is set aside."""
+        return spreads_of(
+            np.where(self.is_quiet, self.times_ms, np.nan), percentiles, self.visit_of
+        )
+
+
+def repetitions_of(times: Mapping[str, Any]) -> RepeatedSteps:
+    """Returns the repetitions of a setting as `moeprof.live.verification_files` writes them.
+
+    Raises:
+        ValueError: They are not one time per repetition and step, or what is set aside is none of
+            them.
+    """
+    every = np.array(times["measured_ms"], np.float64)
+    if every.ndim != 2 or every.shape[1] != len(times["steps"]):  # noqa: PLR2004
+        raise ValueError(f"{every.shape} times, not one per repetition and step")
+    if not np.isfinite(every).all():
+        raise ValueError("a time is missing")
+    is_quiet = np.ones(every.shape, np.bool_)
+    aside = times.get("set_aside", [[]] * len(every))
+    for own, places in zip(is_quiet, aside, strict=True):
+        if not all(type(place) is int and 0 <= place < len(own) for place in places):
+            raise ValueError(f"steps {places} are set aside, of {len(own)}")
+        own[places] = False
+    return RepeatedSteps(times_ms=every, is_quiet=is_quiet, visit_of=visits_of(times))
+
+
 def measured_ms(times: Floats, percentile: int) -> float:
     """Returns a percentile of the steps' medians.
 
     Args:
-        times: [repetitions, steps].
+        times: [repetitions, steps]; NaN where one is set aside.
         percentile: Which.
     """
-    return float(np.percentile(np.median(times, axis=0), percentile))
+    return float(np.percentile(_known_medians(times), percentile))
 
 
 def spread_of(times: Floats, percentile: int, visits: Numbers | None = None) -> float:
@@ -41,10 +116,11 @@ def spread_of(times: Floats, percentile: int, visits: Numbers | None = None) -> 
     all of them, and drawing them one by one would take them for independent. Where visits are
     given, whole visits are drawn with replacement, then repetitions within each. Draws from few
     visits vary too little (by ``n - 1`` over ``n``) and their tails are those of Student's t: the
-    width is widened for both. It is infinite for one visit and for fewer than three repetitions.
+    width is widened for both. It is infinite for one visit and for fewer than three repetitions of
+    some step.
 
     Args:
-        times: [repetitions, steps].
+        times: [repetitions, steps]; NaN where one is set aside.
         percentile: Which, of the steps' medians over repetitions.
         visits: [repetitions] the visit of each; None where they are not known. Repetitions are then
             drawn one by one, nothing is widened, and slow stretches are not accounted for.
@@ -56,18 +132,25 @@ def spreads_of(
     times: Floats, percentiles: Sequence[int], visits: Numbers | None = None
 ) -> tuple[float, ...]:
     """Returns `spread_of` of several percentiles, from the same draws."""
-    if len(times) < _LEAST_REPETITIONS:
+    if np.isfinite(times).sum(axis=0).min() < _LEAST_REPETITIONS:
         return (math.inf,) * len(percentiles)
     generator = np.random.default_rng(0)
     if visits is None:
         drawn = times[generator.integers(len(times), size=(_NUM_DRAWS, len(times)))]
-        medians, widened = np.median(drawn, axis=1), 1.0
+        medians, widened = _known_medians(drawn), 1.0
     else:
         members = [np.flatnonzero(visits == visit) for visit in np.unique(visits)]
-        if len(members) == 1:
+        # Visits in which the step that is known from the fewest was not set aside throughout.
+        seen = np.stack([np.isfinite(times[own]).any(axis=0) for own in members])
+        fewest = int(seen.sum(axis=0).min())
+        if fewest < 2:  # noqa: PLR2004
             return (math.inf,) * len(percentiles)
         medians = _medians(times, [_drawn(members, generator) for _ in range(_NUM_DRAWS)])
-        widened = _widening(len(members))
+        widened = _widening(fewest)
+    # A draw may have no time of a step that was seldom quiet.
+    medians = medians[np.isfinite(medians).all(axis=1)]
+    if len(medians) < _NUM_DRAWS / 2:
+        return (math.inf,) * len(percentiles)
     spreads = []
     for percentile in percentiles:
         found = np.percentile(medians, percentile, axis=1)
@@ -137,7 +220,23 @@ def _medians(times: Floats, draws: Sequence[Numbers]) -> Floats:
         block = max(1, _MOST_NUMBERS // (length * times.shape[1]))
         for first in range(0, len(every), block):
             own = every[first : first + block]
-            found[own] = np.median(times[np.stack([draws[one] for one in own.tolist()])], axis=1)
+            found[own] = _known_medians(times[np.stack([draws[one] for one in own.tolist()])])
+    return found
+
+
+def _known_medians(times: Floats) -> Floats:
+    """Returns medians over the last axis but one of what is no NaN; NaN where nothing is."""
+    if not np.isnan(times).any():
+        found: Floats = np.median(times, axis=-2)
+        return found
+    # NaN come last.
+    ascending = np.sort(times, axis=-2)
+    count = np.isfinite(times).sum(axis=-2, keepdims=True)
+    middles = [
+        np.take_along_axis(ascending, np.maximum(place, 0), axis=-2)
+        for place in ((count - 1) // 2, count // 2)
+    ]
+    found = ((middles[0] + middles[1]) / 2).squeeze(-2)
     return found
 
 

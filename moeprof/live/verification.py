@@ -30,13 +30,19 @@ from numpy.typing import NDArray
 
 from moeprof.errors import TraceError, UsageError
 from moeprof.live.cache_plans import PreparedCaches
-from moeprof.live.core_binding import QuietCore, allowed_cores
+from moeprof.live.core_binding import QuietCore, Unwatched, Watch, allowed_cores
 from moeprof.live.rounds import RoundLimits, Rounds, Visited, run_in_rounds
 from moeprof.live.setting_runs import ResidentExperts, RoutedStack, SettingRun, open_stack
-from moeprof.live.step_percentiles import measured_ms, spread_of, spreads_of
 from moeprof.live.transfers import made_current
 from moeprof.live.verdicts import summary
-from moeprof.live.verification_options import NAME, TOLERANCE, Predictions, VerifyOptions
+from moeprof.live.verification_options import (
+    NAME,
+    QUIET_CORE_NOTE,
+    TOLERANCE,
+    Predictions,
+    VerifyOptions,
+)
+from moeprof.live.watched_steps import StepTimes
 from moeprof.recording.hardware import hardware, versions
 from moeprof.replay.calibration_file import SCHEMA_VERSION
 from moeprof.replay.cost_model import PERCENTILES, Question, predict, prediction_rows
@@ -58,7 +64,6 @@ Progress = Callable[[str, int, int], None]
 DEFAULT_POLICIES = ("lru", "lfu", "paper", "min")
 DEFAULT_CAPACITIES = ("12.5%", "25%", "50%", "75%")
 DEFAULT_AHEAD = (("25%", 2), ("12.5%", 4))
-QUIET_CORE_NOTE = "before each visit the dispatching thread was put on the quietest core found"
 
 _LIBRARY_ROWS = 16
 _VISIT_COLUMNS = ("setting", "round", "begun_s", "probe_ms", "repetitions")
@@ -177,8 +182,9 @@ def verify(
     """Predicts settings, runs them on this machine, and says how far off the predictions were.
 
     The table has one row per setting and percentile: ``predicted_ms`` with its stated interval,
-    ``measured_ms`` (of the steps' medians over repetitions) with the half width of its own 90 %
-    interval over visits and repetitions (``measured_spread``), ``raw_ms`` (of all repetitions),
+    ``measured_ms`` (of the steps' medians over repetitions, without what was set aside) with the
+    half width of its own 90 % interval over visits and repetitions (``measured_spread``),
+    ``raw_ms`` (of all repetitions, what was set aside included),
     ``error`` (predicted over measured, less 1), ``inside``, and the errors
     of the naive models. The routing is the trace's own; ``notes`` say whose weights ran.
 
@@ -194,8 +200,9 @@ def verify(
         only: Names of the settings to run, of those predicted; all when None.
         most_s: About so many seconds are taken. Where they are few settings are repeated less, then
             visited in fewer rounds, and only then left out.
-        quiet_core: Put the calling thread on a core that is quiet before a visit begins
-            (`moeprof.live.core_binding`). Machines should be calibrated likewise.
+        quiet_core: Keep the calling thread on a core that is quiet (`moeprof.live.core_binding`)
+            and set steps aside during which it was not (`moeprof.live.watched_steps`). Machines
+            should be calibrated likewise.
         earlier: A run of the same predictions on such a machine, which visits are added to: of
             those settings first that it does not know to `TOLERANCE`.
         progress: Called with (setting and round, visits done, visits planned).
@@ -235,7 +242,7 @@ def verify(
     target = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     here = str(hardware(target).device_name or hardware(target).cpu_name)
     if earlier is not None:
-        _check_earlier(earlier, predictions, question, here)
+        _check_earlier(earlier, predictions, question, here, is_watched=quiet_core)
     stack = open_stack(
         trace,
         stack=question.routed.sites[0].stack,
@@ -266,9 +273,9 @@ def verify(
         )
         if quiet_core:
             with QuietCore() as quiet:
-                found = measure(quiet.settle)
+                found = measure(quiet)
         else:
-            found = measure(None)
+            found = measure(Unwatched())
     finally:
         stack.close()
     measured, late = found.measured, found.late
@@ -291,7 +298,7 @@ def verify(
             f"{len(measured)} of {len(predictions.settings)} predicted settings run"
             + (f", no time for {', '.join(late)}" if late else ""),
             *_visit_notes(visits),
-            *((QUIET_CORE_NOTE,) if quiet_core else ()),
+            *(_quiet_notes(measured) if quiet_core else ()),
             *(
                 ()
                 if earlier is None
@@ -310,7 +317,7 @@ def _measured(
     judged: NDArray[np.int64],
     most_s: float | None,
     progress: Progress | None,
-    settle: Callable[[], float] | None,
+    watch: Watch,
     *,
     earlier: Mapping[str, Visited],
 ) -> Rounds:
@@ -326,10 +333,10 @@ def _measured(
             judged=judged.tolist(),
             prepared=prepared,
         )
-        return _JudgedSteps(run=run, judged=judged.tolist())
+        return _JudgedSteps(run=run, judged=judged.tolist(), watch=watch)
 
     def spread(visited: Visited) -> float:
-        return max(spreads_of(visited.times_ms, PERCENTILES, visited.visit_of))
+        return max(visited.repeated.spreads(PERCENTILES))
 
     limits = RoundLimits(
         rounds=options.rounds,
@@ -345,7 +352,7 @@ def _measured(
             opened,
             limits,
             spread=spread,
-            settle=settle,
+            settle=watch.settle,
             earlier={name: earlier[name] for name in names if name in earlier},
             progress=progress,
         )
@@ -359,20 +366,29 @@ class _JudgedSteps:
 
     run: SettingRun
     judged: Sequence[int]
+    watch: Watch
 
     def warm_up(self, *, is_whole: bool) -> None:
         self.run.warm_up(is_whole=is_whole)
 
-    def step_ms(self) -> list[float]:
-        times = self.run.step_ms()
-        return [times[step] for step in self.judged]
+    def repeat(self) -> StepTimes:
+        found = self.run.repeat(self.watch)
+        return StepTimes(
+            times_ms=tuple(found.times_ms[step] for step in self.judged),
+            is_quiet=tuple(found.is_quiet[step] for step in self.judged),
+        )
 
     def close(self, *, keep_memory: bool) -> None:
         self.run.close(keep_memory=keep_memory)
 
 
 def _check_earlier(
-    earlier: EarlierRun, predictions: Predictions, question: Question, here: str
+    earlier: EarlierRun,
+    predictions: Predictions,
+    question: Question,
+    here: str,
+    *,
+    is_watched: bool,
 ) -> None:
     """Refuses to add visits to a run of other predictions, other steps or on another machine.
 
@@ -396,6 +412,11 @@ def _check_earlier(
         raise TraceError(
             f"the earlier run was on {earlier.machine}, this is {here}",
             hint="visits are added on the same kind of machine; leave out --continue",
+        )
+    if earlier.is_watched != is_watched:
+        raise TraceError(
+            "one of the runs sets steps aside while the core is slow, the other does not",
+            hint="run as the earlier run did: with or without --quiet-core",
         )
 
 
@@ -437,14 +458,14 @@ def _table(
             "naive_mean_error": None,
         }
         if visited is not None:
-            times = visited.times_ms
-            value = measured_ms(times, row["percentile"])
+            times = visited.repeated
+            value = times.percentile_ms(row["percentile"])
             low, high = row["low_ms"], row["high_ms"]
             own |= {
                 "measured_ms": value,
-                "raw_ms": float(np.percentile(times, row["percentile"])),
-                "measured_spread": spread_of(times, row["percentile"], visited.visit_of),
-                "repetitions": len(times),
+                "raw_ms": times.raw_ms(row["percentile"]),
+                "measured_spread": times.spreads((row["percentile"],))[0],
+                "repetitions": len(times.times_ms),
                 "error": row["predicted_ms"] / value - 1,
                 "inside": None if low is None else bool(low <= value <= high),
                 "naive_bandwidth_error": row["naive_bandwidth_ms"] / value - 1,
@@ -469,6 +490,7 @@ def _step_table(measured: Mapping[str, Visited | None], question: Question) -> p
                         "round": np.repeat(visited.round_of, len(steps)),
                         "step": np.tile(steps, len(times)),
                         "measured_ms": times.ravel(),
+                        "is_quiet": visited.repeated.is_quiet.ravel(),
                     }
                 )
             )
@@ -489,6 +511,15 @@ def _visit_table(measured: Mapping[str, Visited | None]) -> pd.DataFrame:
         for visit in (() if visited is None else visited.visits)
     ]
     return pd.DataFrame(rows, columns=list(_VISIT_COLUMNS))
+
+
+def _quiet_notes(measured: Mapping[str, Visited | None]) -> tuple[str, ...]:
+    """Returns that, and how much, was set aside."""
+    every = [visited.repeated.is_quiet for visited in measured.values() if visited is not None]
+    if not every:
+        return (QUIET_CORE_NOTE,)
+    aside = 1 - sum(int(one.sum()) for one in every) / sum(one.size for one in every)
+    return (QUIET_CORE_NOTE, f"{aside:.1%} of all times were set aside")
 
 
 def _visit_notes(visits: pd.DataFrame) -> tuple[str, ...]:

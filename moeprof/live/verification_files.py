@@ -15,8 +15,13 @@ import torch
 
 from moeprof.errors import MoeprofError, TraceError
 from moeprof.live.rounds import Visit, Visited
-from moeprof.live.step_percentiles import visits_of
-from moeprof.live.verification_options import NAME, Predictions, VerifyOptions
+from moeprof.live.step_percentiles import repetitions_of
+from moeprof.live.verification_options import (
+    NAME,
+    QUIET_CORE_NOTE,
+    Predictions,
+    VerifyOptions,
+)
 from moeprof.recording.hardware import hardware, versions
 from moeprof.replay.expert_shapes import ExpertShape
 
@@ -55,8 +60,9 @@ def write_verification(
     """Writes what `moeprof.live.verify` returned, every repetition of every step included.
 
     Under ``step_times`` every setting has its ``steps``, the times ``measured_ms`` [repetitions]
-    [steps], the round of each repetition (``rounds``) and its ``visits`` in order: round, seconds
-    since the first visit of its run began, the host's probe in milliseconds, and repetitions.
+    [steps], the places of those that were ``set_aside`` [repetitions], the round of each repetition
+    (``rounds``) and its ``visits`` in order: round, seconds since the first visit of its run began,
+    the host's probe in milliseconds, and repetitions.
     ``earlier_runs`` say where and when the first visits were made, where these were added to them.
 
     Args:
@@ -74,6 +80,10 @@ def write_verification(
         str(name): {
             "steps": own["step"].unique().tolist(),
             "measured_ms": [run["measured_ms"].tolist() for _, run in own.groupby("repetition")],
+            "set_aside": [
+                np.flatnonzero(~run["is_quiet"].to_numpy()).tolist()
+                for _, run in own.groupby("repetition")
+            ],
             "rounds": own.groupby("repetition")["round"].first().tolist(),
             "visits": visits[visits["setting"] == name]
             .drop(columns="setting")
@@ -106,6 +116,7 @@ class EarlierRun:
         visited: Its visits by setting, times of the judged steps.
         steps: The judged steps.
         machine: Name of the device, or of the processor.
+        is_watched: Steps were set aside while the core was slow.
         runs: Command, date, hardware and versions of it and of those that it added to, in order.
     """
 
@@ -113,6 +124,7 @@ class EarlierRun:
     visited: Mapping[str, Visited]
     steps: tuple[int, ...]
     machine: str
+    is_watched: bool
     runs: tuple[Mapping[str, Any], ...]
 
 
@@ -135,6 +147,7 @@ def read_verification(path: str | os.PathLike[str]) -> EarlierRun:
             visited={name: _visited(one) for name, one in times.items()},
             steps=steps.pop(),
             machine=str(hardware_of["device_name"] or hardware_of["cpu_name"]),
+            is_watched=QUIET_CORE_NOTE in content["notes"],
             runs=(
                 *content.get("earlier_runs", ()),
                 {name: content[name] for name in ("command", "date", "hardware", "versions")},
@@ -146,11 +159,8 @@ def read_verification(path: str | os.PathLike[str]) -> EarlierRun:
 
 def _visited(times: Mapping[str, Any]) -> Visited:
     """Returns the visits of a setting as a file has them."""
-    every = np.array(times["measured_ms"], np.float64)
-    if every.ndim != 2 or every.shape[1] != len(times["steps"]):  # noqa: PLR2004
-        raise ValueError(f"{every.shape} times, not one per repetition and step")
-    visit_of = visits_of(times)
-    if visit_of is None:
+    found = repetitions_of(times)
+    if found.visit_of is None:
         raise ValueError("no visits")
     return Visited(
         visits=tuple(
@@ -158,7 +168,8 @@ def _visited(times: Mapping[str, Any]) -> Visited:
                 round=each["round"],
                 begun_s=each["begun_s"],
                 probe_ms=each["probe_ms"],
-                times_ms=every[visit_of == number],
+                times_ms=found.times_ms[found.visit_of == number],
+                is_quiet=found.is_quiet[found.visit_of == number],
             )
             for number, each in enumerate(times["visits"])
         )

@@ -19,6 +19,9 @@ if TYPE_CHECKING:
 
 NAME = "verification"
 TOLERANCE = 0.02
+QUIET_CORE_NOTE = (
+    "steps are set aside before or after which the core of the dispatching thread was found slow"
+)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -291,18 +291,18 @@ class Trial:
         setting: Its name.
         routing: Where the routing came from.
         modelled_ms: [steps] by the constants, without correction.
-        measured_ms: [repetitions][steps].
+        measured_ms: [repetitions][steps]; None where a time is set aside, as the core was slow.
     """
 
     kind: str
     setting: str
     routing: str
     modelled_ms: tuple[float, ...]
-    measured_ms: tuple[tuple[float, ...], ...]
+    measured_ms: tuple[tuple[float | None, ...], ...]
 
     def step_ms(self) -> Floats:
-        """Returns [steps] the medians of the repetitions."""
-        found: Floats = np.median(np.array(self.measured_ms), axis=0)
+        """Returns [steps] the medians of the repetitions, without what is set aside."""
+        found: Floats = np.nanmedian(np.array(self.measured_ms, np.float64), axis=0)
         return found
 
     def ratios(self) -> Floats:
@@ -607,9 +607,13 @@ def _finite(values: Sequence[Any]) -> tuple[float, ...]:
 
 def _trial(content: Mapping[str, Any]) -> Trial:
     modelled = tuple(float(one) for one in content["modelled_ms"])
-    measured = tuple(tuple(float(x) for x in run) for run in content["measured_ms"])
+    measured = tuple(
+        tuple(None if x is None else float(x) for x in run) for run in content["measured_ms"]
+    )
     if not modelled or not measured or any(len(run) != len(modelled) for run in measured):
         raise ValueError("a trial has no steps, or not as many measured as modelled")
+    if any(all(x is None for x in step) for step in zip(*measured, strict=True)):
+        raise ValueError("a trial has a step whose times are all set aside")
     return Trial(
         kind=content["kind"],
         setting=content["setting"],

@@ -47,6 +47,7 @@ ADDITIONAL_FILES: Mapping[str, str] = MappingProxyType(
         "latency": "memory_latency.json",
         "parallel": "expert_parallel.json",
         "mt": "mt_headline.json",
+        "skew": "gating_skew.json",
     }
 )
 """Results that the page takes where they are there."""
@@ -62,6 +63,10 @@ _ADDITIONAL_NEEDED: Mapping[str, tuple[str, ...]] = MappingProxyType(
         ),
         "parallel": (*_ALWAYS, "num_ranks", "kernel", "all_to_all", "traces"),
         "mt": _ALWAYS,
+        "skew": (
+            *_ALWAYS, "geometry", "num_tokens", "ceilings", "tolerance", "routing", "agreement",
+            "rows", "complete",
+        ),
     }
 )  # fmt: skip
 

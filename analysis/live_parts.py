@@ -37,7 +37,7 @@ _NUMBERS = ("batch", "num_tokens", "mean_active_experts", "tokens_per_s", "copie
 
 _COUNTS = ("batch", "num_tokens", "tokens_per_s", "copies", "lookups", "capacity",
            "num_repetitions", "num_bytes", "allocations_in_steady_state",
-           "slots_broken")  # fmt: skip
+           "slots_broken", "active_experts")  # fmt: skip
 
 
 Draw = Callable[[Mapping[str, Any], Path], None]

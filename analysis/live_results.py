@@ -42,6 +42,7 @@ from analysis.live_parts import Addition
 from analysis.live_prediction_drawings import draw_memory_latency
 from analysis.live_prediction_parts import LATENCY, PREDICTIONS
 from analysis.live_routing_parts import buffering_part, routing_rows, twin_part
+from analysis.live_skew_parts import SKEW
 from moeprof.errors import MoeprofError
 from moeprof.reporting.document import assembled
 from moeprof.reporting.layout import (
@@ -53,7 +54,13 @@ from moeprof.reporting.writing import Report, refuse_foreign, write_files
 NAME = "live-results"
 SECTION = "## Measured on a GPU"
 ADDITIONS: Mapping[str, Addition] = MappingProxyType(
-    {"mt": MT, "predictions": PREDICTIONS, "latency": LATENCY, "parallel": PARALLEL}
+    {
+        "skew": SKEW,
+        "mt": MT,
+        "predictions": PREDICTIONS,
+        "latency": LATENCY,
+        "parallel": PARALLEL,
+    }
 )
 """What the page makes of results that may be absent, by name."""
 

@@ -129,7 +129,10 @@ def verdicts(evidence):
 def test_what_is_absent_is_said_to_be_not_measured(bare):
     page = analysis.results_page(bare)
     found = verdicts(bare)
-    for begins in ("Settings predicted", "Regret", "Median error", "Expert parallelism", "MT "):
+    for begins in (
+        "Settings predicted", "Regret", "Median error", "Expert parallelism", "MT ",
+        "Kernel by skew",
+    ):  # fmt: skip
         own = [verdict for quantity, verdict in found.items() if quantity.startswith(begins)]
         assert own and set(own) == {"not measured"}
     assert {part["id"] for part in page.json_data["traces"]}.isdisjoint(analysis.ADDITIONS)

@@ -121,6 +121,11 @@ def _damaged(change: Any) -> Any:
         (_damaged(lambda c: c["sync_s"].update(median="fast")), "damaged"),
         (_damaged(lambda c: c["to_device"].update(sizes=[1, 2])), "do not ascend"),
         (_damaged(lambda c: c["trials"][0].update(modelled_ms=[1.0])), "not as many"),
+        (
+            _damaged(lambda c: [run.__setitem__(2, None) for run in c["trials"][0]["measured_ms"]]),
+            "a step whose times are all set aside",
+        ),
+        (_damaged(lambda c: c["trials"][0]["measured_ms"][1].pop()), "not as many"),
         (_damaged(lambda c: c.update(host_probes_ms=[1.0, 0.0])), "took no time"),
     ],
 )
@@ -161,6 +166,22 @@ def test_trials_are_judged_by_the_median_of_their_repetitions() -> None:
     )
     np.testing.assert_allclose(found.step_ms(), [2, 4])
     np.testing.assert_allclose(found.ratios(), [2, 2])
+
+
+def test_times_that_are_set_aside_are_in_no_median(tmp_path: Path) -> None:
+    own = dataclasses.replace(
+        trial(1.0),
+        modelled_ms=(1.0, 2.0, 4.0),
+        measured_ms=((1.0, None, 7.0), (None, 4.0, 8.0), (2.0, 8.0, 9.0), (9.0, None, None)),
+    )
+    # The medians of 1, 2, 9, of 4, 8 and of 7, 8, 9.
+    np.testing.assert_array_equal(own.step_ms(), [2, 6, 8])
+    np.testing.assert_array_equal(own.ratios(), [2, 3, 2])
+    machine = hand_calibration(trials=(trial(1.25), own))
+    path = write_calibration(machine, tmp_path / "machine.json")
+    assert read_calibration(path) == machine
+    content = json.loads(path.read_text())
+    assert content["trials"][1]["measured_ms"][0] == [1.0, None, 7.0]
 
 
 def test_curves() -> None:

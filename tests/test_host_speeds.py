@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+import numpy as np
 import pytest
 import verified_files as made
 
@@ -59,6 +60,28 @@ def test_repetitions_of_a_visit_are_one_visit(tmp_path):
     assert rows["ratio"].tolist() == pytest.approx([1.2, 1.4, 1.2, 1.4])
     assert rows["slowdown"].tolist() == pytest.approx([1, 2, 1, 2])
     assert rows["round"].tolist() == [1, 2, 1, 2]
+
+
+def test_visits_take_what_is_left_of_them(tmp_path):
+    path, predictions = run(tmp_path, "H200", (1.0, 1.04, 1.2, 1.6))
+    content = json.loads(path.read_text())
+    (one, two) = content["step_times"].values()
+    half = made.NUM_STEPS // 2
+    for own in (one, two):
+        # Of the third visit the slower half is set aside, of the last one nothing is left.
+        own["measured_ms"][2][:half] = [19.0] * half
+        own["visits"] = [{**own["visits"][0], "repetitions": 2}, *own["visits"][2:]]
+        own["set_aside"] = [list(range(half)), [], list(range(half)), list(range(made.NUM_STEPS))]
+    rows = content["rows"]
+    kept = np.array(one["measured_ms"])
+    for places, times in zip(one["set_aside"], kept, strict=True):
+        times[places] = np.nan
+    for row in rows:
+        row["measured_ms"] = np.percentile(np.nanmedian(kept, axis=0), row["percentile"])
+    path.write_text(json.dumps(content))
+    found = visit_rows(read((path, predictions)))
+    # 10.4 in a half and 10.2 in the other; all 19 or 12, as the half was never quiet; and all 16.
+    assert found["ratio"].tolist() == pytest.approx([1.03, (1.9 + 1.2) / 2, 1.6] * 2)
 
 
 def test_each_run_has_its_own_full_speed(tmp_path):

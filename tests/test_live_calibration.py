@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import os
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,7 @@ torch = pytest.importorskip("torch")
 import moeprof  # noqa: E402
 from moeprof import live  # noqa: E402
 from moeprof.errors import UsageError  # noqa: E402
-from moeprof.live import calibration_trials, part_times  # noqa: E402
+from moeprof.live import calibration, calibration_trials, part_times, watched_steps  # noqa: E402
 from moeprof.live.calibration_sizes import Regime  # noqa: E402
 from moeprof.live.calibration_trials import TrialBench, made_up, trial_question  # noqa: E402
 from moeprof.live.constant_bench import ConstantBench, ExpertParts, streamed_times  # noqa: E402
@@ -27,8 +29,9 @@ from moeprof.live.kernels.fused import _has_triton  # noqa: E402
 from moeprof.live.kernels.streamed import STREAMED_TOKENS  # noqa: E402
 from moeprof.live.part_times import PartTimes  # noqa: E402
 from moeprof.live.piece_bench import PieceBench, PieceParts  # noqa: E402
-from moeprof.live.setting_runs import SettingRun, open_stack, timed_steps  # noqa: E402
+from moeprof.live.setting_runs import SettingRun, open_stack  # noqa: E402
 from moeprof.live.transfers import make_slots  # noqa: E402
+from moeprof.live.watched_steps import StepTimes  # noqa: E402
 from moeprof.replay import cost_model  # noqa: E402
 from moeprof.replay.buffer_plans import read_routed_rows  # noqa: E402
 from moeprof.replay.calibration_file import Curve  # noqa: E402
@@ -176,19 +179,63 @@ def test_parts_of_a_device_with_a_queue() -> None:
     assert len(calls) == 12 + 2 + 12
 
 
-def test_the_host_is_prepared_before_its_parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    calls: list[str] = []
-    times = PartTimes(
-        torch.device("cpu"), repeats=2, warmup=1, prepare=lambda: calls.append("prepare")
-    )
+class Script:
+    """A watch whose looks are written down before, then find only quiet; notes what it is asked."""
+
+    def __init__(self, *looks: bool) -> None:
+        self.looks = iter(looks)
+        self.log: list[str] = []
+
+    def settle(self) -> None:
+        self.log.append("settle")
+
+    def is_quiet(self) -> bool:
+        self.log.append("look")
+        return next(self.looks, True)
+
+
+def test_the_host_s_part_is_timed_where_its_core_stays_quiet(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    watch = Script(True, False)
+    times = PartTimes(torch.device("cpu"), repeats=2, warmup=1, watch=watch)
     monkeypatch.setattr(times, "is_serial", False)
     monkeypatch.setattr(times, "settle", lambda: None)
-    times.host(lambda: calls.append("run"))
-    # Once, before the runs that warm up: what moves the thread is not in what is timed.
-    assert calls == ["prepare", *["run"] * (1 + 3 * 2)]
-    calls.clear()
-    times.wall(lambda: calls.append("run"))
-    assert "prepare" not in calls
+    found = times.host(lambda: watch.log.append("run"))
+    # Nothing is moved or looked at within what is timed; what was disturbed is timed again, whole.
+    whole = ["settle", "look", *["run"] * (3 * 2), "look"]
+    assert watch.log == ["run", *whole, *whole]
+    assert found.num_repetitions == 3 * 2
+    # So is what host and device do together.
+    watch.log.clear()
+    watch.looks = iter((False, True, True))
+    assert times.wall(lambda: watch.log.append("run")).num_repetitions == 2
+    assert watch.log == ["run", *["settle", "look"], *["run"] * 2, *["settle", "look"],
+                         *["run"] * 2, "look"]  # fmt: skip
+
+
+def test_what_is_disturbed_time_and_again_is_timed_all_the_same() -> None:
+    watch = Script(*[False] * 100)
+    times = PartTimes(torch.device("cpu"), repeats=2, warmup=0, watch=watch)
+    assert times.wall(lambda: watch.log.append("run")).num_repetitions == 2
+    assert watch.log.count("run") == 6 * 2 and watch.log[-3:] == ["settle", "run", "run"]
+
+
+def test_decisions_are_timed_where_the_core_stays_quiet(tmp_path: Path) -> None:
+    made = made_up(tmp_path, TINY, Regime(batch=1, num_layers=1, num_steps=3))
+    for timed in (
+        lambda watch: decision_times([made], "lru", streamed=False, watch=watch),
+        lambda watch: foresee_time([made], streamed=False, watch=watch),
+    ):
+        plain, watch = Script(), Script(False, True, False)
+        timed(plain)
+        found = timed(watch)
+        looks = plain.log.count("look")
+        assert looks == 2 * plain.log.count("settle") > 0
+        # Once slow before it, once after it: two tries more, of one look and of two.
+        assert watch.log.count("look") == looks + 3
+        assert watch.log.count("settle") == plain.log.count("settle") + 2
+        assert np.isfinite(found.error)
 
 
 @pytest.mark.parametrize(
@@ -202,8 +249,10 @@ def test_runs_copy_what_the_plan_says(text: str, tmp_path: Path) -> None:
     stack = open_stack(trace, stack="decoder", device="cpu", shape=shape)
     setting = parse_setting(text)
     run = SettingRun(stack, setting)
-    times = timed_steps(run, repetitions=2)
-    assert len(times) == 2 and len(times[0]) == len(stack.steps)
+    run.warm_up()
+    for _ in range(2):
+        times = run.repeat()
+        assert len(times.times_ms) == len(stack.steps) and all(times.is_quiet)
     question = cost_model.question_of(trace, shape=shape, phase="all")
     assert len(question.routed.steps) == len(stack.steps)
     if not text.startswith("gating"):
@@ -333,14 +382,60 @@ def test_what_each_run_needs_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> No
     assert times.late(lambda: seen.append("late")).median == 0 and "late" not in seen
 
 
+class Repeated:
+    """A run whose two steps take 1 and 2 ms, and are disturbed as is written down."""
+
+    def __init__(self, is_quiet: Iterable[tuple[bool, bool]]) -> None:
+        self.is_quiet = iter(is_quiet)
+
+    def repeat(self, _watch: Any) -> StepTimes:
+        return StepTimes(times_ms=(1.0, 2.0), is_quiet=next(self.is_quiet))
+
+
 def test_long_trials_are_repeated_less_and_quick_ones_more(monkeypatch: pytest.MonkeyPatch) -> None:
     bench = TrialBench(torch.device("cpu"), dataclasses.replace(TINY, trial_repetitions=5))
-    monkeypatch.setattr(calibration_trials, "timed_steps", lambda _run, **_: ((1.0, 2.0),))
-    run: Any = None
+    run = Repeated(itertools.repeat((True, True)))
     for seconds, expected in ((1e-6, 6), (0.06, 3), (0.2, 3), (0.5, 2), (2.0, 1)):
         clock = itertools.count(0.0, seconds)
         monkeypatch.setattr(calibration_trials.time, "perf_counter", lambda: next(clock))  # noqa: B023
-        assert bench._repeated(run) == ((1.0, 2.0),) * expected, seconds
+        expected_times = (StepTimes(times_ms=(1.0, 2.0), is_quiet=(True, True)),) * expected
+        assert bench._repeated(run) == expected_times, seconds
+
+
+def test_trials_that_were_disturbed_are_repeated_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    bench = TrialBench(torch.device("cpu"), dataclasses.replace(TINY, trial_repetitions=4))
+
+    def count(seconds: float, *is_quiet: tuple[bool, bool]) -> int:
+        """Returns the repetitions; a step is quiet as given, then always."""
+        clock = itertools.count(0.0, seconds)
+        monkeypatch.setattr(calibration_trials.time, "perf_counter", lambda: next(clock))
+        run = Repeated(itertools.chain(is_quiet, itertools.repeat((True, True))))
+        return len(bench._repeated(run))
+
+    # Two of a turn are enough where they take longer than nothing.
+    assert count(0.15) == 2
+    # The second step was disturbed in the first repetition, the first one in the second.
+    assert count(0.15, (True, False)) == count(0.15, (True, False), (False, True)) == 3
+    assert count(0.15, (True, False), (True, False)) == 4
+    assert count(0.1, *[(True, False)] * 4) == 6
+    # Nobody waits for ever, by time or by count.
+    assert count(0.3, *[(False, True)] * 9) == 3
+    assert count(1e-6, *[(False, True)] * 9) == 6
+
+
+def test_times_that_were_disturbed_are_left_out() -> None:
+    found = [
+        StepTimes(times_ms=(1.0, 2.0, 3.0), is_quiet=(True, False, False)),
+        StepTimes(times_ms=(4.0, 5.0, 6.0), is_quiet=(True, True, False)),
+        StepTimes(times_ms=(7.0, 8.0, 9.0), is_quiet=(False, True, False)),
+    ]
+    # A step that was never quiet has all its times.
+    left = ((1.0, None, 3.0), (4.0, 5.0, 6.0), (None, 8.0, 9.0))
+    assert calibration_trials._undisturbed(found) == left
+    assert calibration_trials._undisturbed(found[1:2]) == ((4.0, 5.0, 6.0),)
+    assert calibration_trials._undisturbed(found[:1]) == ((1.0, 2.0, 3.0),)
+    both = calibration_trials._undisturbed(found[::2])
+    assert both == ((1.0, None, 3.0), (None, 8.0, 9.0))
 
 
 def test_trials_take_two_turns_in_opposite_order(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -351,7 +446,8 @@ def test_trials_take_two_turns_in_opposite_order(monkeypatch: pytest.MonkeyPatch
         ran.append((setting.name, is_first))
         if setting.name == full and not is_first:
             raise torch.cuda.OutOfMemoryError
-        return ((1.0 if is_first else 2.0,) * made.regime.num_steps,)
+        count = made.regime.num_steps
+        return (StepTimes(times_ms=(1.0 if is_first else 2.0,) * count, is_quiet=(True,) * count),)
 
     monkeypatch.setattr(TrialBench, "_turn", turn)
     bench = TrialBench(torch.device("cpu"), TINY)
@@ -365,6 +461,59 @@ def test_trials_take_two_turns_in_opposite_order(monkeypatch: pytest.MonkeyPatch
     assert [each.trial.setting for each in found] == [name for name in names if name != full]
     assert all(len(each.trial.measured_ms) == 2 for each in found)
     assert all(each.trial.step_ms()[0] == 1.5 for each in found)
+
+
+class SharedCore:
+    """Stands in for the core of the thread: one look of five finds it slow."""
+
+    def __init__(self) -> None:
+        self.generator = np.random.default_rng(0)
+
+    def __enter__(self) -> SharedCore:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def settle(self) -> None:
+        pass
+
+    def is_quiet(self) -> bool:
+        return bool(self.generator.random() >= 0.2)
+
+
+def test_a_machine_whose_core_is_shared_is_calibrated(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    if not hasattr(os, "sched_setaffinity"):
+        pytest.skip("the system binds no threads")
+    monkeypatch.setattr(calibration, "QuietCore", SharedCore)
+    monkeypatch.setattr(watched_steps, "_LOOK_EVERY_MS", 0.0)
+    few = dataclasses.replace(TINY, expert_bytes=TINY.expert_bytes[:1], trial_repetitions=4)
+    machine = live.calibrate(
+        "cpu", sizes=few, policies=("lru", "min"), kernels=("dynamic_loop",), quiet_core=True
+    )
+    measured = [trial.measured_ms for trial in machine.trials]
+    times = [each for runs in measured for run in runs for each in run]
+    assert 0.1 < times.count(None) / len(times) < 0.5
+    for runs in measured:
+        # Of every step something is left.
+        assert all(set(step) != {None} for step in zip(*runs, strict=True))
+    for trial in machine.trials:
+        assert np.isfinite(trial.step_ms()).all() and (trial.ratios() > 0).all()
+    own = machine.corrections
+    assert own is not None and own.buffering is not None and own.gating is not None
+    assert np.isfinite(own.log_factors).all() and np.isfinite(own.covariance).all()
+    assert np.isfinite([*own.buffering.residuals, *own.gating.residuals]).all()
+    # The file holds what was set aside, and says the same again.
+    path = moeprof.replay.write_calibration(machine, tmp_path / "cpu.json")
+    read = moeprof.replay.read_calibration(path)
+    assert read == machine
+    assert live.refitted(read, few) == machine
+    shape = few.shape(few.expert_bytes[0])
+    question = trial_question(made_up(tmp_path, few, few.regimes[0]), shape, few)
+    predicted = cost_model.predict(question, parse_setting("lru:50%"), machine)
+    assert np.isfinite(predicted.step_ms).all() and (predicted.step_ms > 0).all()
 
 
 def test_corrections_come_from_the_trials(calibrated: Any) -> None:

@@ -437,7 +437,7 @@ def test_a_model_s_experts_are_copied_ahead() -> None:
 
 
 def test_a_setting_runs_as_it_is_planned(trace: Any, tmp_path: Path) -> None:
-    from moeprof.live.setting_runs import SettingRun, open_stack, timed_steps
+    from moeprof.live.setting_runs import SettingRun, open_stack
     from moeprof.replay import cost_model
     from moeprof.replay.expert_shapes import ExpertShape
     from moeprof.replay.serving_settings import parse_setting
@@ -448,7 +448,8 @@ def test_a_setting_runs_as_it_is_planned(trace: Any, tmp_path: Path) -> None:
     for text in ("lru:25%:ahead=2", "lru:2:split:ahead=4", "min:3:host:ahead=1"):
         setting = parse_setting(text)
         run = SettingRun(stack, setting)
-        timed_steps(run, repetitions=2)
+        run.warm_up()
+        run.repeat()
         plan = cost_model.plan_buffer(trace, question.routed, setting)
         copies = int(plan.copies_per_step(question.routed).sum())
         assert run.copied_bytes == copies * shape.block_bytes

@@ -16,6 +16,7 @@ torch = pytest.importorskip("torch")
 
 from moeprof.live import step_percentiles  # noqa: E402
 from moeprof.live.rounds import RoundLimits, Rounds, Visited, run_in_rounds  # noqa: E402
+from moeprof.live.watched_steps import StepTimes  # noqa: E402
 
 BUILT_S, CLOSED_S = 1.0, 0.5
 
@@ -69,11 +70,14 @@ class _Run:
         self.machine.log.append(("warm", (self.name, is_whole)))
         self.machine.now_s += (1.0 if is_whole else 0.125) * self.machine.step_s[self.name]
 
-    def step_ms(self) -> list[float]:
+    def repeat(self) -> StepTimes:
         self.machine._fail(self.machine.fails_running, self.name)
         self.machine.log.append(("step", self.name))
         self.machine.now_s += self.machine.step_s[self.name]
-        return [self.machine.step_s[self.name] * 1e3] * 2
+        step_ms = self.machine.step_s[self.name] * 1e3
+        # The core is slow during the second step of every other repetition.
+        is_quiet = len(self.machine.of("step")) % 2 == 1
+        return StepTimes(times_ms=(step_ms, step_ms + 1), is_quiet=(True, is_quiet))
 
     def close(self, *, keep_memory: bool) -> None:
         # Memory stays with torch between visits.
@@ -130,7 +134,13 @@ def test_rounds_go_there_and_back() -> None:
     visited = found.measured["a"]
     assert visited is not None
     assert visited.times_ms.shape == (6, 2)
-    assert visited.visit_of.tolist() == [0, 0, 1, 1, 2, 2]
+    repeated = visited.repeated
+    assert repeated.times_ms.tolist() == visited.times_ms.tolist() == [[1000, 1001]] * 6
+    assert repeated.visit_of is not None
+    assert repeated.visit_of.tolist() == [0, 0, 1, 1, 2, 2]
+    # Two repetitions a visit: the second of each is disturbed.
+    assert repeated.is_quiet.tolist() == [[True, True], [True, False]] * 3
+    assert all(visit.is_quiet.tolist() == [[True, True], [True, False]] for visit in visited.visits)
     assert visited.round_of.tolist() == [1, 1, 2, 2, 3, 3]
     assert visited.visits[0].begun_s == 0 and visited.visits[0].probe_ms == 2.0
     assert machine.open_runs == 0 and machine.of("empty") == []

@@ -9,9 +9,10 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from moeprof.live import setting_runs  # noqa: E402
+from moeprof.live import setting_runs, watched_steps  # noqa: E402
 from moeprof.live.cache_plans import prepare_caches  # noqa: E402
 from moeprof.live.setting_runs import ResidentExperts, SettingRun, open_stack  # noqa: E402
+from moeprof.live.watched_steps import StepTimes  # noqa: E402
 from moeprof.replay.expert_shapes import ExpertShape  # noqa: E402
 from moeprof.replay.serving_settings import parse_setting  # noqa: E402
 from moeprof.trace.synthetic import synthetic_trace  # noqa: E402
@@ -73,11 +74,11 @@ def test_only_judged_steps_copy_and_all_decide_the_same(
     setting, judged = parse_setting(name), judged_of(stack)
     assert 0 < len(judged) < len(stack.steps)
     whole = SettingRun(stack, setting)
-    assert len(whole.step_ms()) == len(stack.steps)
+    assert len(whole.repeat().times_ms) == len(stack.steps)
     expected = dict(copied)
     run = SettingRun(stack, setting, judged=judged)
     copied.clear()
-    assert len(run.step_ms()) == len(stack.steps)
+    assert len(run.repeat().times_ms) == len(stack.steps)
     steps = {stack.steps[index].step for index in judged}
     assert set(expected) - steps, "nothing is left out"
     assert copied == {step: count for step, count in expected.items() if step in steps}
@@ -128,7 +129,7 @@ def test_gatings_are_warmed_up_too(stack: Any, monkeypatch: pytest.MonkeyPatch) 
     ran: list[int] = []
     steps_of = setting_runs._gating_steps
 
-    def noted(own: Any, steps: Any, *more: Any) -> list[float]:
+    def noted(own: Any, steps: Any, *more: Any) -> StepTimes:
         ran.append(len(steps))
         return steps_of(own, steps, *more)
 
@@ -138,6 +139,43 @@ def test_gatings_are_warmed_up_too(stack: Any, monkeypatch: pytest.MonkeyPatch) 
     run.warm_up()
     run.warm_up(is_whole=False)
     assert ran == [len(stack.steps), len(stack.warming_steps)]
+    run.close()
+
+
+class NextToBusy:
+    """A watch on a core that is found slow after every third step."""
+
+    def __init__(self) -> None:
+        self.num_settled = self.num_looks = 0
+
+    def settle(self) -> None:
+        self.num_settled += 1
+        self.found = iter((True, True, True, False))
+
+    def is_quiet(self) -> bool:
+        self.num_looks += 1
+        return next(self.found)
+
+
+@pytest.mark.parametrize("name", ["lru:3", "unbuffered", "gating:dynamic"])
+def test_the_core_is_looked_at_between_steps(
+    stack: Any, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.setattr(watched_steps, "_LOOK_EVERY_MS", 0.0)
+    run = SettingRun(stack, parse_setting(name), judged=judged_of(stack))
+    watch = NextToBusy()
+    # Nobody needs to know what the core was like while things were warmed up.
+    run.warm_up()
+    assert watch.num_looks == watch.num_settled == 0
+    found = run.repeat(watch)
+    count = len(stack.steps)
+    assert len(found.times_ms) == count > 6 and min(found.times_ms) > 0
+    # Quiet, quiet, slow: each look is made after one step, and once more on another core.
+    assert found.is_quiet == tuple(step % 3 < 2 for step in range(count))
+    assert watch.num_settled == 1 + count // 3
+    assert watch.num_looks == 1 + count + count // 3
+    unwatched = run.repeat()
+    assert unwatched.is_quiet == (True,) * count and watch.num_looks == 1 + count + count // 3
     run.close()
 
 
@@ -157,7 +195,7 @@ def test_copies_come_back_where_a_run_without_them_fails(stack: Any) -> None:
     whole = SettingRun(stack, parse_setting("unbuffered"))
     assert whole._buffer is not None
     with whole._buffer.without_copies():
-        assert len(whole.step_ms()) == len(stack.steps)
+        assert len(whole.repeat().times_ms) == len(stack.steps)
     whole.close()
 
 
@@ -177,13 +215,13 @@ def test_caches_are_prepared_once_for_all_runs(
     for _ in range(3):
         run = SettingRun(stack, setting, prepared=prepared)
         run.warm_up(is_whole=False)
-        run.step_ms()
+        run.repeat()
         assert run._buffer is not None and run._buffer.audit() == []
         found.append(run._buffer.lookups())
         run.close()
     assert len(made) == 1 and list(prepared) == [setting.name]
     alone = SettingRun(stack, setting)
-    alone.step_ms()
+    alone.repeat()
     assert alone._buffer is not None and len(made) == 2
     assert all(alone._buffer.lookups().equals(each) for each in found)
     alone.close()

@@ -1,18 +1,27 @@
-"""Percentiles of steps' medians, and how honest their spreads are where repetitions cluster."""
+"""Percentiles of steps' medians, and how honest their spreads are where repetitions cluster.
+
+And what is left of both where some times are set aside.
+"""
 
 from __future__ import annotations
 
 import math
+import warnings
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 
 pytest.importorskip("torch")
 
 from moeprof.live import step_percentiles
 from moeprof.live.step_percentiles import (
+    RepeatedSteps,
     measured_ms,
     more_visits,
+    repetitions_of,
     spread_of,
     spreads_of,
     visits_of,
@@ -140,3 +149,191 @@ def test_visits_of_what_was_written() -> None:
     assert found is not None and found.tolist() == [0, 0, 1]
     with pytest.raises(ValueError, match="visits of 2 repetitions, not 3"):
         visits_of({**times, "visits": visits[:1]})
+
+
+def repeated(
+    times: Any, is_quiet: Any = True, visit_of: Sequence[int] | None = None
+) -> RepeatedSteps:
+    times_ms = np.array(times, np.float64)
+    return RepeatedSteps(
+        times_ms=times_ms,
+        is_quiet=np.broadcast_to(np.array(is_quiet, np.bool_), times_ms.shape).copy(),
+        visit_of=None if visit_of is None else np.array(visit_of),
+    )
+
+
+def noisy(generator: np.random.Generator, repetitions: int, steps: int) -> NDArray[np.float64]:
+    return np.exp(generator.normal(1, 0.2, (repetitions, steps)))
+
+
+def test_what_is_set_aside_counts_for_nothing() -> None:
+    times = [[1.0, 10.0, 100.0], [2.0, 30.0, 101.0], [50.0, 20.0, 103.0], [4.0, 90.0, 109.0]]
+    is_quiet = [[1, 1, 0], [1, 1, 0], [0, 1, 0], [1, 0, 0]]
+    found = repeated(times, is_quiet)
+    # Of 1, 2, 4; of 10, 30, 20; and of all four where the core was slow each time.
+    assert found.percentile_ms(0) == 2
+    assert found.percentile_ms(50) == 20
+    assert found.percentile_ms(100) == 102
+    assert found.percentile_ms(75) == (20 + 102) / 2
+    # An even count of what is left.
+    assert repeated([[1.0], [8.0], [4.0]], [[1], [1], [0]]).percentile_ms(50) == 4.5
+    assert repeated([[1.0], [8.0], [4.0]], [[0], [1], [0]]).percentile_ms(50) == 8
+    # Beside it stands what took the time.
+    assert found.raw_ms(100) == 109 and found.raw_ms(0) == 1
+    assert found.raw_ms(50) == np.median(times)
+    assert found.aside_share == pytest.approx(6 / 12)
+    whole = found.whole()
+    assert whole.is_quiet.all() and whole.aside_share == 0
+    assert whole.percentile_ms(0) == 3 and whole.percentile_ms(50) == 25
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_medians_of_what_is_left(seed: int) -> None:
+    generator = np.random.default_rng(seed)
+    repetitions = int(generator.integers(1, 12))
+    times = noisy(generator, repetitions, 30)
+    is_quiet = generator.random(times.shape) < generator.random()
+    found = repeated(times, is_quiet)
+    medians = []
+    for own, quiet in zip(times.T, is_quiet.T, strict=True):
+        medians.append(np.median(own[quiet] if quiet.any() else own))
+    for percentile in (0, 50, 95, 99, 100):
+        assert found.percentile_ms(percentile) == np.percentile(medians, percentile)
+    with warnings.catch_warnings():
+        # Where nothing is left.
+        warnings.simplefilter("ignore", RuntimeWarning)
+        aside = np.where(is_quiet, times, np.nan)[None].repeat(2, axis=0)
+        expected = np.nanmedian(aside, axis=1)
+    np.testing.assert_array_equal(step_percentiles._known_medians(aside), expected)
+
+
+@pytest.mark.parametrize("sizes", [(2, 2, 2), (1, 1, 1, 1, 1), (3, 1, 4), None])
+def test_where_nothing_is_set_aside_nothing_changes(sizes: tuple[int, ...] | None) -> None:
+    generator = np.random.default_rng(7)
+    visits = None if sizes is None else np.repeat(np.arange(len(sizes)), sizes)
+    times = noisy(generator, 8 if visits is None else len(visits), 20)
+    found = repeated(times, visit_of=None if visits is None else visits.tolist())
+    drawn = np.random.default_rng(0)
+    if visits is None:
+        rows, widened = list(drawn.integers(8, size=(200, 8))), 1.0
+    else:
+        members = [np.flatnonzero(visits == one) for one in range(len(sizes or ()))]
+        rows = []
+        for _ in range(200):
+            chosen = drawn.integers(len(members), size=len(members))
+            rows.append(
+                np.concatenate(
+                    [drawn.choice(members[one], size=len(members[one])) for one in chosen]
+                )
+            )
+        widened = step_percentiles._widening(len(members))
+    medians = [np.median(times[own], axis=0) for own in rows]
+    for percentile, spread in zip((50, 99), found.spreads((50, 99)), strict=True):
+        value = np.percentile(np.median(times, axis=0), percentile)
+        assert found.percentile_ms(percentile) == value
+        low, high = np.quantile(np.percentile(medians, percentile, axis=1), (0.05, 0.95))
+        assert spread == pytest.approx(widened * (high - low) / 2 / value, rel=1e-12)
+
+
+def test_a_step_that_was_seldom_quiet_is_not_known() -> None:
+    generator = np.random.default_rng(1)
+    times = noisy(generator, 8, 5)
+    visits = [0, 0, 1, 1, 2, 2, 3, 3]
+    unknown = (math.inf, math.inf)
+    whole = repeated(times, visit_of=visits)
+    assert all(map(math.isfinite, whole.spreads((50, 99))))
+
+    def spreads(quiet: Sequence[int], visit_of: Sequence[int] | None) -> tuple[float, ...]:
+        """Returns those where one step was quiet in these repetitions alone."""
+        is_quiet = np.ones(times.shape, np.bool_)
+        is_quiet[:, 3] = [each in quiet for each in range(len(times))]
+        return repeated(times, is_quiet, visit_of).spreads((50, 99))
+
+    # Three times, in visits of their own or not.
+    for visit_of in (visits, None):
+        assert spreads([], visit_of) == spreads([0], visit_of) == unknown
+        assert spreads([0, 2], visit_of) == unknown
+        assert all(map(math.isfinite, spreads([0, 2, 4, 5], visit_of)))
+    # Three times in one visit.
+    assert spreads([0, 1, 2], [0, 0, 0, 1, 1, 1, 1, 1]) == unknown
+    assert all(map(math.isfinite, spreads([0, 1, 3], [0, 0, 0, 1, 1, 1, 1, 1])))
+
+
+def test_fewer_visits_are_known_less_well() -> None:
+    # A step sets the worst percentile by itself; its times are quiet in two of six visits.
+    times = np.ones((12, 4))
+    times[:, 0] = 10 + np.array([0, 1, 0, 1, 0.5, 0.5, 0, 1, 0, 1, 0.5, 0.5])
+    visits = [0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5]
+    is_quiet = np.ones(times.shape, np.bool_)
+    is_quiet[4:, 0] = False
+    (alone,) = repeated(times, is_quiet, visits).spreads((100,))
+    (two,) = repeated(times[:4], visit_of=visits[:4]).spreads((100,))
+    (six,) = repeated(times, visit_of=visits).spreads((100,))
+    # As wide as of two visits: draws differ, and those that lack it tell nothing.
+    assert alone == pytest.approx(two, rel=0.3) and alone > 3 * six
+
+
+def test_what_lacks_a_step_in_most_draws_is_not_known() -> None:
+    # Ten steps, each quiet in two visits of its own of twenty: hardly a draw has all of them.
+    visits = np.arange(20).repeat(2)
+    is_quiet = visits[:, None] // 2 == np.arange(10)
+    times = noisy(np.random.default_rng(2), 40, 10)
+    assert (is_quiet.sum(axis=0) == 4).all()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert repeated(times, is_quiet, visits.tolist()).spreads((50,)) == (math.inf,)
+
+
+def test_some_of_the_repetitions() -> None:
+    times = [[1.0, 10.0], [2.0, 20.0], [3.0, 30.0]]
+    found = repeated(times, [[1, 0], [1, 1], [0, 1]], [0, 1, 1])
+    own = found.part(np.array([False, True, True]))
+    assert own.times_ms.tolist() == times[1:]
+    assert own.is_quiet.tolist() == [[True, True], [False, True]]
+    assert own.visit_of is not None and own.visit_of.tolist() == [1, 1]
+    assert own.percentile_ms(0) == 2 and own.percentile_ms(100) == 25
+    # Of one visit alone the second step was never quiet.
+    first = found.part(np.array([True, False, False]))
+    assert first.percentile_ms(100) == 10
+    assert repeated(times).part(np.array([True, False, True])).visit_of is None
+
+
+WRITTEN: dict[str, Any] = {
+    "steps": [4, 7, 9],
+    "measured_ms": [[1.0, 10.0, 100.0], [2.0, 20.0, 200.0]],
+    "set_aside": [[2], [0, 2]],
+    "visits": [{"round": 1, "repetitions": 1}, {"round": 2, "repetitions": 1}],
+}
+
+
+def test_repetitions_of_what_was_written() -> None:
+    found = repetitions_of(WRITTEN)
+    # Places among the steps, not their numbers.
+    assert found.is_quiet.tolist() == [[True, True, False], [False, True, False]]
+    assert found.times_ms.tolist() == WRITTEN["measured_ms"]
+    assert found.visit_of is not None and found.visit_of.tolist() == [0, 1]
+    assert [found.percentile_ms(each) for each in (0, 50, 100)] == [1, 15, 150]
+    # Files from before tell neither.
+    old = repetitions_of({name: WRITTEN[name] for name in ("steps", "measured_ms")})
+    assert old.is_quiet.all() and old.visit_of is None
+    assert [old.percentile_ms(each) for each in (0, 50, 100)] == [1.5, 15, 150]
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        ({"set_aside": [[3], []]}, "are set aside, of 3"),
+        ({"set_aside": [[], [1, -1]]}, "are set aside, of 3"),
+        ({"set_aside": [[0.5], []]}, "are set aside, of 3"),
+        ({"set_aside": [[False, False, True], []]}, "are set aside, of 3"),
+        ({"set_aside": [[1]]}, "zip"),
+        ({"set_aside": [[1], [], []]}, "zip"),
+        ({"measured_ms": [[1.0, math.nan, 2.0]] * 2}, "a time is missing"),
+        ({"measured_ms": [[1.0, 2.0]] * 2}, "not one per repetition and step"),
+        ({"measured_ms": [1.0, 2.0, 3.0]}, "not one per repetition and step"),
+        ({"visits": [{"round": 1, "repetitions": 1}]}, "visits of 1 repetitions, not 2"),
+    ],
+)
+def test_repetitions_that_are_damaged(damage: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        repetitions_of({**WRITTEN, **damage})

@@ -18,7 +18,7 @@ torch = pytest.importorskip("torch")
 import moeprof  # noqa: E402
 from moeprof import live  # noqa: E402
 from moeprof.errors import TraceError, UsageError  # noqa: E402
-from moeprof.live import verdicts, verification, verification_files  # noqa: E402
+from moeprof.live import verdicts, verification, verification_files, watched_steps  # noqa: E402
 from moeprof.live.setting_runs import open_stack  # noqa: E402
 from moeprof.live.step_percentiles import spread_of, visits_of  # noqa: E402
 from moeprof.live.verification_files import PREDICTIONS_KIND  # noqa: E402
@@ -109,6 +109,7 @@ def test_every_visit_is_kept(verified: Any, tmp_path: Path) -> None:
     ] * 3
     assert visits_of(written).tolist() == [0, 1, 2]
     np.testing.assert_allclose(written["measured_ms"], times)
+    assert written["set_aside"] == [[], [], []]
 
 
 def test_the_summary_is_made_of_the_table(verified: Any) -> None:
@@ -195,25 +196,169 @@ def test_the_thread_stays_on_a_quiet_core_where_asked_to(
         def __init__(self) -> None:
             super().__init__(probe=lambda: 1.0 if os.sched_getaffinity(0) == {quiet} else 2.0)
 
-    real = verification.SettingRun.step_ms
+    real = verification.SettingRun.repeat
 
-    def step_ms(self: Any) -> Any:
+    def repeat(self: Any, watch: Any = None) -> Any:
         seen.append(os.sched_getaffinity(0))
-        return real(self)
+        found = real(self, watch)
+        seen.append(os.sched_getaffinity(0))
+        return found
 
     monkeypatch.setattr(verification, "QuietCore", Here)
-    monkeypatch.setattr(verification.SettingRun, "step_ms", step_ms)
+    monkeypatch.setattr(verification.SettingRun, "repeat", repeat)
     bound = live.verify(trace, machine, SETTINGS[:1], OPTIONS, device="cpu", quiet_core=True)
     assert seen and all(each == {quiet} for each in seen)
     assert os.sched_getaffinity(0) == before
     assert verification.QUIET_CORE_NOTE in bound.notes
+    assert "0.0% of all times were set aside" in bound.notes
+    assert bound.tables["step_times"]["is_quiet"].all()
     assert any("the others without their copies" in note for note in bound.notes)
     free = live.verify(trace, machine, SETTINGS[:1], OPTIONS, device="cpu")
     assert verification.QUIET_CORE_NOTE not in free.notes
+    assert not any("set aside" in note for note in free.notes)
+    assert free.tables["step_times"]["is_quiet"].all()
     monkeypatch.delattr(os, "sched_setaffinity")
     monkeypatch.setattr(verification, "open_stack", None)
     with pytest.raises(UsageError, match="binds no thread"):
         live.verify(trace, machine, SETTINGS[:1], OPTIONS, device="cpu", quiet_core=True)
+
+
+class SharedCore:
+    """Stands in for the core of the thread: one look of five finds it slow."""
+
+    def __init__(self) -> None:
+        self.generator = np.random.default_rng(0)
+
+    def __enter__(self) -> SharedCore:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def settle(self) -> None:
+        pass
+
+    def is_quiet(self) -> bool:
+        return bool(self.generator.random() >= 0.2)
+
+
+@pytest.fixture
+def shared_core(monkeypatch: pytest.MonkeyPatch) -> None:
+    if not hasattr(os, "sched_setaffinity"):
+        pytest.skip("the system binds no threads")
+    monkeypatch.setattr(verification, "QuietCore", SharedCore)
+    # After every step, however quick this machine is.
+    monkeypatch.setattr(watched_steps, "_LOOK_EVERY_MS", 0.0)
+
+
+@pytest.mark.usefixtures("shared_core")
+def test_steps_are_set_aside_while_the_core_is_slow(
+    trace: Any, machine: Any, tmp_path: Path
+) -> None:
+    options = dataclasses.replace(OPTIONS, repetitions=4, most_repetitions=4)
+    found = live.verify(
+        trace, machine, SETTINGS[:2], options, device="cpu", quiet_core=True
+    )  # fmt: skip
+    steps = found.tables["step_times"]
+    aside = 1 - steps["is_quiet"].mean()
+    # A slow look may be the one before a step or the one after it.
+    assert 0.1 < aside < 0.6
+    assert found.notes.count(f"{aside:.1%} of all times were set aside") == 1
+    assert verification.QUIET_CORE_NOTE in found.notes
+    path = verification_files.write_verification(found, tmp_path / "v.json", command="a test")
+    written = json.loads(path.read_text())
+    for name, own in steps.groupby("setting"):
+        times = own["measured_ms"].to_numpy().reshape(4, -1)
+        is_quiet = own["is_quiet"].to_numpy().reshape(4, -1)
+        assert not is_quiet.all() and is_quiet.any()
+        medians = [
+            np.median(step[quiet] if quiet.any() else step)
+            for step, quiet in zip(times.T, is_quiet.T, strict=True)
+        ]
+        for row in written["rows"]:
+            if row["setting"] != name:
+                continue
+            assert row["measured_ms"] == pytest.approx(np.percentile(medians, row["percentile"]))
+            assert row["raw_ms"] == pytest.approx(np.percentile(times, row["percentile"]))
+            assert row["repetitions"] == 4
+        kept = written["step_times"][name]
+        assert kept["set_aside"] == [np.flatnonzero(~each).tolist() for each in is_quiet]
+        np.testing.assert_allclose(kept["measured_ms"], times)
+
+
+@pytest.mark.usefixtures("shared_core")
+def test_visits_are_added_to_those_of_a_run_that_looked_as_well(
+    trace: Any, machine: Any, tmp_path: Path
+) -> None:
+    made = verification.make_predictions(trace, machine, SETTINGS[:1], OPTIONS)
+
+    def verified(name: str, **how: Any) -> tuple[Any, Any]:
+        found = live.verify(trace, predictions=made, device="cpu", **how)
+        path = verification_files.write_verification(
+            found, tmp_path / name, command=name, earlier=how.get("earlier")
+        )
+        content = json.loads(path.read_text())
+        return content["step_times"]["lru:2"], verification_files.read_verification(path)
+
+    once, earlier = verified("once.json", quiet_core=True)
+    assert earlier.is_watched and any(once["set_aside"])
+    visited = earlier.visited["lru:2"]
+    aside = [np.flatnonzero(~own).tolist() for visit in visited.visits for own in visit.is_quiet]
+    assert aside == once["set_aside"]
+    both, again = verified("both.json", quiet_core=True, earlier=earlier)
+    count = len(once["set_aside"])
+    assert len(both["set_aside"]) == len(both["measured_ms"]) > count
+    assert both["set_aside"][:count] == once["set_aside"]
+    assert both["measured_ms"][:count] == once["measured_ms"]
+    assert again.is_watched and len(again.runs) == 2
+
+    free, unwatched = verified("free.json")
+    assert not unwatched.is_watched and not any(free["set_aside"])
+    for how in ({"earlier": earlier}, {"earlier": unwatched, "quiet_core": True}):
+        with pytest.raises(TraceError, match="while the core is slow") as caught:
+            verified("refused.json", **how)
+        assert "--quiet-core" in str(caught.value.hint) and "\n" not in caught.value.message
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda times: times["set_aside"][0].append(len(times["steps"])),
+        lambda times: times["set_aside"][0].append(-1),
+        lambda times: times["set_aside"][0].append(0.5),
+        lambda times: times["set_aside"][0].append(True),
+        lambda times: times["set_aside"][0].append("0"),
+        lambda times: times["set_aside"].pop(),
+        lambda times: times["set_aside"].append([]),
+        lambda times: times.update(set_aside=None),
+        lambda times: times["measured_ms"][0].__setitem__(0, None),
+        lambda times: times["measured_ms"][0].pop(),
+    ],
+    ids=[
+        "past the end", "before the start", "a fraction", "no number", "text", "too few",
+        "too many", "nothing", "no time", "too few times",
+    ],
+)  # fmt: skip
+def test_damaged_steps_of_an_earlier_run(verified: Any, tmp_path: Path, change: Any) -> None:
+    path = verification_files.write_verification(verified, tmp_path / "v.json", command="a test")
+    content = json.loads(path.read_text())
+    assert verification_files.read_verification(path).visited["lru:2"].repeated.is_quiet.all()
+    change(content["step_times"]["lru:2"])
+    path.write_text(json.dumps(content))
+    with pytest.raises(TraceError, match=r"v\.json is damaged") as caught:
+        verification_files.read_verification(path)
+    assert "\n" not in caught.value.message and caught.value.hint
+
+
+def test_runs_from_before_steps_were_set_aside_are_read(verified: Any, tmp_path: Path) -> None:
+    path = verification_files.write_verification(verified, tmp_path / "v.json", command="a test")
+    content = json.loads(path.read_text())
+    for times in content["step_times"].values():
+        del times["set_aside"]
+    path.write_text(json.dumps(content))
+    found = verification_files.read_verification(path)
+    assert not found.is_watched
+    assert all(visited.repeated.is_quiet.all() for visited in found.visited.values())
 
 
 def test_visits_are_added_to_those_of_an_earlier_run(
@@ -262,6 +407,8 @@ def test_visits_are_added_to_those_of_an_earlier_run(
 
     refused("was on another", made, machine="another")
     refused("has other steps", made, steps=(1,))
+    assert not earlier.is_watched
+    refused("sets steps aside while the core is slow, the other does not", made, is_watched=True)
     rows = [{**row, "predicted_ms": row["predicted_ms"] * 1.01} for row in made.rows]
     refused("judges another prediction", dataclasses.replace(made, rows=tuple(rows)))
 

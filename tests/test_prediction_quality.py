@@ -13,6 +13,7 @@ pytest.importorskip("torch")
 from analysis import judgements
 from analysis import live_prediction_parts as parts
 from analysis import prediction_quality as quality
+from analysis.live_prediction_words import aside_notes
 from moeprof.errors import MoeprofError
 from moeprof.live.verdicts import binomial_interval
 
@@ -29,6 +30,14 @@ def edited(path, change):
     content = json.loads(path.read_text())
     change(content)
     path.write_text(json.dumps(content))
+
+
+def times(content):
+    return content["step_times"]["unbuffered"]["measured_ms"]
+
+
+def aside(content, places):
+    content["step_times"]["unbuffered"]["set_aside"] = places
 
 
 def test_what_is_right_everywhere_is_counted_so(tmp_path):
@@ -109,6 +118,45 @@ def test_raw_percentiles_stand_beside(tmp_path):
     assert [row["raw_ms"] for row in found["rows"]] == [10.0, 30.0]
     assert (found["all"]["inside"], found["all"]["raw_inside"]) == (2, 1)
     assert found["all"]["raw_median_error"] == pytest.approx((0 + 2 / 3) / 2)
+
+
+def test_what_was_set_aside_is_in_no_error(tmp_path):
+    # Two repetitions of four are slow, from start to end in one, in the last ten steps in another.
+    predictions = made.predicted_file(
+        tmp_path, "a", {("unbuffered", each): 10.0 for each in (50, 99)}
+    )
+    late = list(range(made.NUM_STEPS - 10, made.NUM_STEPS))
+    times = np.full((4, made.NUM_STEPS), 10.0)
+    times[1] = times[2, late] = 18.0
+    set_aside = {"unbuffered": [[], list(range(made.NUM_STEPS)), late, []]}
+    given = {"unbuffered": times.tolist()}
+    path = made.verified_file(predictions, "H100", given, set_aside=set_aside)
+    found = pooled([path], [predictions])
+    assert [row["measured_ms"] for row in found["rows"]] == [10.0, 10.0]
+    assert [row["raw_ms"] for row in found["rows"]] == [10.0, 18.0]
+    # With all of them the median of the last ten steps lies between.
+    assert [row["whole_ms"] for row in found["rows"]] == [10.0, 14.0]
+    whole = found["all"]
+    assert (whole["inside"], whole["whole_inside"], whole["raw_inside"]) == (2, 1, 1)
+    assert whole["absolute_errors"]["model"]["0.9"] == 0
+    assert whole["whole_median_error"] == pytest.approx((0 + 4 / 14) / 2)
+    aside = (made.NUM_STEPS + 10) / (4 * made.NUM_STEPS)
+    assert [row["aside_share"] for row in found["rows"]] == pytest.approx([aside] * 2)
+    assert found["sources"][0]["aside_share"] == pytest.approx(aside)
+    (note,) = aside_notes(json.loads(json.dumps(found)))
+    assert "however long they took: 31% of a on H100. With nothing set aside 1 of 2 " in note
+    assert note.endswith("would lie inside and the median error be 14.3%.")
+    # Of the last ten steps two times are left.
+    assert [row["measured_spread"] for row in found["rows"]] == [None, None]
+    edited(path, lambda c: c["step_times"]["unbuffered"].pop("set_aside"))
+    with pytest.raises(MoeprofError, match=r"p99 says 10.0 ms, its steps say otherwise"):
+        pooled([path], [predictions])
+    unwatched = made.verified_file(predictions, "H100", given)
+    plain = pooled([unwatched], [predictions])
+    assert plain["sources"][0]["aside_share"] is None and aside_notes(plain) == []
+    assert [row["aside_share"] for row in plain["rows"]] == [0, 0]
+    assert [row["measured_ms"] for row in plain["rows"]] == [10.0, 14.0]
+    assert [row["whole_ms"] for row in plain["rows"]] == [10.0, 14.0]
 
 
 def test_parts_are_joined_and_what_is_missing_is_said(tmp_path):
@@ -228,6 +276,13 @@ def test_nothing_measured_is_no_goal_reached(tmp_path):
         (lambda c: c["rows"][0].update(measured_ms=None), "steps and no time"),
         (lambda c: c["step_times"].pop("unbuffered"), "no steps"),
         (lambda c: c["step_times"]["unbuffered"]["steps"].pop(), "not one per repetition and step"),
+        (lambda c: aside(c, [[made.NUM_STEPS], [], [], []]), "damaged.*are set aside, of 40"),
+        (lambda c: aside(c, [[], [-1], [], []]), "damaged.*are set aside, of 40"),
+        (lambda c: aside(c, [[], ["3"], [], []]), "damaged.*are set aside, of 40"),
+        (lambda c: aside(c, [[0], [0]]), "damaged"),
+        (lambda c: aside(c, None), "damaged"),
+        (lambda c: times(c)[2].__setitem__(7, None), "damaged.*a time is missing"),
+        (lambda c: c["rows"][0].update(repetitions=3), "not as many repetitions"),
         (lambda c: c["rows"][0].update(predicted_ms=1.0), "none of predicted-a.json says"),
         (lambda c: c["rows"][0].update(high_ms=None), "none of predicted-a.json says"),
         (lambda c: c["rows"][0].update(device_bytes=1), "none of predicted-a.json says"),
@@ -242,8 +297,9 @@ def test_nothing_measured_is_no_goal_reached(tmp_path):
 def test_what_is_damaged_or_was_not_predicted_is_refused(tmp_path, change, said):
     (path,), predicted = made.made_up(tmp_path, traces=["a"], machines=["H100"])
     edited(path, change)
-    with pytest.raises(MoeprofError, match=said):
+    with pytest.raises(MoeprofError, match=said) as caught:
         pooled([path], predicted)
+    assert "\n" not in caught.value.message
 
 
 def test_repetitions_of_a_visit_are_not_taken_for_independent(tmp_path):

@@ -9,6 +9,9 @@ from typing import Any
 
 import numpy as np
 
+QUIET_CORE_NOTE = (
+    "steps are set aside before or after which the core of the dispatching thread was found slow"
+)
 CALIBRATED = "2026-01-01T00:00:00+00:00"
 PREDICTED = "2026-01-02T00:00:00+00:00"
 MEASURED = "2026-01-03T00:00:00+00:00"
@@ -133,6 +136,7 @@ def verified_file(
     date: str = MEASURED,
     part: str = "",
     probes_ms: Sequence[float] = (),
+    set_aside: Mapping[str, Sequence[Sequence[int]]] | None = None,
 ) -> Path:
     """Writes measurements of predictions; None for a setting that did not fit.
 
@@ -143,7 +147,10 @@ def verified_file(
         date: Of the measurement.
         part: Ends the name of the file.
         probes_ms: Of the host before each repetition, which is then a visit.
+        set_aside: Places of the steps that were set aside in each repetition, by setting, where the
+            core was watched; of each step one is left.
     """
+    aside = set_aside or {}
     made = json.loads(predictions.read_text())
     rows: list[dict[str, Any]] = []
     for row in made["rows"]:
@@ -152,7 +159,10 @@ def verified_file(
         times = times_ms[row["setting"]]
         value = None
         if times is not None:
-            value = float(np.percentile(np.median(times, axis=0), row["percentile"]))
+            kept = np.array(times, float)
+            for own, places in zip(kept, aside.get(row["setting"], ()), strict=False):
+                own[list(places)] = np.nan
+            value = float(np.percentile(np.nanmedian(kept, axis=0), row["percentile"]))
         rows.append(
             {
                 **row, "measured_ms": value, "measured_spread": None if times is None else 0.01,
@@ -171,11 +181,15 @@ def verified_file(
             "host_memory_bytes": GIB,
         },
         "versions": {"torch": "2", "moeprof": "0"},
-        "notes": [f"routing of {made['facts']['trace']}, random weights"],
+        "notes": [
+            f"routing of {made['facts']['trace']}, random weights",
+            *((QUIET_CORE_NOTE,) if set_aside is not None else ()),
+        ],
         "findings": [], "metrics": [], "rows": rows,
         "step_times": {
             name: {
                 "steps": list(range(NUM_STEPS)), "measured_ms": times,
+                **({"set_aside": aside.get(name, [[]] * len(times))} if aside else {}),
                 **({"visits": [
                     {"round": 1 + index, "begun_s": 1.0 * index, "probe_ms": probe,
                      "repetitions": 1}

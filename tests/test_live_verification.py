@@ -23,6 +23,7 @@ from moeprof.live.setting_runs import open_stack  # noqa: E402
 from moeprof.live.step_percentiles import spread_of, visits_of  # noqa: E402
 from moeprof.live.verification_files import PREDICTIONS_KIND  # noqa: E402
 from moeprof.live.verification_options import VerifyOptions  # noqa: E402
+from moeprof.live.watched_steps import StepTimes  # noqa: E402
 from moeprof.replay.calibration_file import SCHEMA_VERSION  # noqa: E402
 from moeprof.replay.expert_shapes import ExpertShape  # noqa: E402
 from moeprof.replay.serving_settings import BufferingSetting, parse_setting  # noqa: E402
@@ -284,6 +285,18 @@ def test_steps_are_set_aside_while_the_core_is_slow(
         kept = written["step_times"][name]
         assert kept["set_aside"] == [np.flatnonzero(~each).tolist() for each in is_quiet]
         np.testing.assert_allclose(kept["measured_ms"], times)
+
+
+def test_judged_steps_have_their_own_flags() -> None:
+    class Whole:
+        def repeat(self, watch: Any) -> StepTimes:
+            assert watch is own
+            return StepTimes(times_ms=(1.0, 2.0, 3.0, 4.0), is_quiet=(True, False, True, True))
+
+    own = SharedCore()
+    run: Any = Whole()
+    found = verification._JudgedSteps(run=run, judged=[1, 3], watch=own).repeat()
+    assert found == StepTimes(times_ms=(2.0, 4.0), is_quiet=(False, True))
 
 
 @pytest.mark.usefixtures("shared_core")

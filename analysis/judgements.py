@@ -14,7 +14,6 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-
 from moeprof.errors import MoeprofError
 from moeprof.live.step_percentiles import repetitions_of
 from moeprof.live.verification_files import VERIFICATION_KIND, read_predictions

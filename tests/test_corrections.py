@@ -151,6 +151,29 @@ def test_known_factors_are_recovered(works: list[Work]) -> None:
     assert found.buffering.spread < 0.03
 
 
+def test_the_first_step_of_a_trial_says_nothing(works: list[Work]) -> None:
+    plain = tried(works, {"copy": 1.2})
+    cold = [
+        dataclasses.replace(
+            each,
+            trial=dataclasses.replace(
+                each.trial,
+                measured_ms=tuple((2.0 * run[0], *run[1:]) for run in each.trial.measured_ms),
+            ),
+        )
+        for each in plain
+    ]
+    assert fit_corrections(cold, {}) == fit_corrections(plain, {})
+    kernels = {"dynamic": [trial_of([np.array([9.0, 2.0, 2.0])], [1.0] * 3, "gating")]}
+    found = fit_corrections([], kernels)
+    assert found is not None and found.gating is not None
+    assert found.kernels["dynamic"].log_factor == pytest.approx(np.log(2))
+    assert found.gating.jitter == (1.0, 1.0)
+    # A trial of one step has no other.
+    alone = fit_corrections([], {"dynamic": [trial_of([np.array([9.0])], [1.0], "gating")]})
+    assert alone is not None and alone.kernels["dynamic"].log_factor == pytest.approx(np.log(9))
+
+
 def test_parts_that_no_trial_sees_stay(works: list[Work]) -> None:
     # Nothing is decided, and nothing runs expert by expert; half of the trials is not enough for
     # the host's way, which is not tried there.
@@ -320,7 +343,8 @@ def test_trials_without_a_buffer_tell_what_copies_hide(bound_works: list[Work]) 
     for part in slow:
         assert factor(hidden, part) == pytest.approx(1, abs=0.01)
         assert error(hidden, part) > PRIOR
-        assert factor(told, part) > 1.1
+        # The wait is less sure than the others, and takes most of it.
+        assert factor(told, part) > 1.02
     assert off(hidden) > 0.1
     assert off(told) < 0.01
     # Which of them it is may be open still; what they take together is not.

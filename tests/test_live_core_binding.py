@@ -114,10 +114,9 @@ def test_quiet_is_what_quiet_cores_take(machine: Machine) -> None:
         machine.probed.clear()
         # Looks at the present core alone, and moves nobody.
         assert own.is_quiet() and machine.probed == [first] and own.core == first
-        # The tenth of 1 and 2 is 1.1.
-        machine.times[first] = 0.99 * 1.1 * MARGIN
+        machine.times[first] = 0.99 * MARGIN
         assert own.is_quiet()
-        machine.times[first] = 1.01 * 1.1 * MARGIN
+        machine.times[first] = 1.01 * MARGIN
         assert not own.is_quiet() and own.core == first
 
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections import deque
 from collections.abc import Callable
 from types import TracebackType
 from typing import Protocol, TypeVar
@@ -26,9 +25,10 @@ _SHARED_OUT = 1 << 20
 # A core is quiet that takes no longer than this over what quiet cores take, and is left only for
 # one that is faster by as much. Cores of the hosts seen took 1.0 to 1.1, or 1.6 to 1.9.
 _MARGIN = 1.3
-# What quiet cores take is this quantile of the last glances: a single fast one is no measure.
-_QUIET_QUANTILE = 0.1
-_NUM_KEPT = 4096
+# What quiet cores take is the fifth fastest of the last looks: a single fast one is no measure, and
+# however many slow ones there are, they must not make slow cores quiet.
+_NUM_FASTER = 4
+_NUM_KEPT = 1 << 14
 _NUM_LOOKS = 2
 _MOST_TRIES = 6
 
@@ -93,7 +93,8 @@ class QuietCore:
     def __init__(self, *, probe: Callable[[], float] = glance_ms) -> None:
         self._probe = probe
         self._before = allowed_cores()
-        self._times: deque[float] = deque(maxlen=_NUM_KEPT)
+        self._times = np.empty(_NUM_KEPT)
+        self._num_looks = 0
         self._core: int | None = None
         self._quiet_ms = 0.0
 
@@ -133,8 +134,8 @@ class QuietCore:
                 found[core] = own
                 if own <= self._quiet_ms:
                     break
-        if self._times:
-            self._quiet_ms = _MARGIN * float(np.quantile(self._times, _QUIET_QUANTILE))
+        if self._num_looks:
+            self._quiet_ms = _MARGIN * self._fast_ms()
         if not found:
             # None is left of those that there were: wherever the system likes.
             self._core = None
@@ -155,12 +156,20 @@ class QuietCore:
         Looks twice before it says no: after a long wait for the device caches are cold, while a
         neighbour stays.
         """
-        for _ in range(_NUM_LOOKS):
-            found = self._probe()
-            self._times.append(found)
-            if found <= self._quiet_ms:
-                return True
-        return False
+        return any(self._look() <= self._quiet_ms for _ in range(_NUM_LOOKS))
+
+    def _look(self) -> float:
+        """Returns how long the probe takes on the present core, and remembers it."""
+        found = self._probe()
+        self._times[self._num_looks % _NUM_KEPT] = found
+        self._num_looks += 1
+        return found
+
+    def _fast_ms(self) -> float:
+        """Returns what quiet cores take; of few looks, the fastest fifth."""
+        times = self._times[: self._num_looks]
+        place = min(_NUM_FASTER, len(times) // (_NUM_FASTER + 1))
+        return float(np.partition(times, place)[place])
 
     def _probed(self, core: int) -> float | None:
         """Returns a core's time; None where the thread may not run there any more."""
@@ -168,9 +177,7 @@ class QuietCore:
             os.sched_setaffinity(0, {core})
         except OSError:
             return None
-        found = self._probe()
-        self._times.append(found)
-        return found
+        return self._look()
 
     def _free(self) -> None:
         with contextlib.suppress(OSError):

@@ -71,9 +71,9 @@ class PartTimes:
             settle: The device has to be done too; else the function returns when it likes.
             times: As many repetitions as usual.
         """
-        self._warm_up(function, before)
 
         def measured() -> list[float]:
+            self._warm_up(function, before)
             found = []
             for _ in range(times * self._repeats):
                 before()
@@ -137,9 +137,9 @@ class PartTimes:
         """
         if self.is_serial:
             return _NOTHING
-        self._warm_up(function, before)
 
         def measured() -> list[float]:
+            self._warm_up(function, before)
             found = []
             for _ in range(self._repeats):
                 before()

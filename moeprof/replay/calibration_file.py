@@ -612,6 +612,8 @@ def _trial(content: Mapping[str, Any]) -> Trial:
     )
     if not modelled or not measured or any(len(run) != len(modelled) for run in measured):
         raise ValueError("a trial has no steps, or not as many measured as modelled")
+    if not all(x is None or math.isfinite(x) for run in measured for x in run):
+        raise ValueError("a trial's time is no finite number")
     if any(all(x is None for x in step) for step in zip(*measured, strict=True)):
         raise ValueError("a trial has a step whose times are all set aside")
     return Trial(

@@ -9,10 +9,14 @@ measured. Damped Gauss-Newton steps minimise
     + (log factors - start)^T known^-1 (log factors - start)
 
 where measured is a step's median over the repetitions and sigma what is left over in the trials,
-found along with the factors, apart for trials in which the host computes. The second term keeps
-parts where they are that no trial sees, or that several explain alike. Of all trials together,
-start is 0 and known `PRIOR`^2 I: a constant is thought to be right within `PRIOR`. Of those of one
-size of experts, start is the fit to all, and known its covariance + `BETWEEN_SIZES`^2 I.
+found along with the factors, apart for trials in which the host computes. The first step of a trial
+is left out: it begins with a device at rest and with the host's caches cold, takes up to half as
+long again, and is no measure of the steps that follow each other. The second term keeps parts where
+they are that no trial sees, or that several explain alike. Of all trials together, start is 0 and
+known diagonal: a constant is thought to be right within `PRIOR`, and within `WAIT_PRIOR` where it
+is a wait of the host for the device, measured by itself with latencies that hide in each other
+where dispatch follows dispatch. Of those of one size of experts, start is the fit to all, and known
+its covariance + `BETWEEN_SIZES`^2 I.
 
 Without a buffer nothing is copied: those trials tell what the host and the device take where
 copies hide it in others. Trials of a gating kernel give one factor for that kernel.
@@ -45,8 +49,17 @@ Floats = NDArray[np.float64]
 PRIOR = 0.3
 """Standard deviation of the log of a factor before any trial."""
 
+WAIT_PRIOR = 0.8
+"""The same of `WAITS`."""
+
+WAITS = ("known", "sort")
+"""Parts in which the host waits to learn what the device has found."""
+
 BETWEEN_SIZES = 0.15
 """Standard deviation of the log of a factor from one size of experts to another."""
+
+NUM_FIRST = 1
+"""Steps at the beginning of a trial that say nothing about the others."""
 
 _LEAST_SIGMA = 0.01
 _FIRST_SIGMA = 0.1
@@ -200,7 +213,8 @@ def _corrections(fit: _PartFit, known: Mapping[str, Sequence[Trial]]) -> Correct
 
 def _fit_all(buffers: Sequence[TriedBuffer]) -> _PartFit:
     """Returns what trials say where nothing else is known but the constants."""
-    return _fit_parts(buffers, np.zeros(len(PARTS)), PRIOR**2 * np.eye(len(PARTS)))
+    known = np.where(np.isin(PARTS, WAITS), WAIT_PRIOR, PRIOR)
+    return _fit_parts(buffers, np.zeros(len(PARTS)), np.diag(known**2))
 
 
 def _fit_parts(buffers: Sequence[TriedBuffer], start: Floats, known: Floats) -> _PartFit:
@@ -215,7 +229,7 @@ def _fit_parts(buffers: Sequence[TriedBuffer], start: Floats, known: Floats) -> 
     prior = np.asarray(np.linalg.inv(known), np.float64)
     if not buffers:
         return _PartFit(log_factors=factors, covariance=known, leftovers=None, host_leftovers=None)
-    measured = [np.log(each.trial.step_ms() / _MS) for each in buffers]
+    measured = [np.log(_settled(each.trial.step_ms()) / _MS) for each in buffers]
     uses_host = np.array([each.uses_host for each in buffers])
     sigmas = np.full(len(buffers), _FIRST_SIGMA)
     for _ in range(_NUM_SIGMAS):
@@ -304,26 +318,31 @@ def _descended(
 def _residuals(
     buffers: Sequence[TriedBuffer], measured: Sequence[Floats], factors: Floats
 ) -> list[Floats]:
-    """Returns [steps] logs of measured over modelled, for each trial."""
+    """Returns [settled steps] logs of measured over modelled, for each trial."""
     scale = np.exp(factors)[None]
     return [
-        own - np.log(step_times(each.work, scale)[0])
+        own - np.log(_settled(step_times(each.work, scale)[0]))
         for each, own in zip(buffers, measured, strict=True)
     ]
 
 
 def _slopes(buffers: Sequence[TriedBuffer], factors: Floats) -> list[Floats]:
-    """Returns [steps, parts] how the logs of modelled steps follow those of factors."""
+    """Returns [settled steps, parts] how the logs of modelled steps follow those of factors."""
     moved = np.exp(np.concatenate([factors[None], factors + _DIFFERENCE * np.eye(len(factors))]))
     found = []
     for each in buffers:
         logs = np.log(step_times(each.work, moved))
-        found.append(((logs[1:] - logs[0]) / _DIFFERENCE).T)
+        found.append(_settled(((logs[1:] - logs[0]) / _DIFFERENCE).T))
     return found
 
 
+def _settled(steps: Floats) -> Floats:
+    """Returns what belongs to the steps [steps, ...] behind the first; to all where it is alone."""
+    return steps[NUM_FIRST:] if len(steps) > NUM_FIRST else steps
+
+
 def _middle(trial: Trial) -> float:
-    return float(np.log(np.median(trial.ratios())))
+    return float(np.log(np.median(_settled(trial.ratios()))))
 
 
 def _correction(logs: Sequence[float]) -> KernelCorrection:
@@ -342,7 +361,7 @@ def _kernel_leftovers(
         for index, one in enumerate(own):
             others = [*own[:index], *own[index + 1 :]]
             residuals.append(one - float(np.median(others)) if others else one)
-    ratios = [trial.ratios() for own in trials.values() for trial in own]
+    ratios = [_settled(trial.ratios()) for own in trials.values() for trial in own]
     return Leftovers(
         residuals=tuple(residuals),
         freedom=max(1.0, float(len(residuals) - len(logs))),

@@ -1,7 +1,7 @@
 """Times of steps, each with whether the core that asked for it was quiet.
 
-Where a neighbour shares the arithmetic of the core that dispatches, a step of small experts takes
-up to twice as long. That is found by looking at the core just before and after, and never by how
+Where something else runs beside the core that dispatches, on the same arithmetic, a step of small
+experts takes up to twice as long. That is found by looking at the core just before and after, and never by how
 long the step took: what is set aside is not chosen by its result.
 """
 

@@ -348,7 +348,7 @@ def _set_times(
     known = [value for value in bands if value is not None]
     low = max(min([*points, *known]), min(points) / 2)
     high = min(max([*points, *known]), max(points) * 2)
-    ends = [low / 1.06, high * above]
+    ends = [low / 1.12, high * above]
     axes.set(yscale="log", ylim=ends)
     _log_ticks(axes.yaxis, ends)
 

@@ -1,8 +1,8 @@
 """Times of steps, each with whether the core that asked for it was quiet.
 
 Where something else runs beside the core that dispatches, on the same arithmetic, a step of small
-experts takes up to twice as long. That is found by looking at the core just before and after, and never by how
-long the step took: what is set aside is not chosen by its result.
+experts takes up to twice as long. That is found by looking at the core just before and after, and
+never by how long the step took: what is set aside is not chosen by its result.
 """
 
 from __future__ import annotations

@@ -59,6 +59,7 @@ def pooled_rows(judgements: Sequence[Judgement]) -> pd.DataFrame:
                 "raw_ms": math.nan,
                 "whole_ms": math.nan,
                 "aside_share": math.nan,
+                "never_quiet": 0,
                 "measured_spread": math.nan,
                 "repetitions": row["repetitions"],
                 "inside": None,
@@ -72,7 +73,8 @@ def pooled_rows(judgements: Sequence[Judgement]) -> pd.DataFrame:
                     "measured_ms": value,
                     "raw_ms": repeated.raw_ms(row["percentile"]),
                     "whole_ms": repeated.whole().percentile_ms(row["percentile"]),
-                    "aside_share": repeated.aside_share,
+                    "aside_share": repeated.num_aside / repeated.times_ms.size,
+                    "never_quiet": repeated.num_never_quiet,
                     "measured_spread": repeated.spreads((row["percentile"],))[0],
                     "inside": None if low is None else bool(low <= value <= high),
                     "error": row["predicted_ms"] / value - 1,
@@ -137,6 +139,7 @@ def quality_of(rows: pd.DataFrame) -> dict[str, Any]:
             else None
             for name in OTHER_MEASURES
         },
+        "never_quiet": int((known["never_quiet"] > 0).sum()),
         "mean_aside_share": float(known["aside_share"].mean()) if len(known) else None,
         "median_signed_error": float(known["error"].median()) if len(known) else None,
         "absolute_errors": errors,

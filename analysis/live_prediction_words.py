@@ -205,12 +205,18 @@ def aside_notes(data: Mapping[str, Any]) -> list[str]:
     whole = data["all"]
     if not said or whole.get("whole_median_error") is None:
         return []
-    return [
+    text = (
         "Steps are set aside before or after which the core of the dispatching thread was found "
         f"slow, however long they took: {', '.join(said)}. With nothing set aside "
         f"{whole['whole_inside']} of {whole['stated']} would lie inside and the median error be "
         f"{100 * whole['whole_median_error']:.1f}%."
-    ]
+    )
+    if whole.get("never_quiet"):
+        text += (
+            f" {whole['never_quiet']} percentiles are of settings some step of which was never "
+            "found quiet: all times of such a step count."
+        )
+    return [text]
 
 
 def host_speed_rows(data: Mapping[str, Any]) -> pd.DataFrame:
@@ -270,9 +276,9 @@ def host_speed_findings(data: Mapping[str, Any]) -> list[Finding]:
     every = data["by_host_speed"]
     text = (
         f"In {every['slowest_bin']} of {every['visits']} visits of a setting the host was slow: a "
-        f"fixed piece of work just before took over {every['slow']:g} times as long as at its "
-        f"fastest. Measured over predicted p50 (medians over visits), first where the host ran at "
-        f"its speed (within {every['fast']:g} times), then where it was slow: {'. '.join(said)}. "
+        f"fixed piece of work just before took over {every['slow']:g} times as long as in its "
+        "fastest tenth. Measured over predicted p50 (medians over visits), first where the host "
+        f"ran at its speed (within {every['fast']:g} times), then where it was slow: {'. '.join(said)}. "
         "This is after the fact and part of no goal."
     ).replace(". on ", ". On ")
     return [Finding(text=text, severity=SEVERITY_FACT + 3, section="predictions")]

@@ -47,6 +47,8 @@ KERNELS: Mapping[str, str] = {
 REFERENCE_ACTIVE = 95
 """Active experts of 512 under the skewed routing of the feasibility measurement."""
 _NEEDED = ("exponent", "active_experts", "kernel", "bytes_ms", "flops_ms", "times_ms")
+# A fastest repetition so much faster than the median says that there are two ways it goes.
+_FAR = 1.15
 _AS_LONG = 0.05
 """How far two times may be apart, relative, that are said to be as long as each other."""
 # Styles of lines; that of the loop, which is not shown here, since torch's own is transformers'.
@@ -98,6 +100,7 @@ def skew_rows(data: Mapping[str, Any]) -> pd.DataFrame:
                 "share": floor / median,
                 "share_low": floor / high,
                 "share_high": floor / low,
+                "share_fastest": floor / min(times),
                 "goal_share": goal_of(row["exponent"]) if ours else math.nan,
                 "reached": floor / median >= goal_of(row["exponent"]) if ours else None,
                 "num_repetitions": len(times),
@@ -188,6 +191,13 @@ def beside_multiplying(row: pd.Series[Any]) -> str:
     return f"reading the active experts takes {times} as multiplying"
 
 
+def varied(row: pd.Series[Any]) -> str:
+    """Returns what the fastest repetition says where the median is far from it, else nothing."""
+    if row["share_fastest"] < _FAR * row["share"]:
+        return ""
+    return f", in its fastest repetition {percent(row['share_fastest'])}"
+
+
 def largest_error(data: Mapping[str, Any]) -> float:
     """Returns the largest relative error of moeprof's kernel against one GEMM per expert."""
     try:
@@ -267,7 +277,7 @@ def skew_readme_rows(data: Mapping[str, Any]) -> list[tuple[str, str, str, str]]
             f"moeprof's kernel by skew, {data['num_tokens']:,} tokens: {skew.span}",
             f"{_range(skew)}; {_said(skew.nearest)} at {skew.nearest['active_experts']} active "
             f"experts; least at {skew.least['exponent']:g} "
-            f"({skew.least['active_experts']} active), where {beside_multiplying(skew.least)}",
+            f"({skew.least['active_experts']} active{varied(skew.least)})",
             f"{percent(GOAL_MANY_SKEWED)}{missed}",
             _COMMAND,
         )
@@ -382,9 +392,10 @@ def _verdict(skew: Skew) -> str:
         f"Under skewed routing ({skew.span}) moeprof's kernel {reached}; the least is "
         f"{_said(skew.least)} at {skew.least['exponent']:g}, where "
         f"{skew.least['active_experts']} experts are active and "
-        f"{beside_multiplying(skew.least)}; at {skew.nearest['exponent']:g}, with "
-        f"{skew.nearest['active_experts']} active, the nearest to {REFERENCE_ACTIVE} active "
-        f"experts, as in the feasibility measurement, it is {_said(skew.nearest)}."
+        f"{beside_multiplying(skew.least)}{varied(skew.least)}; at "
+        f"{skew.nearest['exponent']:g}, with {skew.nearest['active_experts']} active, the nearest "
+        f"to {REFERENCE_ACTIVE} active experts, as in the feasibility measurement, it is "
+        f"{_said(skew.nearest)}."
     )
 
 

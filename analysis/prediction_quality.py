@@ -140,7 +140,7 @@ def _aside_share(one: Judgement) -> float | None:
         return None
     found = [repetitions_of(times) for times in one.content["step_times"].values()]
     size = sum(each.times_ms.size for each in found)
-    return sum(each.aside_share * each.times_ms.size for each in found) / size if size else None
+    return sum(each.num_aside for each in found) / size if size else None
 
 
 def _host_probe_ms(one: Judgement) -> dict[str, float] | None:

@@ -840,6 +840,9 @@ def calibrate(
     whose = "" if found.trials_of is None else f" of {found.trials_of.machine}"
     talk.say(f"{found.name}: {copy:,.1f} GB/s on the device, {link:,.1f} GB/s to it, "
              f"{rate:,.2f} TFLOP/s, {len(found.trials)} trials{whose}")  # fmt: skip
+    if found.num_disturbed:
+        talk.say(f"No core stayed quiet for {found.num_disturbed} parts and steps of trials: they "
+                 "were measured all the same")  # fmt: skip
     talk.say(f"Next: moeprof verify TRACE --calibration {target}")
     click.echo(str(target))
     return 0

@@ -165,10 +165,7 @@ def test_what_is_reached_is_computed():
     assert outputs.verdict == "reached" and outputs.found == "4.0e-03"
     ((quantity, row, goal, command),) = parts.skew_readme_rows(result())
     assert quantity == "moeprof's kernel by skew, 16,384 tokens: Zipf 1 to 3"
-    assert row == (
-        "51% to 75%; 67% at 90 active experts; least at 2.2 (130 active), where reading the active "
-        "experts takes as long as multiplying"
-    )
+    assert row == ("51% to 75%; 67% at 90 active experts; least at 2.2 (130 active)")
     assert goal == "60%, missed at 2.2" and "gating_skew" in command
 
 
@@ -181,8 +178,18 @@ def test_another_outcome_is_said_otherwise():
     assert "missed" not in found[0].found and found[1].found == "77%"
     ((_, row, goal, _),) = parts.skew_readme_rows(data)
     assert goal == "60%"
-    assert row.endswith("(200 active), where reading the active experts takes 2.0 times as long as "
-                        "multiplying")  # fmt: skip
+    assert row.endswith("(200 active)")
+    # Two ways it goes, of which the median is the slow one.
+    for each in data["rows"]:
+        if each["kernel"] == parts.OURS and each["exponent"] == 1:
+            each["times_ms"][0] = 1.0
+    ((_, row, _, _),) = parts.skew_readme_rows(data)
+    assert row.endswith("(200 active, in its fastest repetition 100%)")
+    assert (
+        "2.0 times as long as multiplying, in its fastest repetition 100%"
+        in (parts.skew_part(data).data["verdict"])
+    )
+    data = result(other)
     assert (
         "at every exponent measured; the least is 80% at 1" in parts.skew_part(data).data["verdict"]
     )

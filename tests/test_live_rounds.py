@@ -10,12 +10,22 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import pytest
 
 torch = pytest.importorskip("torch")
 
 from moeprof.live import step_percentiles  # noqa: E402
-from moeprof.live.rounds import RoundLimits, Rounds, Visited, run_in_rounds  # noqa: E402
+from moeprof.live.rounds import (  # noqa: E402
+    RoundLimits,
+    Rounds,
+    Visit,
+    Visited,
+    _Cost,
+    _Schedule,
+    run_in_rounds,
+)
+from moeprof.live.step_percentiles import more_visits  # noqa: E402
 from moeprof.live.watched_steps import StepTimes  # noqa: E402
 
 BUILT_S, CLOSED_S = 1.0, 0.5
@@ -41,6 +51,7 @@ class Machine:
         self.fails_running = dict(fails_running or {})
         self.now_s = 100.0
         self.log: list[tuple[str, Any]] = []
+        self.is_alone = False
         self.open_runs = 0
 
     def opened(self, name: str) -> _Run:
@@ -76,7 +87,7 @@ class _Run:
         self.machine.now_s += self.machine.step_s[self.name]
         step_ms = self.machine.step_s[self.name] * 1e3
         # The core is slow during the second step of every other repetition.
-        is_quiet = len(self.machine.of("step")) % 2 == 1
+        is_quiet = self.machine.is_alone or len(self.machine.of("step")) % 2 == 1
         return StepTimes(times_ms=(step_ms, step_ms + 1), is_quiet=(True, is_quiet))
 
     def close(self, *, keep_memory: bool) -> None:
@@ -343,9 +354,38 @@ def test_nobody_is_given_up_after_two_visits() -> None:
     measure(machine, names, given)
     once_s = BUILT_S + CLOSED_S + 1.125 * 1.2
     short = dataclasses.replace(given, most_s=machine.now_s - 100 + 6 * once_s)
-    found = measure(Machine(step_times(names)), names, short, spread=known_after(a=50, b=5, c=50))
+    machine = Machine(step_times(names))
+    machine.is_alone = True
+    found = measure(machine, names, short, spread=known_after(a=50, b=5, c=50))
     visits = {name: len(each.visits) for name, each in found.measured.items() if each}
     assert visits["b"] == 5 and min(visits.values()) == 3
+
+
+def test_who_was_seldom_quiet_is_expected_to_need_more_visits() -> None:
+    def needed(is_quiet: Sequence[Sequence[bool]], spread: float) -> float:
+        schedule = _Schedule(
+            names=("a",), opened=Machine({"a": 1.0}).opened, limits=limits(most_repetitions=200),
+            spread=lambda _: spread, probe=lambda: 2.0, settle=lambda: None, earlier={},
+            empty=lambda: None, clock=lambda: 0.0, show=lambda *_: None,
+        )  # fmt: skip
+        schedule.visits["a"] = [
+            Visit(
+                round=1, begun_s=0.0, probe_ms=2.0, times_ms=np.ones((1, 2)),
+                is_quiet=np.array([own]),
+            )
+            for own in is_quiet
+        ]  # fmt: skip
+        schedule.costs["a"] = _Cost(built_s=0.5, warmed_s=0.25, repetition_s=1.0, closed_s=0.25)
+        return schedule._needed_s("a")
+
+    always, half, never = [[True, True]] * 8, [[True, True], [True, False]] * 4, [[True, False]] * 8
+    # Known to 4 % from eight visits, or from the four of eight in which every step was quiet.
+    eight, four = (more_visits(0.04, count, 0.02, most=200) for count in (8, 4))
+    assert needed(always, 0.04) == eight * 2.0
+    assert needed(half, 0.04) == 2 * four * 2.0
+    # Of a step that was never quiet it is only known that it is not often: once in eight, at most.
+    assert needed(never, math.inf) == 3 * 8 * 2.0
+    assert needed([[True, True], [True, False], [True, False]], math.inf) == 2 * 3 * 2.0
 
 
 def test_who_costs_too_much_keeps_nobody_from_the_rest() -> None:

@@ -5,6 +5,7 @@ And what is left of both where some times are set aside.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import warnings
 from collections.abc import Sequence
@@ -181,10 +182,22 @@ def test_what_is_set_aside_counts_for_nothing() -> None:
     # Beside it stands what took the time.
     assert found.raw_ms(100) == 109 and found.raw_ms(0) == 1
     assert found.raw_ms(50) == np.median(times)
-    assert found.aside_share == pytest.approx(6 / 12)
+    # Nothing is set aside of the step that was never quiet.
+    assert (found.num_aside, found.num_never_quiet) == (2, 1)
     whole = found.whole()
-    assert whole.is_quiet.all() and whole.aside_share == 0
+    assert whole.is_quiet.all() and (whole.num_aside, whole.num_never_quiet) == (0, 0)
     assert whole.percentile_ms(0) == 3 and whole.percentile_ms(50) == 25
+
+
+def test_visits_that_know_every_step() -> None:
+    times = np.ones((5, 2))
+    is_quiet = np.array([[1, 1], [1, 0], [1, 0], [1, 0], [1, 1]], np.bool_)
+    visit_of = np.array([0, 0, 1, 2, 2])
+    found = RepeatedSteps(times_ms=times, is_quiet=is_quiet, visit_of=visit_of)
+    # The second step was quiet in the first visit and in the third.
+    assert found.num_quiet_visits == 2
+    assert found.whole().num_quiet_visits == 3
+    assert dataclasses.replace(found, visit_of=None).num_quiet_visits == 0
 
 
 @pytest.mark.parametrize("seed", range(8))

@@ -28,6 +28,9 @@ class Script:
     def settle(self) -> None:
         self.log.append("settle")
 
+    def give_up(self) -> None:
+        self.log.append("give up")
+
     def is_quiet(self) -> bool:
         found = next(self.looks, True)
         self.log.append("quiet" if found else "slow")

@@ -131,6 +131,7 @@ def calibrate(
         if quiet_core:
             with QuietCore() as quiet:
                 machine, tried = measure(quiet)
+            machine = dataclasses.replace(machine, num_disturbed=quiet.num_given_up)
         else:
             machine, tried = measure(Unwatched())
     found = (

@@ -144,7 +144,7 @@ class TrialBench(Bench):
                     del measured[setting.name]
                     torch.cuda.empty_cache()
         return [
-            tried_setting(_undisturbed(measured[setting.name]), question, setting, machine)
+            tried_setting(self._kept(measured[setting.name]), question, setting, machine)
             for setting in settings
             if setting.name in measured
         ]
@@ -194,18 +194,19 @@ class TrialBench(Bench):
             found.append(run.repeat(self.watch))
         return tuple(found)
 
+    def _kept(self, found: Sequence[StepTimes]) -> tuple[tuple[float | None, ...], ...]:
+        """Returns [repetitions][steps] in milliseconds, None where one is set aside.
 
-def _undisturbed(found: Sequence[StepTimes]) -> tuple[tuple[float | None, ...], ...]:
-    """Returns [repetitions][steps] in milliseconds, None where one is set aside.
-
-    A step that was disturbed each time has all its times.
-    """
-    is_quiet = np.array([each.is_quiet for each in found])
-    is_kept = is_quiet | ~is_quiet.any(axis=0)
-    return tuple(
-        tuple(ms if kept else None for ms, kept in zip(each.times_ms, own, strict=True))
-        for each, own in zip(found, is_kept.tolist(), strict=True)
-    )
+        A step that was disturbed each time has all its times, which is noted.
+        """
+        is_quiet = np.array([each.is_quiet for each in found])
+        never = ~is_quiet.any(axis=0)
+        for _ in range(int(never.sum())):
+            self.watch.give_up()
+        return tuple(
+            tuple(ms if kept else None for ms, kept in zip(each.times_ms, own, strict=True))
+            for each, own in zip(found, (is_quiet | never).tolist(), strict=True)
+        )
 
 
 def trial_question(

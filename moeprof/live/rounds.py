@@ -367,11 +367,17 @@ class _Schedule:
 
     def _needed_s(self, name: str) -> float:
         """Returns the time until a setting is known, as far as its visits say."""
-        visits = self.visits[name]
+        repeated = Visited(visits=tuple(self.visits[name])).repeated
         left = self.limits.most_repetitions - self._num_repetitions(name)
         most = -(-left * len(self._own_visits(name)) // self._num_repetitions(name))
-        more = more_visits(self._spread_of(name), len(visits), self.limits.tolerance, most=most)
-        return more * self._usual_s(name)
+        quiet = repeated.num_quiet_visits
+        if quiet < min(_FEW_VISITS, len(self.visits[name])):
+            # Nothing is known yet of the step that was seldom quiet but how seldom.
+            more = (_FEW_VISITS - quiet) * len(self.visits[name]) / max(1, quiet)
+            return (more if more <= most else math.inf) * self._usual_s(name)
+        # Whoever is quiet in one visit of two needs two for one.
+        more = more_visits(self._spread_of(name), quiet, self.limits.tolerance, most=most)
+        return more * len(self.visits[name]) / quiet * self._usual_s(name)
 
     def _usual_s(self, name: str) -> float:
         """Returns the time of a visit."""

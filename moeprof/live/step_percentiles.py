@@ -43,9 +43,21 @@ class RepeatedSteps:
     visit_of: Numbers | None = None
 
     @property
-    def aside_share(self) -> float:
-        """Share of all times that is set aside."""
-        return float(1 - self.is_quiet.mean())
+    def num_never_quiet(self) -> int:
+        """Steps that were quiet in no repetition: all their times count."""
+        return int((~self.is_quiet.any(axis=0)).sum())
+
+    @property
+    def num_aside(self) -> int:
+        """Times that are set aside."""
+        return int((~self.is_quiet & self.is_quiet.any(axis=0)).sum())
+
+    @property
+    def num_quiet_visits(self) -> int:
+        """Visits in which the step was quiet that was quiet in the fewest."""
+        if self.visit_of is None:
+            return 0
+        return _fewest_visits(self.is_quiet, self.visit_of)
 
     def whole(self) -> RepeatedSteps:
         """Returns the same with nothing set aside."""
@@ -140,9 +152,7 @@ def spreads_of(
         medians, widened = _known_medians(drawn), 1.0
     else:
         members = [np.flatnonzero(visits == visit) for visit in np.unique(visits)]
-        # Visits in which the step that is known from the fewest was not set aside throughout.
-        seen = np.stack([np.isfinite(times[own]).any(axis=0) for own in members])
-        fewest = int(seen.sum(axis=0).min())
+        fewest = _fewest_visits(np.isfinite(times), visits)
         if fewest < 2:  # noqa: PLR2004
             return (math.inf,) * len(percentiles)
         medians = _medians(times, [_drawn(members, generator) for _ in range(_NUM_DRAWS)])
@@ -222,6 +232,12 @@ def _medians(times: Floats, draws: Sequence[Numbers]) -> Floats:
             own = every[first : first + block]
             found[own] = _known_medians(times[np.stack([draws[one] for one in own.tolist()])])
     return found
+
+
+def _fewest_visits(is_quiet: Flags, visits: Numbers) -> int:
+    """Returns in how many visits the step was quiet that was quiet in the fewest."""
+    seen = np.stack([is_quiet[visits == visit].any(axis=0) for visit in np.unique(visits)])
+    return int(seen.sum(axis=0).min())
 
 
 def _known_medians(times: Floats) -> Floats:

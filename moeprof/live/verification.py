@@ -416,7 +416,8 @@ def _check_earlier(
     if earlier.is_watched != is_watched:
         raise TraceError(
             "one of the runs sets steps aside while the core is slow, the other does not",
-            hint="run as the earlier run did: with or without --quiet-core",
+            hint="run as the earlier run did, with or without --quiet-core, or start anew where an "
+            "earlier moeprof ran it, which set nothing aside",
         )
 
 
@@ -514,12 +515,23 @@ def _visit_table(measured: Mapping[str, Visited | None]) -> pd.DataFrame:
 
 
 def _quiet_notes(measured: Mapping[str, Visited | None]) -> tuple[str, ...]:
-    """Returns that, and how much, was set aside."""
-    every = [visited.repeated.is_quiet for visited in measured.values() if visited is not None]
-    if not every:
-        return (QUIET_CORE_NOTE,)
-    aside = 1 - sum(int(one.sum()) for one in every) / sum(one.size for one in every)
-    return (QUIET_CORE_NOTE, f"{aside:.1%} of all times were set aside")
+    """Returns that, and how much, was set aside, and what could not be."""
+    every = [visited.repeated for visited in measured.values() if visited is not None]
+    size = sum(one.times_ms.size for one in every)
+    aside = sum(one.num_aside for one in every)
+    never = [one.num_never_quiet for one in every if one.num_never_quiet]
+    return (
+        QUIET_CORE_NOTE,
+        *((f"{aside / size:.1%} of all times were set aside",) if size else ()),
+        *(
+            (
+                f"{sum(never)} steps of {len(never)} settings were never found quiet: all their "
+                "times count",
+            )
+            if never
+            else ()
+        ),
+    )
 
 
 def _visit_notes(visits: pd.DataFrame) -> tuple[str, ...]:

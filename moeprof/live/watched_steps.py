@@ -1,8 +1,9 @@
 """Times of steps, each with whether the core that asked for it was quiet.
 
 Where something else runs beside the core that dispatches, on the same arithmetic, a step of small
-experts takes up to twice as long. That is found by looking at the core just before and after, and
-never by how long the step took: what is set aside is not chosen by its result.
+experts may take twice as long. That is found by looking at the core just before and after, and
+never by how long the step took: what is set aside is not chosen by its result, and most of it took
+little longer than usual. Steps of less than `_LOOK_EVERY_MS` together share their looks.
 """
 
 from __future__ import annotations

@@ -359,6 +359,8 @@ class Calibration:
             None where it was not measured.
         host_probes_ms: Times of a fixed piece of work on the host, taken all through the
             calibration: how steady its speed is. Empty where they were not taken.
+        num_disturbed: Parts, and steps of trials, for which no core stayed quiet in any try: what
+            was measured stands all the same. None where nobody looked.
         streamed: Dispatches that run in pieces; None where the machine cannot.
         decisions: By policy.
         gating: By kernel.
@@ -398,6 +400,7 @@ class Calibration:
     handover_s: Measured
     foresee_s: Measured | None = None
     host_probes_ms: tuple[float, ...] = ()
+    num_disturbed: int | None = None
     streamed: StreamedTimes | None = None
     decisions: Mapping[str, DecisionTimes] = field(default_factory=dict)
     gating: Mapping[str, GatingTimes] = field(default_factory=dict)
@@ -501,6 +504,8 @@ def _calibration(content: Mapping[str, Any]) -> Calibration:
         foresee_s=_measured_or_none(content.get("foresee_s")),
         # Nor do files from before the host was probed have that.
         host_probes_ms=_probes(content.get("host_probes_ms", ())),
+        # Nor those from before cores were watched.
+        num_disturbed=content.get("num_disturbed"),
         streamed=None if streamed is None else _streamed(streamed),
         decisions={name: DecisionTimes(**one) for name, one in content["decisions"].items()},
         gating={name: GatingTimes(**one) for name, one in content["gating"].items()},

@@ -21,8 +21,8 @@ from moeprof.replay.calibration_file import Calibration, Curve, Measured
 _SAME = ("dtype", "is_serial")
 _HINT = "pool calibrations of one kind of machine, measured with the same sizes"
 # What is told of one of them, or put together otherwise.
-_TOLD = ("device", "versions", "date", "command", "host_probes_ms", "trials", "corrections",
-         "by_size", "trials_of", "all_to_all", "exchange_ranks")  # fmt: skip
+_TOLD = ("device", "versions", "date", "command", "host_probes_ms", "num_disturbed", "trials",
+         "corrections", "by_size", "trials_of", "all_to_all", "exchange_ranks")  # fmt: skip
 
 
 def pooled_constants(calibrations: Sequence[Calibration]) -> Calibration:
@@ -49,9 +49,10 @@ def pooled_constants(calibrations: Sequence[Calibration]) -> Calibration:
         if field.name not in (*_TOLD, *_SAME)
     }
     probes = [probe for one in calibrations for probe in one.host_probes_ms]
+    disturbed = [one.num_disturbed for one in calibrations if one.num_disturbed is not None]
     return dataclasses.replace(
         last, **fields, host_probes_ms=tuple(probes), trials=(), corrections=None, by_size={},
-        trials_of=None,
+        trials_of=None, num_disturbed=sum(disturbed) if disturbed else None,
     )  # fmt: skip
 
 

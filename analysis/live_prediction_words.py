@@ -278,8 +278,8 @@ def host_speed_findings(data: Mapping[str, Any]) -> list[Finding]:
         f"In {every['slowest_bin']} of {every['visits']} visits of a setting the host was slow: a "
         f"fixed piece of work just before took over {every['slow']:g} times as long as in its "
         "fastest tenth. Measured over predicted p50 (medians over visits), first where the host "
-        f"ran at its speed (within {every['fast']:g} times), then where it was slow: {'. '.join(said)}. "
-        "This is after the fact and part of no goal."
+        f"ran at its speed (within {every['fast']:g} times), then where it was slow: "
+        f"{'. '.join(said)}. This is after the fact and part of no goal."
     ).replace(". on ", ". On ")
     return [Finding(text=text, severity=SEVERITY_FACT + 3, section="predictions")]
 

@@ -178,6 +178,20 @@ def spread(times_ms: Sequence[float]) -> tuple[float, float, float]:
     return float(median), float(low), float(high)
 
 
+def share_columns(floor_ms: float, times_ms: Sequence[float]) -> dict[str, float]:
+    """Returns the columns of repetitions beside the floor: times in ms, shares, quartiles."""
+    median, low, high = spread(times_ms)
+    return {
+        "floor_ms": floor_ms,
+        "median_ms": median,
+        "low_ms": low,
+        "high_ms": high,
+        "share": floor_ms / median,
+        "share_low": floor_ms / high,
+        "share_high": floor_ms / low,
+    }
+
+
 def measured_rows(data: Mapping[str, Any], field: str, named: str) -> list[Mapping[str, Any]]:
     """Returns the rows of a result, those that an earlier run measured better from there.
 
@@ -196,8 +210,6 @@ def kernel_rows(kernels: Mapping[str, Any]) -> pd.DataFrame:
     """Returns one row per kernel, size and routing: times in ms, and shares of the floor."""
     rows = []
     for row in measured_rows(kernels, "rows", "kernel"):
-        median, low, high = spread(row["times_ms"])
-        floor = row["floor_ms"]
         rows.append(
             {
                 "geometry": row["geometry"],
@@ -206,13 +218,7 @@ def kernel_rows(kernels: Mapping[str, Any]) -> pd.DataFrame:
                 "mean_active_experts": row["mean_active_experts"],
                 "kernel": row["kernel"],
                 "mode": row["mode"],
-                "floor_ms": floor,
-                "median_ms": median,
-                "low_ms": low,
-                "high_ms": high,
-                "share": floor / median,
-                "share_low": floor / high,
-                "share_high": floor / low,
+                **share_columns(row["floor_ms"], row["times_ms"]),
                 "num_repetitions": len(row["times_ms"]),
             }
         )

@@ -14,7 +14,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter
 
-from analysis.live_evidence import ADDITIONAL_FILES, MANY_TOKENS, spread
+from analysis.live_evidence import ADDITIONAL_FILES, MANY_TOKENS, share_columns
 from analysis.live_goals import (
     GOAL_MANY_SKEWED,
     GOAL_MANY_UNIFORM,
@@ -84,8 +84,8 @@ def skew_rows(data: Mapping[str, Any]) -> pd.DataFrame:
         known = isinstance(times, list) and len(times) > 0 and _is_number(row["exponent"])
         if not known or not all(_is_number(each) and each > 0 for each in (*parts, *times)):
             raise MoeprofError(f"a row of {file} has times that are no numbers", hint=_HINT)
-        median, low, high = spread(times)
         floor, ours = max(parts), row["kernel"] == OURS
+        columns = share_columns(floor, times)
         rows.append(
             {
                 "exponent": float(row["exponent"]),
@@ -93,16 +93,10 @@ def skew_rows(data: Mapping[str, Any]) -> pd.DataFrame:
                 "kernel": row["kernel"],
                 "reading_ms": parts[0],
                 "multiplying_ms": parts[1],
-                "floor_ms": floor,
-                "median_ms": median,
-                "low_ms": low,
-                "high_ms": high,
-                "share": floor / median,
-                "share_low": floor / high,
-                "share_high": floor / low,
+                **columns,
                 "share_fastest": floor / min(times),
                 "goal_share": goal_of(row["exponent"]) if ours else math.nan,
-                "reached": floor / median >= goal_of(row["exponent"]) if ours else None,
+                "reached": columns["share"] >= goal_of(row["exponent"]) if ours else None,
                 "num_repetitions": len(times),
             }
         )

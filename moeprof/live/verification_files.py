@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from moeprof.errors import MoeprofError, TraceError
+from moeprof.errors import TraceError
 from moeprof.live.rounds import Visit, Visited
 from moeprof.live.step_percentiles import repetitions_of
 from moeprof.live.verification_options import (
@@ -24,6 +24,7 @@ from moeprof.live.verification_options import (
 )
 from moeprof.recording.hardware import hardware, versions
 from moeprof.replay.expert_shapes import ExpertShape
+from moeprof.replay.json_files import write_json
 
 if TYPE_CHECKING:
     from moeprof.replay.result import Result
@@ -46,7 +47,7 @@ def write_predictions(
         "schema_version": PREDICTIONS_VERSION,
         **asdict(predictions),
     }
-    return _write_json(content, Path(path), force=force)
+    return write_json(content, path, force=force)
 
 
 def write_verification(
@@ -104,7 +105,7 @@ def write_verification(
         "rows": json.loads(result.table.to_json(orient="records", double_precision=12)),
         "step_times": times,
     }
-    return _write_json(content, Path(path), force=force)
+    return write_json(content, path, force=force)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -213,16 +214,3 @@ def _read(path: str | os.PathLike[str], kind: str, what: str, hint: str) -> dict
     if not isinstance(content, dict) or content.get("kind") != kind:
         raise TraceError(f"{path} holds no {what}", hint=hint)
     return content
-
-
-def _write_json(content: Mapping[str, Any], target: Path, *, force: bool) -> Path:
-    """Writes beside, then renames."""
-    if target.exists() and not force:
-        raise MoeprofError(f"{target} exists", hint="choose another name, or replace it: --force")
-    beside = target.with_name(f".{target.name}.{os.getpid()}")
-    try:
-        beside.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-        beside.replace(target)
-    finally:
-        beside.unlink(missing_ok=True)
-    return target

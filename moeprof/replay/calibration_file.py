@@ -17,7 +17,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from moeprof.errors import CalibrationError, MoeprofError
+from moeprof.errors import CalibrationError
+from moeprof.replay.json_files import write_json
 
 # 3 has the fields of 2: what changed is that compiled code asks for a buffer's small dispatches, so
 # that older files would predict a machine that is no more.
@@ -430,22 +431,13 @@ _PLAIN = ("device", "versions", "date", "command", "dtype", "is_serial")
 def write_calibration(
     calibration: Calibration, path: str | os.PathLike[str], *, force: bool = False
 ) -> Path:
-    """Writes a calibration file: beside its place first, then renamed.
+    """Writes a calibration file.
 
     Raises:
         MoeprofError: The file exists.
     """
-    target = Path(path)
-    if target.exists() and not force:
-        raise MoeprofError(f"{target} exists", hint="choose another name, or replace it: --force")
     content = {"kind": KIND, "schema_version": SCHEMA_VERSION, **asdict(calibration)}
-    beside = target.with_name(f".{target.name}.{os.getpid()}")
-    try:
-        beside.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-        beside.replace(target)
-    finally:
-        beside.unlink(missing_ok=True)
-    return target
+    return write_json(content, path, force=force)
 
 
 def read_calibration(path: str | os.PathLike[str]) -> Calibration:

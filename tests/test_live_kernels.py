@@ -85,8 +85,9 @@ def small_plan(*, pairs):
     single = ProductTiles(32, 16, num_stages=2, num_warps=4, programs=1, flatten=not pairs)
     tall = dataclasses.replace(single, flatten=False)
     # 64 columns are the least that the matrix unit takes as its M side.
-    short = dataclasses.replace(tall, columns=64, depth=32, registers=200)
-    return ManyPlan(single, single, PairTiles(tall, tall, short, short) if pairs else None)
+    short = dataclasses.replace(tall, columns=64, depth=32)
+    pair = PairTiles(tall, tall, short, short, slow_stages=1)
+    return ManyPlan(single, single, pair if pairs else None)
 
 
 def test_queues_take_first_choices_before_second_ones():
@@ -311,6 +312,47 @@ def test_programs_of_a_pair_fit_a_multiprocessor_together():
             # 1 KiB is the driver's, and some bytes of each are barriers.
             assert sum(size + 1024 + 256 for size in steps) <= 228 * 1024
             assert short.columns % 64 == 0  # What the matrix unit takes as its M side.
+
+
+def test_short_products_that_make_no_one_launch_are_refused():
+    from moeprof.live.kernels.tiles import PLAN
+
+    pair, change = PLAN.pair, dataclasses.replace
+    # Other columns are what gated experts need.
+    change(pair, short_in=change(pair.short_in, columns=64))
+    with pytest.raises(ValueError, match="one launch"):
+        change(pair, short_in=change(pair.short_in, depth=32))
+    for wrong in ({"programs": 2}, {"flatten": True}, {"registers": 100}):
+        short = change(pair.short_in, **wrong)
+        with pytest.raises(ValueError, match="one program per multiprocessor"):
+            change(pair, short_in=short, short_out=short)
+    for stages in (0, pair.short_in.num_stages + 1):
+        with pytest.raises(ValueError, match=f"must be from 1 to 4: {stages}"):
+            change(pair, slow_stages=stages)
+
+
+@needs_triton
+@pytest.mark.parametrize(
+    ("done", "total", "now", "begun", "ahead"),
+    [
+        (0, 100, 0, 0, False),  # Nobody has begun.
+        (1, 100, 0, 0, True),
+        (50, 100, 2048, 0, False),  # Both have half behind them.
+        (51, 100, 2048, 0, True),
+        (50, 100, 2048 + 1024, 2048, False),  # Half of what was left when this one began.
+        (51, 100, 2048 + 1024, 2048, True),
+        (99, 100, 4096, 0, False),  # The other one is over: full speed.
+        (99, 100, 4096, 4096, False),
+        (2_000_000_000, 2_000_000_001, 4095, 0, True),  # 64 bits are needed.
+    ],
+)
+def test_a_stream_is_ahead_of_the_share_it_must_have_done(done, total, now, begun, ahead):
+    from tests.pace_kernel import ask_is_ahead
+
+    given = [torch.tensor([each], dtype=torch.int32, device=DEVICE) for each in (done, total, now)]
+    begun_at, out = (torch.tensor([each], dtype=torch.int32, device=DEVICE) for each in (begun, -1))
+    ask_is_ahead[(1,)](*given, begun_at, out)
+    assert bool(out.item()) is ahead
 
 
 @needs_triton

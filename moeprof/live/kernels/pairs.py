@@ -1,10 +1,10 @@
 """Grouped products side by side: experts with many rows, and experts with a few.
 
 Experts with many rows are bound by the matrix units, experts with a few by reading their weights.
-Each kind has its own kernel, and a program of each is resident on every multiprocessor, on two
-streams: weights arrive while the matrix units work. An expert's rows all go one way, so the order
-in which they were counted cannot change a bit. With a few rows the weights are the M side of the
-matrix unit, so that 16 rows cost 16 and not 64.
+Each kind has its own kernels, and a program of each is resident on every multiprocessor, on two
+streams: weights arrive while the matrix units work, no faster than it takes to end with them. An
+expert's rows all go one way, so the order in which they were counted cannot change a bit. With a
+few rows the weights are the M side of the matrix unit, so that 16 rows cost 16 and not 64.
 """
 # mypy: disable-error-code="no-untyped-def,no-untyped-call,untyped-decorator,index,arg-type"
 
@@ -19,6 +19,7 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from moeprof.live.experts import ExpertWeights
+from moeprof.live.kernels.pace import is_ahead, look, meet, reached, report, report_end
 from moeprof.live.kernels.parts import ACTIVATION_CODES, activated, processors
 from moeprof.live.kernels.sorting import ENTRY, SortedRows, TileTables
 from moeprof.live.kernels.tiles import HIGH, LOW, TALL, PairTiles, ProductTiles
@@ -55,40 +56,79 @@ def _shifted(value, bias, is_column, WEIGHTS_FIRST: tl.constexpr):
 
 
 @triton.jit
+def _summed(
+    rows, matrix, first, matrix_row, num_columns, DEPTH: tl.constexpr, HEIGHT: tl.constexpr,
+    COLUMNS: tl.constexpr, DEPTH_STEP: tl.constexpr, WEIGHTS_FIRST: tl.constexpr,
+    GATED: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """Returns a tile's products and those it gates, ``STAGES`` steps' loads under way."""
+    if WEIGHTS_FIRST:
+        value = tl.zeros((COLUMNS, HEIGHT), dtype=tl.float32)
+        up = tl.zeros((COLUMNS, HEIGHT), dtype=tl.float32)
+    else:
+        value = tl.zeros((HEIGHT, COLUMNS), dtype=tl.float32)
+        up = tl.zeros((HEIGHT, COLUMNS), dtype=tl.float32)
+    for start in tl.range(0, DEPTH, DEPTH_STEP, num_stages=STAGES):
+        some = rows.load([first, start])
+        weight = matrix.load([matrix_row, start])
+        value = _multiplied(weight, some, value, WEIGHTS_FIRST)
+        if GATED:
+            weight = matrix.load([matrix_row + num_columns, start])
+            up = _multiplied(weight, some, up, WEIGHTS_FIRST)
+    return value, up
+
+
+@triton.jit
 def _run_table(
-    begin_at, rows, matrix, bias, out, table, total_down, num_columns, DEPTH: tl.constexpr,
-    HEIGHT: tl.constexpr, COLUMNS: tl.constexpr, DEPTH_STEP: tl.constexpr,
-    WEIGHTS_FIRST: tl.constexpr, GATED: tl.constexpr, BIAS: tl.constexpr, ACTIVATION: tl.constexpr,
+    begin_at, rows, matrix, bias, out, table, total_down, num_columns, progress, tiles_before,
+    tiles_in_all, begun, DEPTH: tl.constexpr, HEIGHT: tl.constexpr, COLUMNS: tl.constexpr,
+    DEPTH_STEP: tl.constexpr, WEIGHTS_FIRST: tl.constexpr, GATED: tl.constexpr, BIAS: tl.constexpr,
+    ACTIVATION: tl.constexpr, STAGES: tl.constexpr, PRODUCT: tl.constexpr, REPORTS: tl.constexpr,
+    PACED: tl.constexpr, SLOW_STAGES: tl.constexpr,
 ):  # fmt: skip
     """Computes this program's share of a table's tiles.
 
     The loop over tiles must not be flattened: with values carried from tile to tile, Triton 3.6
     then computes wrong products.
+
+    With REPORTS the first program says how far it is, with PACED the program slows down to end with
+    the one that does.
     """
     stride = tl.num_programs(0)
     tiles_across = tl.cdiv(num_columns, COLUMNS)
     total = total_down * tiles_across
     matrix_rows = num_columns * 2 if GATED else num_columns
     next_expert, next_first, next_left = _entry(table, begin_at, tiles_across, total)
+    if PACED:
+        looked = look(progress)
     for tile in tl.range(begin_at, total, stride):
         expert, first, left = next_expert, next_first, next_left
         # Asked for a tile ahead: nobody waits for it.
         next_expert, next_first, next_left = _entry(table, tile + stride, tiles_across, total)
+        if REPORTS:
+            if begin_at == 0:
+                report(progress, tile + stride // 2, total, PRODUCT)
         left_column = (tile % tiles_across) * COLUMNS
         matrix_row = expert * matrix_rows + left_column
-        if WEIGHTS_FIRST:
-            value = tl.zeros((COLUMNS, HEIGHT), dtype=tl.float32)
-            up = tl.zeros((COLUMNS, HEIGHT), dtype=tl.float32)
+        if PACED:
+            ahead = is_ahead(tiles_before + tile, tiles_in_all, reached(looked), begun)
+            # Looked for a tile ahead, too.
+            looked = look(progress)
+            if ahead:
+                value, up = _summed(
+                    rows, matrix, first, matrix_row, num_columns, DEPTH, HEIGHT, COLUMNS,
+                    DEPTH_STEP, WEIGHTS_FIRST, GATED, SLOW_STAGES,
+                )  # fmt: skip
+            else:
+                value, up = _summed(
+                    rows, matrix, first, matrix_row, num_columns, DEPTH, HEIGHT, COLUMNS,
+                    DEPTH_STEP, WEIGHTS_FIRST, GATED, STAGES,
+                )  # fmt: skip
         else:
-            value = tl.zeros((HEIGHT, COLUMNS), dtype=tl.float32)
-            up = tl.zeros((HEIGHT, COLUMNS), dtype=tl.float32)
-        for start in range(0, DEPTH, DEPTH_STEP):
-            some = rows.load([first, start])
-            weight = matrix.load([matrix_row, start])
-            value = _multiplied(weight, some, value, WEIGHTS_FIRST)
-            if GATED:
-                weight = matrix.load([matrix_row + num_columns, start])
-                up = _multiplied(weight, some, up, WEIGHTS_FIRST)
+            value, up = _summed(
+                rows, matrix, first, matrix_row, num_columns, DEPTH, HEIGHT, COLUMNS, DEPTH_STEP,
+                WEIGHTS_FIRST, GATED, STAGES,
+            )  # fmt: skip
         column = left_column + tl.arange(0, COLUMNS)
         is_column = column < num_columns
         row = tl.arange(0, HEIGHT)
@@ -114,36 +154,79 @@ def _run_table(
 
 @triton.jit
 def _tall_product(
-    rows, matrix, bias, out, table, totals, num_columns, DEPTH: tl.constexpr, HEIGHT: tl.constexpr,
-    COLUMNS: tl.constexpr, DEPTH_STEP: tl.constexpr, GATED: tl.constexpr, BIAS: tl.constexpr,
-    ACTIVATION: tl.constexpr,
+    rows, matrix, bias, out, table, totals, progress, num_columns, DEPTH: tl.constexpr,
+    HEIGHT: tl.constexpr, COLUMNS: tl.constexpr, DEPTH_STEP: tl.constexpr, GATED: tl.constexpr,
+    BIAS: tl.constexpr, ACTIVATION: tl.constexpr, STAGES: tl.constexpr, PRODUCT: tl.constexpr,
 ):  # fmt: skip
     """out[rows of e] = activation(rows @ matrix[e].T + bias[e]) for experts with many rows."""
+    program = tl.program_id(0)
     _run_table(
-        tl.program_id(0), rows, matrix, bias, out, table, tl.load(totals), num_columns, DEPTH,
-        HEIGHT, COLUMNS, DEPTH_STEP, False, GATED, BIAS, ACTIVATION,
+        program, rows, matrix, bias, out, table, tl.load(totals), num_columns, progress, 0, 0, 0,
+        DEPTH, HEIGHT, COLUMNS, DEPTH_STEP, False, GATED, BIAS, ACTIVATION, STAGES, PRODUCT, True,
+        False, STAGES,
     )  # fmt: skip
+    if program == 0:
+        report_end(progress, PRODUCT)
 
 
 @triton.jit
 def _short_product(
-    low_rows, high_rows, matrix, bias, out, low_table, high_table, totals, num_columns,
+    low_rows, high_rows, matrix, bias, out, low_table, high_table, totals, progress, num_columns,
     DEPTH: tl.constexpr, LOW_HEIGHT: tl.constexpr, HIGH_HEIGHT: tl.constexpr, COLUMNS: tl.constexpr,
     DEPTH_STEP: tl.constexpr, GATED: tl.constexpr, BIAS: tl.constexpr, ACTIVATION: tl.constexpr,
+    STAGES: tl.constexpr, PRODUCT: tl.constexpr, SLOW_STAGES: tl.constexpr,
 ):  # fmt: skip
     """The same for experts with a few rows: the higher tiles, then the lower ones."""
     program, programs = tl.program_id(0), tl.num_programs(0)
-    num_high = tl.load(totals + 2)
+    num_low, num_high = tl.load(totals + 1), tl.load(totals + 2)
+    tiles_across = tl.cdiv(num_columns, COLUMNS)
+    tiles_before = num_high * tiles_across
+    tiles_in_all = tl.maximum((num_high + num_low) * tiles_across, 1)
+    # Only then: what tall tiles lose by a stream beside them, they lose in their second product.
+    PACED: tl.constexpr = PRODUCT == 1
+    begun = 0
+    if PACED:
+        begun = reached(look(progress))
     _run_table(
-        program, high_rows, matrix, bias, out, high_table, num_high, num_columns, DEPTH,
-        HIGH_HEIGHT, COLUMNS, DEPTH_STEP, True, GATED, BIAS, ACTIVATION,
+        program, high_rows, matrix, bias, out, high_table, num_high, num_columns, progress, 0,
+        tiles_in_all, begun, DEPTH, HIGH_HEIGHT, COLUMNS, DEPTH_STEP, True, GATED, BIAS, ACTIVATION,
+        STAGES, PRODUCT, False, False, SLOW_STAGES,
     )  # fmt: skip
     # The programs that had one tile fewer begin with the first low ones.
-    before = (num_high * tl.cdiv(num_columns, COLUMNS)) % programs
+    before = tiles_before % programs
     _run_table(
-        (program - before + programs) % programs, low_rows, matrix, bias, out, low_table,
-        tl.load(totals + 1), num_columns, DEPTH, LOW_HEIGHT, COLUMNS, DEPTH_STEP, True, GATED,
-        BIAS, ACTIVATION,
+        (program - before + programs) % programs, low_rows, matrix, bias, out, low_table, num_low,
+        num_columns, progress, tiles_before, tiles_in_all, begun, DEPTH, LOW_HEIGHT, COLUMNS,
+        DEPTH_STEP, True, GATED, BIAS, ACTIVATION, STAGES, PRODUCT, False, PACED,
+        SLOW_STAGES,
+    )  # fmt: skip
+
+
+@triton.jit
+def _short_products(
+    low_rows, high_rows, low_inner, high_inner, matrix_in, matrix_out, bias_in, bias_out, inner,
+    out, low_table, high_table, totals, progress, arrived, num_inner, num_columns,
+    DEPTH: tl.constexpr, INNER_DEPTH: tl.constexpr, LOW_HEIGHT: tl.constexpr,
+    HIGH_HEIGHT: tl.constexpr, COLUMNS_IN: tl.constexpr, COLUMNS_OUT: tl.constexpr,
+    DEPTH_STEP: tl.constexpr, GATED: tl.constexpr, BIAS_IN: tl.constexpr, BIAS_OUT: tl.constexpr,
+    ACTIVATION: tl.constexpr, STAGES: tl.constexpr, SLOW_STAGES: tl.constexpr, ON_GPU: tl.constexpr,
+):  # fmt: skip
+    """Both products of the experts with a few rows, by programs that stay where they are.
+
+    With a launch for each, programs of the second one landed two on a multiprocessor where the
+    other stream was between its launches, too, and kept a tall one out: a layer then took a fifth
+    longer.
+    """
+    _short_product(
+        low_rows, high_rows, matrix_in, bias_in, inner, low_table, high_table, totals, progress,
+        num_inner, DEPTH, LOW_HEIGHT, HIGH_HEIGHT, COLUMNS_IN, DEPTH_STEP, GATED, BIAS_IN,
+        ACTIVATION, STAGES, 0, SLOW_STAGES,
+    )  # fmt: skip
+    meet(arrived, ON_GPU)
+    _short_product(
+        low_inner, high_inner, matrix_out, bias_out, out, low_table, high_table, totals, progress,
+        num_columns, INNER_DEPTH, LOW_HEIGHT, HIGH_HEIGHT, COLUMNS_OUT, DEPTH_STEP, False, BIAS_OUT,
+        -1, STAGES, 1, SLOW_STAGES,
     )  # fmt: skip
 
 
@@ -177,7 +260,7 @@ class _Matrices:
         return TensorDescriptor.from_tensor(flat, [tiles.columns, tiles.depth])
 
     def launch(self, tiles: ProductTiles) -> dict[str, object]:
-        """Returns what both kernels are compiled with."""
+        """Returns what the tall kernel is compiled with."""
         capped = {} if tiles.registers is None else {"maxnreg": tiles.registers}
         return {
             "DEPTH": self.rows.shape[1],
@@ -186,24 +269,35 @@ class _Matrices:
             "GATED": self.gated,
             "BIAS": self.bias is not None,
             "ACTIVATION": self.activation,
-            "num_stages": tiles.num_stages,
+            "STAGES": tiles.num_stages,
             "num_warps": tiles.num_warps,
             **capped,
         }
 
 
-def _run_tall(of: _Matrices, tables: TileTables, tiles: ProductTiles) -> None:
+def _run_tall(of: _Matrices, tables: TileTables, tiles: ProductTiles, product: int) -> None:
     _tall_product[(processors(of.rows.device) * tiles.programs,)](
         of.blocks_of_rows(TALL, tiles), of.blocks_of_weights(tiles), of.bias, of.out, tables.tall,
-        tables.totals, of.out.shape[1], HEIGHT=TALL, **of.launch(tiles),
+        tables.totals, tables.progress, of.out.shape[1], HEIGHT=TALL, PRODUCT=product,
+        **of.launch(tiles),
     )  # fmt: skip
 
 
-def _run_short(of: _Matrices, tables: TileTables, tiles: ProductTiles) -> None:
-    _short_product[(processors(of.rows.device) * tiles.programs,)](
-        of.blocks_of_rows(LOW, tiles), of.blocks_of_rows(HIGH, tiles), of.blocks_of_weights(tiles),
-        of.bias, of.out, tables.low, tables.high, tables.totals, of.out.shape[1], LOW_HEIGHT=LOW,
-        HIGH_HEIGHT=HIGH, **of.launch(tiles),
+def _run_short(first: _Matrices, second: _Matrices, tables: TileTables, tiles: PairTiles) -> None:
+    one, other = tiles.short_in, tiles.short_out
+    is_cuda = first.rows.device.type == "cuda"
+    _short_products[(processors(first.rows.device),)](
+        first.blocks_of_rows(LOW, one), first.blocks_of_rows(HIGH, one),
+        second.blocks_of_rows(LOW, other), second.blocks_of_rows(HIGH, other),
+        first.blocks_of_weights(one), second.blocks_of_weights(other), first.bias, second.bias,
+        first.out, second.out, tables.low, tables.high, tables.totals, tables.progress,
+        tables.arrived, first.out.shape[1], second.out.shape[1], DEPTH=first.rows.shape[1],
+        INNER_DEPTH=second.rows.shape[1], LOW_HEIGHT=LOW, HIGH_HEIGHT=HIGH, COLUMNS_IN=one.columns,
+        COLUMNS_OUT=other.columns, DEPTH_STEP=one.depth, GATED=first.gated,
+        BIAS_IN=first.bias is not None, BIAS_OUT=second.bias is not None,
+        ACTIVATION=first.activation, STAGES=one.num_stages,
+        SLOW_STAGES=tiles.slow_stages, ON_GPU=is_cuda, num_warps=one.num_warps,
+        **({"launch_cooperative_grid": True} if is_cuda else {}),
     )  # fmt: skip
 
 
@@ -239,12 +333,11 @@ def run_pairs(
     second = _Matrices(inner, experts.w_out, experts.b_out, out, gated=False, activation=-1)
 
     def few() -> None:
-        _run_short(first, tables, tiles.short_in)
-        _run_short(second, tables, tiles.short_out)
+        _run_short(first, second, tables, tiles)
 
     def many() -> None:
-        _run_tall(first, tables, tiles.tall_in)
-        _run_tall(second, tables, tiles.tall_out)
+        _run_tall(first, tables, tiles.tall_in, 0)
+        _run_tall(second, tables, tiles.tall_out, 1)
 
     device = sent.rows.device
     if device.type != "cuda":

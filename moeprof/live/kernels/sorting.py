@@ -122,12 +122,16 @@ class TileTables:
         low: [num_experts, 4], of experts with up to `LOW` rows.
         high: [num_experts, 4], of experts with more rows than that, and up to `HIGH`.
         totals: [3], entries of each; zeros where single products run.
+        progress: [1], zero; how far the products of tall tiles are, written as they run.
+        arrived: [1], zero; programs that have the first product of the others behind them.
     """
 
     tall: torch.Tensor
     low: torch.Tensor
     high: torch.Tensor
     totals: torch.Tensor
+    progress: torch.Tensor
+    arrived: torch.Tensor
 
 
 @dataclass(frozen=True)
@@ -168,8 +172,8 @@ def sort_rows(
     def integers(*size: int) -> torch.Tensor:
         return torch.empty(size, dtype=torch.int32, device=device)
 
-    counted = torch.zeros(num_experts + 1, dtype=torch.int32, device=device)
-    counts, finished = counted[:num_experts], counted[num_experts:]
+    counted = torch.zeros(num_experts + 3, dtype=torch.int32, device=device)
+    counts, finished, progress, arrived = counted.split([num_experts, 1, 1, 1])
     offsets, rank, place = integers(num_experts), integers(num_slots), integers(num_slots)
     rows = torch.empty(num_slots, width, dtype=hidden.dtype, device=device)
     single_counts, starts, tables = counts, None, None
@@ -182,6 +186,8 @@ def sort_rows(
             low=integers(num_experts, ENTRY.value),
             high=integers(num_experts, ENTRY.value),
             totals=integers(3),
+            progress=progress,
+            arrived=arrived,
         )
     heights = {"PAIRS": pairs, "TALL_HEIGHT": TALL, "LOW_HEIGHT": LOW, "HIGH_HEIGHT": HIGH}
     _count[(triton.cdiv(num_slots, _COUNT_BLOCK),)](

@@ -52,13 +52,31 @@ class PairTiles:
         tall_in: First product, experts with many rows.
         tall_out: Second product of the same.
         short_in: First product, experts with up to `HIGH` rows; ``columns`` are a multiple of 64.
-        short_out: Second product of the same.
+        short_out: Second product of the same, by the same launch: only columns may differ.
+        slow_stages: Steps of that second product whose loads are under way at once where it would
+            end before the tall one.
+
+    Raises:
+        ValueError: If the short products do not make one launch.
     """
 
     tall_in: ProductTiles
     tall_out: ProductTiles
     short_in: ProductTiles
     short_out: ProductTiles
+    slow_stages: int
+
+    def __post_init__(self) -> None:
+        one, other = self.short_in, self.short_out
+        if replace(one, columns=other.columns) != other:
+            raise ValueError("short products are one launch: they may differ in columns only")
+        if one.programs != 1 or one.flatten or one.registers is not None:
+            raise ValueError(
+                "short products run in one program per multiprocessor, not flattened, with as many"
+                " registers as they like"
+            )
+        if not 0 < self.slow_stages <= one.num_stages:
+            raise ValueError(f"slow_stages must be from 1 to {one.num_stages}: {self.slow_stages}")
 
 
 @dataclass(frozen=True)
@@ -80,8 +98,13 @@ class ManyPlan:
 _SINGLE = ProductTiles(128, 64, num_stages=3, num_warps=4, programs=2)
 _TALL = ProductTiles(256, 64, num_stages=3, num_warps=8, programs=1)
 _SHORT = ProductTiles(128, 64, num_stages=4, num_warps=4, programs=1)
+_SLOW_STAGES = 3
 PLAN = ManyPlan(
-    _SINGLE, _SINGLE, PairTiles(tall_in=_TALL, tall_out=_TALL, short_in=_SHORT, short_out=_SHORT)
+    _SINGLE,
+    _SINGLE,
+    PairTiles(
+        tall_in=_TALL, tall_out=_TALL, short_in=_SHORT, short_out=_SHORT, slow_stages=_SLOW_STAGES
+    ),
 )
 GATED_PLAN = ManyPlan(
     ProductTiles(128, 64, num_stages=3, num_warps=8, programs=1, flatten=True),
@@ -92,6 +115,7 @@ GATED_PLAN = ManyPlan(
         tall_out=_TALL,
         short_in=replace(_SHORT, columns=64),
         short_out=_SHORT,
+        slow_stages=_SLOW_STAGES,
     ),
 )
 

@@ -343,7 +343,7 @@ def test_short_products_that_make_no_one_launch_are_refused():
         (51, 100, 2048 + 1024, 2048, True),
         (99, 100, 4096, 0, False),  # The other one is over: full speed.
         (99, 100, 4096, 4096, False),
-        (2_000_000_000, 2_000_000_001, 4095, 0, True),  # 64 bits are needed.
+        (600_000, 1_000_000, 2048, 0, True),  # In 32 bits the product is negative.
     ],
 )
 def test_a_stream_is_ahead_of_the_share_it_must_have_done(done, total, now, begun, ahead):
@@ -353,6 +353,27 @@ def test_a_stream_is_ahead_of_the_share_it_must_have_done(done, total, now, begu
     begun_at, out = (torch.tensor([each], dtype=torch.int32, device=DEVICE) for each in (begun, -1))
     ask_is_ahead[(1,)](*given, begun_at, out)
     assert bool(out.item()) is ahead
+
+
+@needs_triton
+@pytest.mark.parametrize(
+    ("product", "done", "total", "said"),
+    [
+        (0, 0, 100, 0),
+        (0, 50, 100, 1152),
+        (0, 66, 1, 2304),  # Half a round of programs, one tile: not more than the product.
+        (1, 0, 100, 2304),
+        (1, 50, 100, 3200),
+        (1, 66, 1, 4096),
+        (0, 999_999, 1_000_000, 2303),  # In 32 bits the product is negative.
+    ],
+)
+def test_a_product_is_never_said_to_be_further_than_it_can_be(product, done, total, said):
+    from tests.pace_kernel import say_how_far
+
+    given = [torch.tensor([each], dtype=torch.int32, device=DEVICE) for each in (done, total, -1)]
+    say_how_far[(1,)](*given, PRODUCT=product)
+    assert given[-1].item() == said
 
 
 @needs_triton

@@ -21,12 +21,10 @@ _READERS = tl.constexpr(128)
 
 @triton.jit
 def report(progress, done, total, PRODUCT: tl.constexpr):
-    """Says how far a product is: ``done`` of ``total`` tiles."""
-    if PRODUCT == 0:
-        reached = done.to(tl.int64) * FIRST // total
-    else:
-        reached = FIRST + done.to(tl.int64) * (WHOLE - FIRST) // total
-    tl.store(progress, reached.to(tl.int32))
+    """Says how far a product is: ``done`` of ``total`` tiles, or all where that is more."""
+    share = tl.minimum(done, total).to(tl.int64)
+    now = share * FIRST // total if PRODUCT == 0 else FIRST + share * (WHOLE - FIRST) // total
+    tl.store(progress, now.to(tl.int32))
 
 
 @triton.jit

@@ -107,6 +107,7 @@ def _run_table(
         next_expert, next_first, next_left = _entry(table, tile + stride, tiles_across, total)
         if REPORTS:
             if begin_at == 0:
+                # All programs together are half a round further; in the last one there may be less.
                 report(progress, tile + stride // 2, total, PRODUCT)
         left_column = (tile % tiles_across) * COLUMNS
         matrix_row = expert * matrix_rows + left_column

@@ -1,9 +1,9 @@
 """How kernels that run side by side keep step: one says how far it is, the other slows down.
 
 Products of experts with a few rows stream weights; products of experts with many keep the matrix
-units busy, and what they load waits behind the stream. Where the stream would be over long before,
-it may as well run slower and leave the other one more room: both then end together. It is slowed by
-keeping fewer loads under way, which changes no sum.
+units busy, and what they load waits behind the stream. While the stream is further than it must be
+to end with the other one, it may as well run somewhat slower and leave that one more room. It is
+slowed by keeping fewer loads under way, which changes no sum.
 """
 # mypy: disable-error-code="no-untyped-def,no-untyped-call,untyped-decorator"
 
@@ -69,13 +69,17 @@ def is_ahead(done, total, now, begun):
 def meet(arrived, ON_GPU: tl.constexpr):
     """Waits until all programs of the launch are here; what they wrote can then be read by blocks.
 
-    All of them must be resident, as a cooperative launch sees to. ``arrived`` was zero before.
+    All of them must be resident, as a cooperative launch sees to. ``arrived`` counts them, launch
+    by launch of as many programs; zero before the first. Not ON_GPU there is one program, and
+    nobody to wait for.
     """
     if ON_GPU:
         programs = tl.num_programs(0)
         tl.debug_barrier()
-        here = tl.atomic_add(arrived, 1, sem="acq_rel") + 1
-        while here < programs:
+        before = tl.atomic_add(arrived, 1, sem="acq_rel")
+        all_here = (before // programs + 1) * programs
+        here = before + 1
+        while here < all_here:
             here = tl.atomic_add(arrived, 0, sem="acquire")
         # Blocks are loaded by a unit of its own, which must see what programs stored.
         tl.inline_asm_elementwise(

@@ -2,9 +2,10 @@
 
 Experts with many rows are bound by the matrix units, experts with a few by reading their weights.
 Each kind has its own kernels, and a program of each is resident on every multiprocessor, on two
-streams: weights arrive while the matrix units work, no faster than it takes to end with them. An
-expert's rows all go one way, so the order in which they were counted cannot change a bit. With a
-few rows the weights are the M side of the matrix unit, so that 16 rows cost 16 and not 64.
+streams: weights arrive while the matrix units work, and somewhat slower while they would be there
+too soon. An expert's rows all go one way, so the order in which they were counted cannot change a
+bit. With a few rows the weights are the M side of the matrix unit, so that 16 rows cost 16 and not
+64.
 """
 # mypy: disable-error-code="no-untyped-def,no-untyped-call,untyped-decorator,index,arg-type"
 
@@ -61,7 +62,7 @@ def _summed(
     COLUMNS: tl.constexpr, DEPTH_STEP: tl.constexpr, WEIGHTS_FIRST: tl.constexpr,
     GATED: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Returns a tile's products and those it gates, ``STAGES`` steps' loads under way."""
+    """Returns a tile's products and those it gates, through ``STAGES`` buffers."""
     if WEIGHTS_FIRST:
         value = tl.zeros((COLUMNS, HEIGHT), dtype=tl.float32)
         up = tl.zeros((COLUMNS, HEIGHT), dtype=tl.float32)
@@ -183,7 +184,8 @@ def _short_product(
     tiles_across = tl.cdiv(num_columns, COLUMNS)
     tiles_before = num_high * tiles_across
     tiles_in_all = tl.maximum((num_high + num_low) * tiles_across, 1)
-    # Only then: what tall tiles lose by a stream beside them, they lose in their second product.
+    # Only then, and only the low tiles, which are most: what tall tiles lose by a stream beside
+    # them, they lose in their second product.
     PACED: tl.constexpr = PRODUCT == 1
     begun = 0
     if PACED:

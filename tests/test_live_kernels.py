@@ -219,26 +219,26 @@ EVERY_HEIGHT = [0, 1, 16, 17, 32, 33, 0, 128, 129, 300, 3, 5, 7]
     ],
 )
 def test_the_device_chooses_pairs_and_each_row_is_in_one_tile(counts, single):
+    from moeprof.live.kernels import tiles
     from moeprof.live.kernels.sorting import sort_rows
-    from moeprof.live.kernels.tiles import HIGH, LOW, TALL
 
     # Slots behind the rows are empty, so that there is always a token.
     ids = torch.cat([ids_of(counts), torch.full((3, 2), -1, device=DEVICE)])
     hidden = torch.randn(len(ids), 16, device=DEVICE, dtype=HALF)
     sent = sort_rows(hidden, ids, len(counts), pairs=True)
     assert sent.counts.tolist() == counts
-    assert sent.single_counts.tolist() == (counts if single else [0] * len(counts))
+    assert sent.tables.paired.tolist() == [not single]
     slots = (ids.flatten() >= 0).nonzero().flatten()
     assert torch.equal(sent.rows[sent.place[slots].long()], hidden[slots // 2])
-    heights = {"tall": TALL, "low": LOW, "high": HIGH}
+    heights = {"tall": tiles.TALL, "low": tiles.LOW, "high": tiles.HIGH}
     totals = dict(zip(heights, sent.tables.totals.tolist(), strict=True))
     if single:
         assert not any(totals.values())
         return
     assert totals == {
-        "tall": sum(-(-count // TALL) for count in counts if count > HIGH),
-        "low": sum(0 < count <= LOW for count in counts),
-        "high": sum(LOW < count <= HIGH for count in counts),
+        "tall": sum(-(-count // 128) for count in counts if count > 32),
+        "low": sum(0 < count <= 16 for count in counts),
+        "high": sum(16 < count <= 32 for count in counts),
     }
     covered = []
     for name, height in heights.items():
@@ -333,26 +333,28 @@ def test_short_products_that_make_no_one_launch_are_refused():
 
 @needs_triton
 @pytest.mark.parametrize(
-    ("done", "total", "now", "begun", "ahead"),
+    ("done", "total", "now", "begun", "lead", "ahead"),
     [
-        (0, 100, 0, 0, False),  # Nobody has begun.
-        (1, 100, 0, 0, True),
-        (50, 100, 2048, 0, False),  # Both have half behind them.
-        (51, 100, 2048, 0, True),
-        (50, 100, 2048 + 1024, 2048, False),  # Half of what was left when this one began.
-        (51, 100, 2048 + 1024, 2048, True),
-        (99, 100, 4096, 0, False),  # The other one is over: full speed.
-        (99, 100, 4096, 4096, False),
-        (600_000, 1_000_000, 2048, 0, True),  # In 32 bits the product is negative.
+        (0, 100, 0, 0, 0, False),  # Nobody has begun.
+        (1, 100, 0, 0, 0, True),
+        (50, 100, 2048, 0, 0, False),  # Both have half behind them.
+        (51, 100, 2048, 0, 0, True),
+        (50, 100, 2048 + 1024, 2048, 0, False),  # Half of what was left when this one began.
+        (51, 100, 2048 + 1024, 2048, 0, True),
+        (75, 100, 2048, 0, 1024, False),  # A quarter ahead, as it may be.
+        (76, 100, 2048, 0, 1024, True),
+        (99, 100, 4096, 0, 0, False),  # The other one is over: full speed.
+        (99, 100, 4096, 4096, 0, False),
+        (600_000, 1_000_000, 2048, 0, 0, True),  # In 32 bits the product is negative.
     ],
 )
-def test_a_stream_is_ahead_of_the_share_it_must_have_done(done, total, now, begun, ahead):
+def test_a_stream_is_ahead_of_the_share_it_must_have_done(done, total, now, begun, lead, ahead):
     from tests.pace_kernel import ask_is_ahead
 
     given = [torch.tensor([each], dtype=torch.int32, device=DEVICE) for each in (done, total, now)]
-    begun_at, out = (torch.tensor([each], dtype=torch.int32, device=DEVICE) for each in (begun, -1))
-    ask_is_ahead[(1,)](*given, begun_at, out)
-    assert bool(out.item()) is ahead
+    others = [torch.tensor([each], dtype=torch.int32, device=DEVICE) for each in (begun, lead, -1)]
+    ask_is_ahead[(1,)](*given, *others)
+    assert bool(others[-1].item()) is ahead
 
 
 @needs_triton

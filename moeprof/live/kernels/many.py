@@ -102,7 +102,7 @@ def _run_tiles(
 
 @triton.jit
 def _product(
-    tall_rows, short_rows, matrix, bias, out, counts, offsets, num_experts, num_columns,
+    tall_rows, short_rows, matrix, bias, out, counts, offsets, paired, num_experts, num_columns,
     EXPERTS: tl.constexpr, DEPTH: tl.constexpr, TALL_HEIGHT: tl.constexpr,
     SHORT_HEIGHT: tl.constexpr, COLUMNS: tl.constexpr, DEPTH_STEP: tl.constexpr,
     GATED: tl.constexpr, BIAS: tl.constexpr, ACTIVATION: tl.constexpr, FLATTEN: tl.constexpr,
@@ -110,8 +110,12 @@ def _product(
     """out[rows of e] = activation(rows @ matrix[e].T + bias[e]), in tall tiles and short ones.
 
     Tall tiles keep the matrix units busy, short ones the memory: half of the programs begin with
-    one kind and half with the other, so that both are.
+    one kind and half with the other, so that both are. Where pairs run instead, there is nothing to
+    do.
     """
+    if paired is not None:
+        if tl.load(paired) != 0:
+            return
     is_first_half = tl.program_id(0) * 2 < tl.num_programs(0)
     for part in tl.range(0, 2):
         if (part == 0) == is_first_half:
@@ -165,14 +169,14 @@ def grouped_product(
     activation: int = -1,
     tiles: ProductTiles,
 ) -> None:
-    """Runs each row of ``sent.single_counts`` through its expert's matrix, bias and activation.
+    """Runs each row through its expert's matrix, bias and activation, unless pairs are to.
 
     Args:
-        sent: Counts and offsets of the rows.
+        sent: Counts and offsets of the rows, and whether pairs run.
         rows: [n, depth], in expert order.
         matrix: [num_experts, columns, depth], or [num_experts, 2 * columns, depth] where gated.
         bias: [num_experts, rows of matrix] or None.
-        out: [n, columns], receives the results; other rows stay as they are.
+        out: [n, columns], receives the results; other rows stay as they are, all where pairs run.
         gated: True where the first half of ``matrix`` gates the second.
         activation: Code of the activation; -1 for none.
         tiles: Tile sizes.
@@ -182,10 +186,10 @@ def grouped_product(
         TensorDescriptor.from_tensor(rows, [TALL, tiles.depth]),
         TensorDescriptor.from_tensor(rows, [SHORT, tiles.depth]),
         TensorDescriptor.from_tensor(matrix.view(-1, depth), [tiles.columns, tiles.depth]),
-        bias, out, sent.single_counts, sent.offsets, num_experts, out.shape[1],
-        EXPERTS=next_power(num_experts), DEPTH=depth, TALL_HEIGHT=TALL, SHORT_HEIGHT=SHORT,
-        COLUMNS=tiles.columns, DEPTH_STEP=tiles.depth, GATED=gated, BIAS=bias is not None,
-        ACTIVATION=activation, FLATTEN=tiles.flatten,
+        bias, out, sent.counts, sent.offsets, sent.tables.paired if sent.tables else None,
+        num_experts, out.shape[1], EXPERTS=next_power(num_experts), DEPTH=depth,
+        TALL_HEIGHT=TALL, SHORT_HEIGHT=SHORT, COLUMNS=tiles.columns, DEPTH_STEP=tiles.depth,
+        GATED=gated, BIAS=bias is not None, ACTIVATION=activation, FLATTEN=tiles.flatten,
         num_stages=tiles.num_stages, num_warps=tiles.num_warps,
     )  # fmt: skip
 
@@ -212,8 +216,8 @@ def run_many(
     sent = sort_rows(hidden, expert_ids, experts.num_experts, pairs=plan.pair is not None)
     inner = torch.empty(num_slots, experts.d_ff, dtype=hidden.dtype, device=hidden.device)
     rows = torch.empty(num_slots, hidden.shape[1], dtype=hidden.dtype, device=hidden.device)
-    # Where the device chose pairs these find no row and are gone before the pairs begin: beside
-    # those they would find no room.
+    # Where the device chose pairs these are gone before the pairs begin: beside those they would
+    # find no room.
     grouped_product(
         sent, sent.rows, experts.w_in, experts.b_in, inner, gated=experts.gated,
         activation=ACTIVATION_CODES[experts.activation], tiles=plan.tiles_in,
@@ -223,7 +227,7 @@ def run_many(
         run_pairs(sent, experts, inner, rows, plan.pair)
     out = torch.empty_like(hidden)
     num_tokens, width = hidden.shape
-    group, step = 4, min(next_power(width), COPY_COLUMNS)
+    group, step = 2, min(next_power(width), COPY_COLUMNS)
     _combine[(triton.cdiv(num_tokens, group),)](
         rows, expert_ids, weights, sent.place, out, num_tokens, WIDTH=width,
         TOP_K=expert_ids.shape[1], STEP=step, TOKENS=group,

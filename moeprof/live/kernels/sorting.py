@@ -15,12 +15,12 @@ from moeprof.live.kernels.tiles import HIGH, LOW, MOST_PARTLY_FILLED_PERCENT, TA
 COPY_COLUMNS = 1024
 # int32 of a table's entry: expert, first row, rows from there on, nothing (16 bytes are aligned).
 ENTRY = tl.constexpr(4)
-_COUNT_BLOCK, _COUNT_WARPS = 64, 2
+_COUNT_BLOCK, _COUNT_WARPS = 32, 4
 
 
 @triton.jit
 def _count(
-    ids, counts, finished, rank, offsets, single_counts, starts, totals, num_slots, num_experts,
+    ids, counts, finished, rank, offsets, starts, decided, num_slots, num_experts,
     BLOCK: tl.constexpr, EXPERTS: tl.constexpr, PAIRS: tl.constexpr, TALL_HEIGHT: tl.constexpr,
     LOW_HEIGHT: tl.constexpr, HIGH_HEIGHT: tl.constexpr, MOST_PERCENT: tl.constexpr,
 ):  # fmt: skip
@@ -28,7 +28,7 @@ def _count(
 
     Expects ``counts`` and ``finished`` at zero. The last program to finish sums the counts up. With
     PAIRS it also says where each expert's tiles begin in the tables, and decides whether pairs run
-    or single products: whoever does not finds no row.
+    or single products: the tables of pairs that do not run have no entry.
     """
     slot = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     chosen = tl.load(ids + slot, mask=slot < num_slots, other=-1).to(tl.int32)
@@ -59,10 +59,10 @@ def _count(
             partly = tl.sum((is_tall & (total <= TALL_HEIGHT)).to(tl.int32))
             active = tl.sum((total > 0).to(tl.int32))
             paired = (partly * 100 <= active * MOST_PERCENT).to(tl.int32)
-            tl.store(single_counts + expert, total * (1 - paired), mask=is_expert)
-            tl.store(totals, tl.sum(tall) * paired)
-            tl.store(totals + 1, tl.sum(low) * paired)
-            tl.store(totals + 2, tl.sum(high) * paired)
+            tl.store(decided, tl.sum(tall) * paired)
+            tl.store(decided + 1, tl.sum(low) * paired)
+            tl.store(decided + 2, tl.sum(high) * paired)
+            tl.store(decided + 3, paired)
 
 
 @triton.jit
@@ -122,6 +122,7 @@ class TileTables:
         low: [num_experts, 4], of experts with up to `LOW` rows.
         high: [num_experts, 4], of experts with more rows than that, and up to `HIGH`.
         totals: [3], entries of each; zeros where single products run.
+        paired: [1], 1 where pairs run and 0 where single products do.
         progress: [1], zero; how far the products of tall tiles are, written as they run.
         arrived: [1], zero; programs that have the first product of the others behind them.
     """
@@ -130,6 +131,7 @@ class TileTables:
     low: torch.Tensor
     high: torch.Tensor
     totals: torch.Tensor
+    paired: torch.Tensor
     progress: torch.Tensor
     arrived: torch.Tensor
 
@@ -143,7 +145,6 @@ class SortedRows:
         place: [T * k] int32, where each executed (token, slot) went.
         counts: [num_experts] int32, rows of each expert.
         offsets: [num_experts] int32, where each expert's rows begin.
-        single_counts: [num_experts] int32, rows that single products compute: all or none.
         tables: Tiles of pairs; None where pairs were not asked for.
     """
 
@@ -151,7 +152,6 @@ class SortedRows:
     place: torch.Tensor
     counts: torch.Tensor
     offsets: torch.Tensor
-    single_counts: torch.Tensor
     tables: TileTables | None
 
 
@@ -176,25 +176,25 @@ def sort_rows(
     counts, finished, progress, arrived = counted.split([num_experts, 1, 1, 1])
     offsets, rank, place = integers(num_experts), integers(num_slots), integers(num_slots)
     rows = torch.empty(num_slots, width, dtype=hidden.dtype, device=device)
-    single_counts, starts, tables = counts, None, None
+    starts, decided, tables = None, None, None
     if pairs:
-        single_counts, starts = integers(num_experts), integers(3, num_experts)
+        starts, decided = integers(3, num_experts), integers(4)
         # Tall tiles are full ones, and the last one of each expert with more than HIGH rows.
         most_tall = num_slots // TALL + num_slots // (HIGH + 1) + 1
         tables = TileTables(
             tall=integers(most_tall, ENTRY.value),
             low=integers(num_experts, ENTRY.value),
             high=integers(num_experts, ENTRY.value),
-            totals=integers(3),
+            totals=decided[:3],
+            paired=decided[3:],
             progress=progress,
             arrived=arrived,
         )
     heights = {"PAIRS": pairs, "TALL_HEIGHT": TALL, "LOW_HEIGHT": LOW, "HIGH_HEIGHT": HIGH}
     _count[(triton.cdiv(num_slots, _COUNT_BLOCK),)](
-        expert_ids, counts, finished, rank, offsets, single_counts, starts,
-        tables.totals if tables else None, num_slots, num_experts, BLOCK=_COUNT_BLOCK,
-        EXPERTS=next_power(num_experts), MOST_PERCENT=MOST_PARTLY_FILLED_PERCENT,
-        num_warps=_COUNT_WARPS, **heights,
+        expert_ids, counts, finished, rank, offsets, starts, decided, num_slots, num_experts,
+        BLOCK=_COUNT_BLOCK, EXPERTS=next_power(num_experts),
+        MOST_PERCENT=MOST_PARTLY_FILLED_PERCENT, num_warps=_COUNT_WARPS, **heights,
     )  # fmt: skip
     group, step = 4, min(next_power(width), COPY_COLUMNS)
     every = (tables.tall, tables.low, tables.high) if tables else (None, None, None)
@@ -202,7 +202,4 @@ def sort_rows(
         hidden, expert_ids, rank, counts, offsets, starts, rows, place, *every, num_slots,
         num_experts, WIDTH=width, TOP_K=expert_ids.shape[1], STEP=step, ROWS=group, **heights,
     )  # fmt: skip
-    return SortedRows(
-        rows=rows, place=place, counts=counts, offsets=offsets, single_counts=single_counts,
-        tables=tables,
-    )  # fmt: skip
+    return SortedRows(rows=rows, place=place, counts=counts, offsets=offsets, tables=tables)

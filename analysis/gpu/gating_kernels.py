@@ -46,6 +46,9 @@ MANY_TOKENS = {"lm": (1024, 4096, 16384), "mt": (64, 2048)}
 # The second is judged. Under it 97 of 512 experts have a token of 4,096, and 179 one of 16,384;
 # `analysis.gpu.gating_skew` measures exponents on both sides of it.
 EXPONENTS = (1.0, 2.2)
+# Pause before each kernel and each ceiling: a GPU at its power limit is slower, and what is
+# compared must not differ by what ran before.
+REST_S = 0.25
 GRAPH_LAYERS = 6
 GRAPH_CALLS = 24
 MASK_BYTES_PER_SLOT = 10
@@ -265,7 +268,7 @@ def mask_fits(geometry: Geometry, num_tokens: int, device: str) -> bool:
 
 def time_many(
     geometry: Geometry, experts: ExpertWeights, num_tokens: int, source: Source,
-    ceilings: Ceilings, device: str, repeats: int,
+    ceilings: Ceilings, device: str, repeats: int, rest_s: float,
 ) -> Iterator[dict[str, Any]]:  # fmt: skip
     """Yields one row per kernel: one layer, launched as it is."""
     hidden = torch.randn(num_tokens, geometry.d_model, device=device, dtype=experts.w_in.dtype)
@@ -284,8 +287,9 @@ def time_many(
         if device != "cpu":
             extra_bytes = torch.cuda.max_memory_allocated() - before
         times = repeat(
-            lambda call=call: call(hidden, ids, weights, experts), device=device, repeats=repeats
-        )
+            lambda call=call: call(hidden, ids, weights, experts), device=device, repeats=repeats,
+            rest_s=rest_s,
+        )  # fmt: skip
         yield _row(geometry, num_tokens, source, name, "eager", floor_ms, times, 1) | {
             "extra_bytes": extra_bytes
         }
@@ -293,7 +297,7 @@ def time_many(
 
 def time_few(
     geometry: Geometry, layers: list[ExpertWeights], num_tokens: int, source: Source,
-    ceilings: Ceilings, device: str, repeats: int,
+    ceilings: Ceilings, device: str, repeats: int, rest_s: float,
 ) -> Iterator[dict[str, Any]]:  # fmt: skip
     """Yields rows of a graph's replay, a layer's share of it, and of the same launched eagerly."""
     hidden = torch.randn(num_tokens, geometry.d_model, device=device, dtype=layers[0].w_in.dtype)
@@ -316,7 +320,7 @@ def time_few(
                 run = captured(through)
                 if run is None:
                     continue
-            times = repeat(run, device=device, repeats=repeats)
+            times = repeat(run, device=device, repeats=repeats, rest_s=rest_s)
             yield _row(geometry, num_tokens, source, name, mode, floor_ms, times, len(calls))
 
 
@@ -377,8 +381,9 @@ def measure(options: argparse.Namespace) -> None:
                       device)  # fmt: skip
     result["check"] = check(device, tiny=options.tiny)
     print(f"checked {result['check']}", flush=True)
-    ceilings = measure_ceilings(device)
-    result["ceilings"] = dataclasses.asdict(ceilings)
+    rest_s = 0.0 if options.tiny else REST_S
+    ceilings = measure_ceilings(device, rest_s=rest_s)
+    result |= {"ceilings": dataclasses.asdict(ceilings), "rest_s": rest_s}
     print(
         f"copy {ceilings.copy_bytes_per_s / 1e12:.2f} TB/s,"
         f" matrix {ceilings.matrix_flops_per_s / 1e12:.0f} TFLOP/s",
@@ -401,14 +406,14 @@ def measure(options: argparse.Namespace) -> None:
                 for source in sources(geometry, num_tokens, GRAPH_CALLS, device, options.routing):
                     said[source.name] = source.said
                     rows += time_few(
-                        geometry, layers, num_tokens, source, ceilings, device, repeats
+                        geometry, layers, num_tokens, source, ceilings, device, repeats, rest_s
                     )
         del layers[1:]
         for num_tokens in (256,) if options.tiny else MANY_TOKENS[full.name]:
             for source in sources(geometry, num_tokens, 1, device, options.routing):
                 said[source.name] = source.said
                 rows += time_many(
-                    geometry, layers[0], num_tokens, source, ceilings, device, repeats
+                    geometry, layers[0], num_tokens, source, ceilings, device, repeats, rest_s
                 )
         del layers
         # Kept as it grows: a run that is cut short leaves what it has measured.

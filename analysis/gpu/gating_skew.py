@@ -8,7 +8,10 @@ more skewed it is, the sooner the active experts are read, while multiplying tak
 each row keeps both parts of the floor, which is the longer of the two. One exponent is judged by
 `analysis.gpu.gating_kernels`; this says what lies on both sides of it.
 
-Kernels take turns, repetition by repetition, on one set of experts. At each exponent the outputs of
+A GPU that multiplies without a pause reaches its power limit and lowers its clock: on an H200 a
+product of matrices then takes a sixth longer than after a rest. Kernels and the ceilings that they
+are held to are therefore measured in the same state of the device, and in two: rested, each after a
+pause, and loaded, each after it has run without one for a while. At each exponent the outputs of
 moeprof's kernel are held to one GEMM per expert first. Every repetition is kept, in
 DIR/gating_skew.json; the exit code is 1 where outputs differ.
 """
@@ -21,6 +24,7 @@ import functools
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -31,12 +35,13 @@ from analysis.gpu.gating_kernels import LM, Call, relative_error, tiny, transfor
 from moeprof.live.ceilings import Ceilings, measure_ceilings
 from moeprof.live.experts import ExpertWeights, random_experts
 from moeprof.live.kernels import dynamic, dynamic_grouped, dynamic_loop
-from moeprof.live.repetitions import repeat_in_turn
+from moeprof.live.repetitions import repeat
 from moeprof.live.routing_controls import RoutingShape, skewed_routing, uniform_routing
 
 RESULT = "gating_skew.json"
 EXPONENTS = (0.0, 1.0, 1.4, 1.8, 2.0, 2.1, 2.2, 2.3, 2.4, 2.6, 2.8, 3.0)
 NUM_TOKENS = 16_384
+REST_S, LOAD_S = 0.5, 1.0
 TOP_K = 2
 TOLERANCE = 1e-2
 """Largest relative error between two kernels in bfloat16, each of which rounds in its own order."""
@@ -69,16 +74,45 @@ def drawn_ids(
     return ids.to(device), str(routing.source)
 
 
+@dataclass(frozen=True)
+class State:
+    """A state of the device, and what it can do in it.
+
+    Attributes:
+        rest_s: Pause before each kernel.
+        load_s: Time that it runs before it is timed.
+        ceilings: Of the device, measured so.
+    """
+
+    rest_s: float
+    load_s: float
+    ceilings: Ceilings
+
+
+def states_of(device: str, *, tiny: bool) -> dict[str, State]:
+    """Returns the states in which kernels are timed: ``rested`` and ``loaded``."""
+    short = 0.01
+    waits = {"rested": (short if tiny else REST_S, 0.0), "loaded": (0.0, short if tiny else LOAD_S)}
+    return {
+        name: State(rest_s, load_s, measure_ceilings(device, rest_s=rest_s, load_s=load_s))
+        for name, (rest_s, load_s) in waits.items()
+    }
+
+
 def rows_at(
-    exponent: float, ids: torch.Tensor, experts: ExpertWeights, ceilings: Ceilings, repeats: int
-) -> tuple[list[dict[str, Any]], float]:
-    """Returns one row per kernel, and how far moeprof's is from one GEMM per expert.
+    exponent: float,
+    ids: torch.Tensor,
+    experts: ExpertWeights,
+    states: Mapping[str, State],
+    repeats: int,
+) -> tuple[dict[str, list[dict[str, Any]]], float]:
+    """Returns one row per kernel for each state, and moeprof's error against a GEMM per expert.
 
     Args:
         exponent: That the routing was drawn with.
         ids: Expert ids [T, k].
         experts: The layer's.
-        ceilings: Of the same device.
+        states: Of the same device.
         repeats: Timed repetitions of each kernel.
     """
     device = ids.device
@@ -86,24 +120,26 @@ def rows_at(
     weights = torch.rand(ids.shape, device=device)
     given = (hidden, ids, weights, experts)
     error = relative_error(dynamic(*given), dynamic_loop(*given).double())
-    parts = ceilings.floor_parts(ids, experts)
-    times = repeat_in_turn(
-        [functools.partial(call, *given) for call in CALLS.values()], device=device, repeats=repeats
-    )
-    rows = [
-        {
-            "exponent": exponent,
-            "active_experts": len(torch.unique(ids)),
-            "kernel": name,
-            "bytes_ms": parts.bytes_ms,
-            "flops_ms": parts.flops_ms,
-            "floor_ms": parts.floor_ms,
-            "median_ms": each.median_ms,
-            "share_of_floor": parts.floor_ms / each.median_ms,
-            "times_ms": each.times_ms,
-        }
-        for name, each in zip(CALLS, times, strict=True)
-    ]
+    rows: dict[str, list[dict[str, Any]]] = {}
+    for name, state in states.items():
+        parts = state.ceilings.floor_parts(ids, experts)
+        for kernel, call in CALLS.items():
+            times = repeat(
+                functools.partial(call, *given), device=device, repeats=repeats,
+                rest_s=state.rest_s, load_s=state.load_s,
+            )  # fmt: skip
+            row = {
+                "exponent": exponent,
+                "active_experts": len(torch.unique(ids)),
+                "kernel": kernel,
+                "bytes_ms": parts.bytes_ms,
+                "flops_ms": parts.flops_ms,
+                "floor_ms": parts.floor_ms,
+                "median_ms": times.median_ms,
+                "share_of_floor": parts.floor_ms / times.median_ms,
+                "times_ms": times.times_ms,
+            }
+            rows.setdefault(name, []).append(row)
     return rows, error
 
 
@@ -117,7 +153,7 @@ def measure(options: argparse.Namespace) -> bool:
     result = evidence(
         shlex.join(["python", "-m", "analysis.gpu.gating_skew", *options.given]), device
     )
-    ceilings = measure_ceilings(device)
+    states = states_of(device, tiny=options.tiny)
     experts = random_experts(
         num_experts=geometry.num_experts, d_model=geometry.d_model, d_ff=geometry.d_ff,
         gated=False, bias=True, activation="relu", device=device, seed=0,
@@ -125,34 +161,38 @@ def measure(options: argparse.Namespace) -> bool:
     result |= {
         "geometry": dataclasses.asdict(geometry) | {"top_k": TOP_K},
         "num_tokens": num_tokens,
-        "ceilings": dataclasses.asdict(ceilings),
         "tolerance": TOLERANCE,
         "complete": False,
     }
-    print(
-        f"copy {ceilings.copy_bytes_per_s / 1e12:.2f} TB/s,"
-        f" matrix {ceilings.matrix_flops_per_s / 1e12:.0f} TFLOP/s",
-        flush=True,
-    )
-    rows: list[dict[str, Any]] = []
+    rows: dict[str, list[dict[str, Any]]] = {name: [] for name in states}
+    measured: dict[str, dict[str, Any]] = {}
+    for name, state in states.items():
+        measured[name] = dataclasses.asdict(state) | {"rows": rows[name]}
+        print(
+            f"{name}: copy {state.ceilings.copy_bytes_per_s / 1e12:.2f} TB/s,"
+            f" matrix {state.ceilings.matrix_flops_per_s / 1e12:.0f} TFLOP/s",
+            flush=True,
+        )
     agreement: list[dict[str, Any]] = []
     said: dict[str, str] = {}
     for exponent in exponents:
         ids, said[f"{exponent:g}"] = drawn_ids(geometry.num_experts, num_tokens, exponent, device)
-        made, error = rows_at(exponent, ids, experts, ceilings, repeats)
-        rows += made
+        made, error = rows_at(exponent, ids, experts, states, repeats)
+        for name, own in made.items():
+            rows[name] += own
         agreement.append({"exponent": exponent, "relative_error": error})
-        print(
-            f"  exponent {exponent:g}: {made[0]['active_experts']} active experts, floor"
-            f" {made[0]['floor_ms']:.4f} ms, error {error:.1e}; "
-            + ", ".join(f"{row['kernel']} {row['share_of_floor']:.3f}" for row in made),
-            flush=True,
-        )
+        for name, own in made.items():
+            print(
+                f"  exponent {exponent:g}, {name}: {own[0]['active_experts']} active, floor"
+                f" {own[0]['floor_ms']:.4f} ms, error {error:.1e}; "
+                + ", ".join(f"{row['kernel']} {row['share_of_floor']:.3f}" for row in own),
+                flush=True,
+            )
         # Kept as it grows: a run that is cut short leaves what it has measured.
         result |= {
             "routing": said,
             "agreement": agreement,
-            "rows": rows,
+            "states": measured,
             "complete": exponent == exponents[-1],
         }
         write_json(options.out / RESULT, result)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -73,7 +74,12 @@ class Ceilings:
 
 
 def measure_ceilings(
-    device: torch.device | str, *, dtype: torch.dtype = torch.bfloat16, repeats: int = 20
+    device: torch.device | str,
+    *,
+    dtype: torch.dtype = torch.bfloat16,
+    repeats: int = 20,
+    rest_s: float = 0.0,
+    load_s: float = 0.0,
 ) -> Ceilings:
     """Measures a device's copy bandwidth and matrix rate.
 
@@ -81,12 +87,17 @@ def measure_ceilings(
         device: Which; a CPU is measured at small sizes.
         dtype: Of the matrices.
         repeats: Timed repetitions of each.
+        rest_s: Seconds that the device idles before each; as for what is held against them.
+        load_s: Seconds that each runs before it is timed; likewise.
     """
     on_gpu = torch.device(device).type == "cuda"
     num_bytes = COPY_BYTES if on_gpu else _CPU_COPY_BYTES
     width = MATRIX_WIDTH if on_gpu else _CPU_MATRIX_WIDTH
-    copy = _copy_times(num_bytes, device, repeats)
-    matrix = _matrix_times(width, device, dtype, repeats)
+    given: dict[str, Any] = {
+        "device": device, "repeats": repeats, "rest_s": rest_s, "load_s": load_s
+    }  # fmt: skip
+    copy = _copy_times(num_bytes, given)
+    matrix = _matrix_times(width, dtype, given)
     return Ceilings(
         copy_bytes_per_s=2 * num_bytes / copy.median_ms * 1e3,
         matrix_flops_per_s=2 * width**3 / matrix.median_ms * 1e3,
@@ -95,14 +106,12 @@ def measure_ceilings(
     )
 
 
-def _copy_times(num_bytes: int, device: torch.device | str, repeats: int) -> Repetitions:
-    source = torch.zeros(num_bytes, dtype=torch.uint8, device=device)
+def _copy_times(num_bytes: int, given: dict[str, Any]) -> Repetitions:
+    source = torch.zeros(num_bytes, dtype=torch.uint8, device=given["device"])
     target = torch.empty_like(source)
-    return repeat(lambda: target.copy_(source), device=device, repeats=repeats)
+    return repeat(lambda: target.copy_(source), **given)
 
 
-def _matrix_times(
-    width: int, device: torch.device | str, dtype: torch.dtype, repeats: int
-) -> Repetitions:
-    left, right = (torch.randn(width, width, device=device, dtype=dtype) for _ in range(2))
-    return repeat(lambda: left @ right, device=device, repeats=repeats)
+def _matrix_times(width: int, dtype: torch.dtype, given: dict[str, Any]) -> Repetitions:
+    left, right = (torch.randn(width, width, device=given["device"], dtype=dtype) for _ in range(2))
+    return repeat(lambda: left @ right, **given)

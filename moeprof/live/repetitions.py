@@ -10,6 +10,9 @@ from typing import Any
 
 import torch
 
+# Runs queued at once while loading: so many that the device hardly idles between.
+_QUEUED = 10
+
 
 @dataclass(frozen=True)
 class Repetitions:
@@ -38,18 +41,30 @@ def repeat(
     device: torch.device | str,
     repeats: int = 20,
     warmup: int = 3,
+    rest_s: float = 0.0,
+    load_s: float = 0.0,
 ) -> Repetitions:
     """Runs ``function`` and returns its times.
 
     On a GPU each run is timed between two events, queued one after the other without waiting, so
     that what the host does between launches shows only where it is slower than the device.
 
+    A GPU at its power limit lowers its clock. Times compare only where the device was in the same
+    state before each.
+
     Args:
         function: What to run.
         device: Where it runs.
         repeats: Timed runs; at least two.
         warmup: Runs before them.
+        rest_s: Seconds that the device idles first.
+        load_s: Seconds that ``function`` runs again and again after that.
     """
+    if rest_s:
+        _wait(device)
+        time.sleep(rest_s)
+    if load_s:
+        _load(function, device, load_s)
     return repeat_in_turn([function], device=device, repeats=repeats, warmup=warmup)[0]
 
 
@@ -90,6 +105,19 @@ def repeat_in_turn(
         torch.cuda.synchronize(device)
         times = [begin.elapsed_time(end) for begin, end in pairs]
     return [Repetitions(tuple(times[place :: len(functions)])) for place in range(len(functions))]
+
+
+def _load(function: Callable[[], object], device: torch.device | str, seconds: float) -> None:
+    end = time.perf_counter() + seconds
+    while time.perf_counter() < end:
+        for _ in range(_QUEUED):
+            function()
+        _wait(device)
+
+
+def _wait(device: torch.device | str) -> None:
+    if torch.device(device).type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def _event() -> Any:

@@ -7,9 +7,8 @@ from moeprof.live.kernels.pace import is_ahead, look, reached, report
 
 
 @triton.jit
-def ask_is_ahead(done, total, progress, begun, lead, out):
-    now = reached(look(progress))
-    answer = is_ahead(tl.load(done), tl.load(total), now, tl.load(begun), tl.load(lead))
+def ask_is_ahead(done, total, progress, begun, out):
+    answer = is_ahead(tl.load(done), tl.load(total), reached(look(progress)), tl.load(begun))
     tl.store(out, answer.to(tl.int32))
 
 

@@ -16,9 +16,6 @@ import triton.language as tl
 # of it on an H200 at the paper's LM geometry, for it ends a tile, and writes one, more often.
 WHOLE = tl.constexpr(4096)
 FIRST = tl.constexpr(2304)
-# How far ahead a stream may be in its first product. There both kinds of products lose most by each
-# other, and where they end together a stream slowed too soon ends last.
-LEAD = tl.constexpr(256)
 _READERS = tl.constexpr(128)
 
 
@@ -54,18 +51,17 @@ def reached(looked):
 
 
 @triton.jit
-def is_ahead(done, total, now, begun, lead):
+def is_ahead(done, total, now, begun):
     """Returns whether a kernel is further than it must be to end with the other one.
 
     Args:
-        done: Its tiles done since ``begun``.
-        total: Its tiles from there to its end.
+        done: Its tiles done.
+        total: Its tiles.
         now: Progress of the other one.
-        begun: The same where this one's tiles are counted from.
-        lead: Progress that it may be ahead by.
+        begun: The same when this one began.
     """
     own = done.to(tl.int64) * (WHOLE - begun)
-    other = (now - begun + lead).to(tl.int64) * total
+    other = (now - begun).to(tl.int64) * total
     return (own > other) & (now < WHOLE)
 
 

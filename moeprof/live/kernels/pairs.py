@@ -20,7 +20,7 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from moeprof.live.experts import ExpertWeights
-from moeprof.live.kernels.pace import LEAD, is_ahead, look, meet, reached, report, report_end
+from moeprof.live.kernels.pace import is_ahead, look, meet, reached, report, report_end
 from moeprof.live.kernels.parts import ACTIVATION_CODES, activated, processors
 from moeprof.live.kernels.sorting import ENTRY, SortedRows, TileTables
 from moeprof.live.kernels.tiles import HIGH, LOW, TALL, PairTiles, ProductTiles
@@ -113,8 +113,7 @@ def _run_table(
         left_column = (tile % tiles_across) * COLUMNS
         matrix_row = expert * matrix_rows + left_column
         if PACED:
-            lead = LEAD if PRODUCT == 0 else 0
-            ahead = is_ahead(tiles_before + tile, tiles_in_all, reached(looked), begun, lead)
+            ahead = is_ahead(tiles_before + tile, tiles_in_all, reached(looked), begun)
             # Looked for a tile ahead, too.
             looked = look(progress)
             if ahead:
@@ -185,13 +184,12 @@ def _short_product(
     tiles_across = tl.cdiv(num_columns, COLUMNS)
     tiles_before = num_high * tiles_across
     tiles_in_all = tl.maximum((num_high + num_low) * tiles_across, 1)
+    # Only then, and only the low tiles, which are most: what tall tiles lose by a stream beside
+    # them, they lose in their second product.
+    PACED: tl.constexpr = PRODUCT == 1
     begun = 0
-    if PRODUCT == 0:
-        # Half of its work, as it is about half of the other one's.
-        tiles_in_all *= 2
-    else:
+    if PACED:
         begun = reached(look(progress))
-    # Only the low tiles are paced, which are most.
     _run_table(
         program, high_rows, matrix, bias, out, high_table, num_high, num_columns, progress, 0,
         tiles_in_all, begun, DEPTH, HIGH_HEIGHT, COLUMNS, DEPTH_STEP, True, GATED, BIAS, ACTIVATION,
@@ -202,7 +200,7 @@ def _short_product(
     _run_table(
         (program - before + programs) % programs, low_rows, matrix, bias, out, low_table, num_low,
         num_columns, progress, tiles_before, tiles_in_all, begun, DEPTH, LOW_HEIGHT, COLUMNS,
-        DEPTH_STEP, True, GATED, BIAS, ACTIVATION, STAGES, PRODUCT, False, True,
+        DEPTH_STEP, True, GATED, BIAS, ACTIVATION, STAGES, PRODUCT, False, PACED,
         SLOW_STAGES,
     )  # fmt: skip
 

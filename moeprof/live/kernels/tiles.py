@@ -53,8 +53,8 @@ class PairTiles:
         tall_out: Second product of the same.
         short_in: First product, experts with up to `HIGH` rows; ``columns`` are a multiple of 64.
         short_out: Second product of the same, by the same launch: only columns may differ.
-        slow_stages: Buffers that low tiles load through while their launch is further than it must
-            be to end with the tall ones.
+        slow_stages: Buffers that low tiles of that second product load through while it is further
+            than it must be to end with the tall one.
 
     Raises:
         ValueError: If the short products do not make one launch, or have fewer buffers than that.

@@ -64,8 +64,8 @@ _ADDITIONAL_NEEDED: Mapping[str, tuple[str, ...]] = MappingProxyType(
         "parallel": (*_ALWAYS, "num_ranks", "kernel", "all_to_all", "traces"),
         "mt": _ALWAYS,
         "skew": (
-            *_ALWAYS, "geometry", "num_tokens", "ceilings", "tolerance", "routing", "agreement",
-            "rows", "complete",
+            *_ALWAYS, "geometry", "num_tokens", "tolerance", "routing", "agreement", "states",
+            "complete",
         ),
     }
 )  # fmt: skip

@@ -44,6 +44,8 @@ KERNELS: Mapping[str, str] = {
     "transformers grouped_mm": "transformers grouped_mm",
 }
 """The kernels that stand beside each other, as the file names them."""
+RESTED, LOADED = "rested", "loaded"
+"""States of the device: after a pause; after the kernel has run without one for a while."""
 REFERENCE_ACTIVE = 95
 """Active experts of 512 under the skewed routing of the feasibility measurement."""
 _NEEDED = ("exponent", "active_experts", "kernel", "bytes_ms", "flops_ms", "times_ms")
@@ -66,17 +68,22 @@ def goal_of(exponent: float) -> float:
     return GOAL_MANY_SKEWED if exponent else GOAL_MANY_UNIFORM
 
 
-def skew_rows(data: Mapping[str, Any]) -> pd.DataFrame:
+def skew_rows(data: Mapping[str, Any], state: str = RESTED) -> pd.DataFrame:
     """Returns one row per exponent and kernel, ascending: times in ms, shares of the floor.
 
     Goals are moeprof's: other kernels have none.
+
+    Args:
+        data: What the script wrote.
+        state: Of the device; kernels and ceilings were both measured in it.
 
     Raises:
         MoeprofError: A row lacks a field, or there is not one of each kernel at every exponent.
     """
     file = ADDITIONAL_FILES["skew"]
+    measured = _measured(data, state)["rows"]
     rows = []
-    for row in data["rows"] if isinstance(data["rows"], list) else ():
+    for row in measured if isinstance(measured, list) else ():
         lacking = [each for each in _NEEDED if not (isinstance(row, dict) and each in row)]
         if lacking:
             raise MoeprofError(f"a row of {file} lacks {', '.join(lacking)}", hint=_HINT)
@@ -112,6 +119,32 @@ def skew_rows(data: Mapping[str, Any]) -> pd.DataFrame:
     if not (made["exponent"] > 0).any():
         raise MoeprofError(f"{file} has no row of skewed routing", hint=_HINT)
     return made.sort_values("exponent", kind="stable", ignore_index=True)
+
+
+def _measured(data: Mapping[str, Any], state: str) -> Mapping[str, Any]:
+    """Returns what was measured in a state: rows, ceilings and waits."""
+    states = data["states"]
+    own = states.get(state) if isinstance(states, dict) else None
+    lacking = [
+        each for each in ("rest_s", "load_s", "ceilings", "rows")
+        if not (isinstance(own, dict) and each in own)
+    ]  # fmt: skip
+    if not isinstance(own, dict) or lacking:
+        raise MoeprofError(
+            f"{ADDITIONAL_FILES['skew']} lacks {', '.join(lacking)} of the {state} device",
+            hint=_HINT,
+        )
+    return own
+
+
+def every_row(data: Mapping[str, Any]) -> pd.DataFrame:
+    """Returns `skew_rows` of both states, with a column that says which."""
+    made = []
+    for state in (RESTED, LOADED):
+        rows = skew_rows(data, state)
+        rows.insert(0, "device", state)
+        made.append(rows)
+    return pd.concat(made, ignore_index=True)
 
 
 def _is_number(value: object) -> bool:
@@ -217,42 +250,20 @@ def _range(skew: Skew) -> str:
 def skew_goals(data: Mapping[str, Any] | None) -> list[Goal]:
     """Returns what the kernel is held to, by how skewed routing is."""
     about = f"Kernel by skew of routing, {MANY_TOKENS if data is None else data['num_tokens']:,}"
-    skewed = f"{about} tokens: share of the floor under every Zipf law"
-    uniform = f"{about} tokens, uniform routing: share of the floor in the same run"
-    outputs = f"{about} tokens: outputs against one GEMM per expert, largest relative error"
     least = f"at least {percent(GOAL_MANY_SKEWED)}"
     least_uniform = f"at least {percent(GOAL_MANY_UNIFORM)}"
+    outputs = f"{about} tokens: outputs against one GEMM per expert, largest relative error"
+    made: list[Goal] = []
+    for state in (RESTED, LOADED):
+        skewed = f"{about} tokens, device {state}: share of the floor under every Zipf law", least
+        uniform = f"{about} tokens, device {state}, uniform routing: share of the floor"
+        if data is None:
+            made += not_measured("skew", skewed, (uniform, least_uniform))
+        else:
+            made += _state_goals(skew_rows(data, state), skewed, (uniform, least_uniform))
     if data is None:
-        return not_measured(
-            "skew",
-            (skewed, least),
-            (uniform, least_uniform),
-            (outputs, "that of bfloat16"),
-        )
-    rows = skew_rows(data)
-    skew, even, error = skew_of(rows), uniform_row(rows), largest_error(data)
-    found = (
-        f"{skew.span}: {_range(skew)}; {_said(skew.nearest)} at "
-        f"{skew.nearest['active_experts']} active experts; least at "
-        f"{skew.least['exponent']:g} ({skew.least['active_experts']} active)"
-    )
-    if skew.missed:
-        found += (
-            f"; reached at {len(skew.reached)} of {len(skew.rows)} exponents, missed at "
-            f"{_listed(skew.missed)}"
-        )
-    made = [
-        Goal(quantity=skewed, goal=least, found=found, met=not skew.missed, section="skew"),
-    ]
-    if even is None:
-        made += not_measured("skew", (uniform, least_uniform))
-    else:
-        made.append(
-            Goal(
-                quantity=uniform, goal=least_uniform, found=_said(even),
-                met=bool(even["reached"]), section="skew",
-            )
-        )  # fmt: skip
+        return [*made, *not_measured("skew", (outputs, "that of bfloat16"))]
+    error = largest_error(data)
     made.append(
         Goal(
             quantity=outputs, goal=f"at most {data['tolerance']:g}", found=f"{error:.1e}",
@@ -262,31 +273,60 @@ def skew_goals(data: Mapping[str, Any] | None) -> list[Goal]:
     return made
 
 
-def skew_readme_rows(data: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
-    """Returns the row of the README's table."""
-    skew = skew_of(skew_rows(data))
-    missed = f", missed at {_listed(skew.missed)}" if skew.missed else ""
-    return [
-        (
-            f"moeprof's kernel by skew, {data['num_tokens']:,} tokens: {skew.span}",
-            f"{_range(skew)}; {_said(skew.nearest)} at {skew.nearest['active_experts']} active "
-            f"experts; least at {skew.least['exponent']:g} "
-            f"({skew.least['active_experts']} active{varied(skew.least)})",
-            f"{percent(GOAL_MANY_SKEWED)}{missed}",
-            _COMMAND,
+def _state_goals(
+    rows: pd.DataFrame, skewed: tuple[str, str], uniform: tuple[str, str]
+) -> list[Goal]:
+    """Returns the goals of one state; each with what it is about and what it is."""
+    skew, even = skew_of(rows), uniform_row(rows)
+    found = f"{skew.span}: {_found(skew)}"
+    if skew.missed:
+        found += (
+            f"; reached at {len(skew.reached)} of {len(skew.rows)} exponents, missed at "
+            f"{_listed(skew.missed)}"
         )
-    ]
+    quantity, goal = skewed
+    made = [Goal(quantity=quantity, goal=goal, found=found, met=not skew.missed, section="skew")]
+    if even is None:
+        return made + not_measured("skew", uniform)
+    quantity, goal = uniform
+    reached = bool(even["reached"])
+    made.append(
+        Goal(quantity=quantity, goal=goal, found=_said(even), met=reached, section="skew")
+    )  # fmt: skip
+    return made
+
+
+def _found(skew: Skew) -> str:
+    """Returns the range of shares, what it is near the reference, and the least, in words."""
+    return (
+        f"{_range(skew)}; {_said(skew.nearest)} at {skew.nearest['active_experts']} active "
+        f"experts; least at {skew.least['exponent']:g} ({skew.least['active_experts']} active"
+        f"{varied(skew.least)})"
+    )
+
+
+def skew_readme_rows(data: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
+    """Returns the rows of the README's table: a rested device, and a loaded one."""
+    about = f"moeprof's kernel by skew, {data['num_tokens']:,} tokens"
+    made = []
+    for state, quantity in ((RESTED, f"{about}, device rested"), (LOADED, "the same, loaded")):
+        skew = skew_of(skew_rows(data, state))
+        missed = f", missed at {_listed(skew.missed)}" if skew.missed else ""
+        goal = f"{percent(GOAL_MANY_SKEWED)}{missed}"
+        made.append((f"{quantity}: {skew.span}", _found(skew), goal, _COMMAND))
+    return made
 
 
 def skew_part(data: Mapping[str, Any]) -> Described:
     """Returns the share of the floor by skew."""
-    rows = skew_rows(data)
+    rows, loaded = skew_rows(data), skew_rows(data, LOADED)
     skew, even, error = skew_of(rows), uniform_row(rows), largest_error(data)
-    verdict = _verdict(skew)
+    verdict, under_load = _verdict(skew), skew_of(loaded)
     metrics = [
         _metric("least", skew.least),
         _metric("reference", skew.nearest),
         *([] if even is None else [_metric("uniform", even)]),
+        _metric("loaded", under_load.least),
     ]
     labels = {
         "skew/least": f"moeprof, the least, exponent {skew.least['exponent']:g} "
@@ -294,14 +334,15 @@ def skew_part(data: Mapping[str, Any]) -> Described:
         "skew/reference": f"moeprof, {skew.nearest['active_experts']} active, exponent "
         f"{skew.nearest['exponent']:g}",
         "skew/uniform": "moeprof, uniform routing",
+        "skew/loaded": f"moeprof, device loaded, the least, exponent "
+        f"{under_load.least['exponent']:g} ({under_load.least['active_experts']} active)",
     }
     geometry = data["geometry"]
-    rates = data["ceilings"]
     agrees = error <= data["tolerance"]
     result = Result(
         name="skew",
         title="Share of the floor by skew",
-        table=rows,
+        table=every_row(data),
         metrics=tuple(metrics),
         findings=(
             Finding(
@@ -311,6 +352,12 @@ def skew_part(data: Mapping[str, Any]) -> Described:
                 metric="skew/least",
             ),
             *_uniform_findings(even),
+            Finding(
+                text=_loaded_said(data, under_load),
+                severity=SEVERITY_COST - 3 if under_load.missed else SEVERITY_FACT,
+                section="skew",
+                metric="skew/loaded",
+            ),
             Finding(
                 text=f"At every exponent moeprof's outputs are held to one GEMM per expert: the "
                 f"largest relative error is {error:.1e}, "
@@ -326,17 +373,20 @@ def skew_part(data: Mapping[str, Any]) -> Described:
             "Where they are equally long, whatever of one is not done during the other adds to it.",
             f"A feasibility measurement before the goals were set had {REFERENCE_ACTIVE} of 512 "
             "experts active under skewed routing.",
-            f"Measured rates: copy {rates['copy_bytes_per_s'] / 1e12:.2f} TB/s read plus written, "
-            f"matrix products {rates['matrix_flops_per_s'] / 1e12:.0f} TFLOP/s.",
-            "Kernels take turns, repetition by repetition, on one set of experts.",
+            *(
+                f"Measured rates, {_waits(data, state)}: {_rates(data, state)}."
+                for state in (RESTED, LOADED)
+            ),
+            "Ceilings and kernels are measured in the same state of the device, each alone: one "
+            "that multiplies without a pause reaches its power limit and lowers its clock.",
         ),
     )
     section = result_section(
         result,
         question="How does skew change the kernel's share of the floor?",
         labels=labels,
-        figures=[_figure(rows, skew)],
-        tables=[rows_table("Every exponent and kernel", _named(rows))],
+        figures=[_figure(rows, loaded, skew)],
+        tables=[rows_table("Every exponent and kernel", _named(every_row(data)))],
         headline=[metric.name for metric in metrics],
     )
     return part(
@@ -356,6 +406,32 @@ def skew_part(data: Mapping[str, Any]) -> Described:
         ],
         section=section,
         result=result,
+    )
+
+
+def _rates(data: Mapping[str, Any], state: str) -> str:
+    rates = _measured(data, state)["ceilings"]
+    return (
+        f"copy {rates['copy_bytes_per_s'] / 1e12:.2f} TB/s read plus written, matrix products "
+        f"{rates['matrix_flops_per_s'] / 1e12:.0f} TFLOP/s"
+    )
+
+
+def _waits(data: Mapping[str, Any], state: str) -> str:
+    """Returns what was done before each measurement of a state."""
+    own = _measured(data, state)
+    if state == RESTED:
+        return f"device rested ({own['rest_s']:g} s of pause before each)"
+    return f"device loaded (each runs for {own['load_s']:g} s before it is timed)"
+
+
+def _loaded_said(data: Mapping[str, Any], skew: Skew) -> str:
+    """Returns what moeprof's kernel does on a loaded device, held to what that can do."""
+    missed = f", under the goal at {_listed(skew.missed)}" if skew.missed else ""
+    return (
+        f"With the {_waits(data, LOADED)}, held to the rates of the same state "
+        f"({_rates(data, LOADED)}), it is {_range(skew)} under skewed routing{missed}; the least "
+        f"is at {skew.least['exponent']:g}{varied(skew.least)}."
     )
 
 
@@ -415,7 +491,7 @@ def _metric(name: str, row: pd.Series[Any]) -> Metric:
     )  # fmt: skip
 
 
-def _figure(rows: pd.DataFrame, skew: Skew) -> Any:
+def _figure(rows: pd.DataFrame, loaded: pd.DataFrame, skew: Skew) -> Any:
     shares: list[dict[str, Any]] = [
         {
             "key": _SERIES[kernel],
@@ -427,6 +503,16 @@ def _figure(rows: pd.DataFrame, skew: Skew) -> Any:
         }
         for kernel, label in KERNELS.items()
     ]
+    shares.append(
+        {
+            "key": "static_index",
+            "label": "moeprof, device loaded",
+            "points": [
+                [row["exponent"], row["share"], row["share_low"], row["share_high"]]
+                for _, row in loaded[loaded["kernel"] == OURS].iterrows()
+            ],
+        }
+    )
     own = rows[rows["kernel"] == OURS]
     goals = [[each, goal_of(each), None, None] for each in own["exponent"]]
     shares.append({"key": "goal", "label": "goal for moeprof", "marks": True, "points": goals})
@@ -473,8 +559,8 @@ def _figure(rows: pd.DataFrame, skew: Skew) -> Any:
 
 def draw_skew(data: Mapping[str, Any], path: Path) -> None:
     """Draws shares of the floor with their goals, and both parts of the floor, by exponent."""
-    rows = skew_rows(data)
-    own = rows[rows["kernel"] == OURS]
+    rows, loaded = skew_rows(data), skew_rows(data, LOADED)
+    own, under_load = rows[rows["kernel"] == OURS], loaded[loaded["kernel"] == OURS]
     with mpl.rc_context(dict(STYLE)):
         figure, (shares, times) = plt.subplots(1, 2, figsize=(10.6, 4.1), layout="constrained")
         for colour, mark, (kernel, label) in zip(COLOURS, "osD", KERNELS.items(), strict=False):
@@ -485,6 +571,12 @@ def draw_skew(data: Mapping[str, Any], path: Path) -> None:
                 linestyle="-" if kernel == OURS else (0, (6, 2)), label=label,
                 linewidth=2.4 if kernel == OURS else 1.5,
             )  # fmt: skip
+        _band(shares, under_load, "share", COLOURS[0])
+        shares.plot(
+            under_load["exponent"], under_load["share"], color=COLOURS[0], marker="o",
+            markersize=4.5, markerfacecolor="white", linewidth=1.5, linestyle=(0, (1, 1.2)),
+            label="moeprof, device loaded",
+        )  # fmt: skip
         shares.plot(
             own["exponent"], own["goal_share"], linestyle="", marker="_", markersize=11,
             markeredgewidth=2.4, color="#b3261e", label="goal for moeprof",
@@ -538,6 +630,6 @@ SKEW = Addition(
     part=skew_part,
     goals=skew_goals,
     readme_rows=skew_readme_rows,
-    rows=lambda data: {"gating-skew": skew_rows(data)},
+    rows=lambda data: {"gating-skew": every_row(data)},
     drawings={"gating-skew.png": draw_skew},
 )

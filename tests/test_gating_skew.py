@@ -38,8 +38,10 @@ MADE_UP = (
     (2.2, 130, 0.51, 0.5, 1.0),
     (3.0, 90, 0.25, 0.5, 0.75),
 )
-SKEWED = "Kernel by skew of routing, 16,384 tokens: share of the floor under every Zipf law"
-UNIFORM = "Kernel by skew of routing, 16,384 tokens, uniform routing: share of the floor in the "
+ABOUT = "Kernel by skew of routing, 16,384 tokens, device "
+SKEWED = f"{ABOUT}rested: share of the floor under every Zipf law"
+LOADED = f"{ABOUT}loaded: share of the floor under every Zipf law"
+UNIFORM = f"{ABOUT}rested, uniform routing: share of the floor"
 OUTPUTS = "Kernel by skew of routing, 16,384 tokens: outputs against one GEMM per expert, largest "
 CEILINGS = Ceilings(
     copy_bytes_per_s=1e6,
@@ -50,7 +52,10 @@ CEILINGS = Ceilings(
 
 
 def result(settings=MADE_UP, error=0.004):
-    """Returns what the script writes; public kernels take twice as long as moeprof's."""
+    """Returns what the script writes; public kernels take twice as long as moeprof's.
+
+    The loaded device multiplies at half the rate; its kernels take 1.25 times as long.
+    """
     return {
         "command": "python -m analysis.gpu.gating_skew --out x",
         "date": "2026-01-05T00:00:00+00:00",
@@ -58,21 +63,32 @@ def result(settings=MADE_UP, error=0.004):
         "versions": {"torch": "2"},
         "geometry": {"num_experts": 512, "d_model": 1024, "d_ff": 4096, "top_k": 2},
         "num_tokens": 16_384,
-        "ceilings": {"copy_bytes_per_s": 4e12, "matrix_flops_per_s": 8e14},
         "tolerance": 0.01,
         "routing": {f"{each[0]:g}": f"drawn at {each[0]:g}" for each in settings},
         "agreement": [{"exponent": each[0], "relative_error": error} for each in settings],
+        "states": {
+            "rested": state(settings, 0.5, 0.0, 1.0, 1.0),
+            "loaded": state(settings, 0.0, 1.0, 2.0, 1.25),
+        },
+        "complete": True,
+    }
+
+
+def state(settings, rest_s, load_s, multiplying_takes, kernels_take):
+    return {
+        "rest_s": rest_s,
+        "load_s": load_s,
+        "ceilings": {"copy_bytes_per_s": 4e12, "matrix_flops_per_s": 8e14 / multiplying_takes},
         "rows": [
             {
                 "exponent": exponent, "active_experts": active, "kernel": kernel,
-                "bytes_ms": reading, "flops_ms": multiplying,
-                "times_ms": [factor * ours * each for each in (0.9, 1.0, 1.1)],
+                "bytes_ms": reading, "flops_ms": multiplying_takes * multiplying,
+                "times_ms": [kernels_take * factor * ours * each for each in (0.9, 1.0, 1.1)],
             }
             for exponent, active, reading, multiplying, ours in settings
             for kernel, factor in
             ((name, 1 if name == "dynamic" else 2) for name in parts.KERNELS)
         ],
-        "complete": True,
     }  # fmt: skip
 
 
@@ -122,22 +138,25 @@ def test_the_script_measures_and_the_page_shows_it(tmp_path, bare, capsys):
     path = tmp_path / ADDITIONAL_FILES["skew"]
     data = json.loads(path.read_text())
     assert data["complete"] and data["command"].endswith(f"--out {tmp_path} --tiny")
-    assert len(data["ceilings"]["copy"]["times_ms"]) > 2
-    assert [row["kernel"] for row in data["rows"]] == 3 * list(parts.KERNELS)
     assert [row["exponent"] for row in data["agreement"]] == [0.0, 2.2, 3.0]
-    for row in data["rows"]:
-        assert row["floor_ms"] == max(row["bytes_ms"], row["flops_ms"]) > 0
-        assert row["median_ms"] == pytest.approx(np.median(row["times_ms"]))
-        assert row["share_of_floor"] == pytest.approx(row["floor_ms"] / row["median_ms"])
-    first, _, last = data["rows"][::3]
-    assert first["active_experts"] == 16 > last["active_experts"]
-    assert first["bytes_ms"] > last["bytes_ms"] and first["flops_ms"] == last["flops_ms"]
+    waits = {name: (own["rest_s"], own["load_s"]) for name, own in data["states"].items()}
+    assert waits == {"rested": (0.01, 0.0), "loaded": (0.0, 0.01)}
+    for own in data["states"].values():
+        assert len(own["ceilings"]["copy"]["times_ms"]) > 2
+        assert [row["kernel"] for row in own["rows"]] == 3 * list(parts.KERNELS)
+        for row in own["rows"]:
+            assert row["floor_ms"] == max(row["bytes_ms"], row["flops_ms"]) > 0
+            assert row["median_ms"] == pytest.approx(np.median(row["times_ms"]))
+            assert row["share_of_floor"] == pytest.approx(row["floor_ms"] / row["median_ms"])
+        first, _, last = own["rows"][::3]
+        assert first["active_experts"] == 16 > last["active_experts"]
+        assert first["bytes_ms"] > last["bytes_ms"] and first["flops_ms"] == last["flops_ms"]
     part, _ = part_of(bare, data)
     assert "Zipf 2.2 to 3" in part["verdict"]
 
 
 def test_outputs_that_differ_are_said(tmp_path, monkeypatch, bare, capsys):
-    monkeypatch.setattr(script, "measure_ceilings", lambda device: CEILINGS)
+    monkeypatch.setattr(script, "measure_ceilings", lambda device, **waits: CEILINGS)
     monkeypatch.setattr(script, "_TINY_EXPONENTS", (2.2,))
     monkeypatch.setattr(script, "dynamic", lambda hidden, *given: torch.zeros_like(hidden))
     assert script.main(["--out", str(tmp_path), "--tiny"]) == 1
@@ -159,12 +178,21 @@ def test_what_is_reached_is_computed():
         "Zipf 1 to 3: 51% to 75%; 67% at 90 active experts; least at 2.2 (130 active); reached at "
         "2 of 3 exponents, missed at 2.2"
     )
+    # The loaded device's floor is 2, 1.5, 1 and 1 ms; the kernel takes 3.125, 2.5, 1.25, 0.9375 ms.
+    loaded = found[LOADED]
+    assert loaded.verdict == "reached"
+    assert loaded.found == (
+        "Zipf 1 to 3: 60% to 107%; 107% at 90 active experts; least at 1 (400 active)"
+    )
     (uniform,) = [goal for name, goal in found.items() if name.startswith(UNIFORM)]
     assert (uniform.found, uniform.goal, uniform.verdict) == ("80%", "at least 80%", "reached")
     (outputs,) = [goal for name, goal in found.items() if name.startswith(OUTPUTS)]
     assert outputs.verdict == "reached" and outputs.found == "4.0e-03"
-    ((quantity, row, goal, command),) = parts.skew_readme_rows(result())
-    assert quantity == "moeprof's kernel by skew, 16,384 tokens: Zipf 1 to 3"
+    (quantity, row, goal, command), (other, loaded_row, _, _) = parts.skew_readme_rows(result())
+    assert other == "the same, loaded: Zipf 1 to 3" and loaded_row == loaded.found.removeprefix(
+        "Zipf 1 to 3: "
+    )
+    assert quantity == "moeprof's kernel by skew, 16,384 tokens, device rested: Zipf 1 to 3"
     assert row == ("51% to 75%; 67% at 90 active experts; least at 2.2 (130 active)")
     assert goal == "60%, missed at 2.2" and "gating_skew" in command
 
@@ -174,16 +202,17 @@ def test_another_outcome_is_said_otherwise():
     other = ((0.0, 512, 2.0, 0.5, 2.6), (1.0, 200, 1.0, 0.5, 1.25), (3.0, 80, 0.25, 0.5, 0.625))
     data = result(other)
     found = list(parts.skew_goals(data))
-    assert [goal.verdict for goal in found] == ["reached", "missed", "reached"]
+    assert [goal.verdict for goal in found[:2]] == ["reached", "missed"]
+    assert [goal.verdict for goal in found[2:]] == ["reached", "missed", "reached"]
     assert "missed" not in found[0].found and found[1].found == "77%"
-    ((_, row, goal, _),) = parts.skew_readme_rows(data)
+    (_, row, goal, _), _ = parts.skew_readme_rows(data)
     assert goal == "60%"
     assert row.endswith("(200 active)")
     # Two ways it goes, of which the median is the slow one.
-    for each in data["rows"]:
+    for each in data["states"]["rested"]["rows"]:
         if each["kernel"] == parts.OURS and each["exponent"] == 1:
             each["times_ms"][0] = 1.0
-    ((_, row, _, _),) = parts.skew_readme_rows(data)
+    (_, row, _, _), _ = parts.skew_readme_rows(data)
     assert row.endswith("(200 active, in its fastest repetition 100%)")
     assert (
         "2.0 times as long as multiplying, in its fastest repetition 100%"
@@ -196,7 +225,7 @@ def test_another_outcome_is_said_otherwise():
     slow = result(tuple((*each[:4], 10.0) for each in other[1:]))
     assert "misses the goal of 60% of the floor at every" in parts.skew_part(slow).data["verdict"]
     assert [goal.verdict for goal in parts.skew_goals(slow)] == [
-        "missed", "not measured", "reached",
+        "missed", "not measured", "missed", "not measured", "reached",
     ]  # fmt: skip
 
 
@@ -229,7 +258,14 @@ def test_the_part_says_what_was_found(bare):
         {series["label"]: series["points"] for series in each["series"]}
         for each in figure["panels"]
     )
-    assert set(shares) == {*parts.KERNELS.values(), "goal for moeprof"}
+    assert set(shares) == {
+        *parts.KERNELS.values(), "moeprof, device loaded", "goal for moeprof",
+    }  # fmt: skip
+    assert [point[1] for point in shares["moeprof, device loaded"]] == pytest.approx(
+        [0.64, 0.6, 0.8, 1 / 0.9375]
+    )
+    assert any("under skewed routing; the least is at 1." in each["text"]
+               for each in section["findings"])  # fmt: skip
     assert [point[1] for point in shares["goal for moeprof"]] == [0.8, 0.6, 0.6, 0.6]
     assert [point[1] for point in shares["transformers grouped_mm"]] == pytest.approx(
         [0.4, 0.375, 0.255, 1 / 3]
@@ -239,7 +275,8 @@ def test_the_part_says_what_was_found(bare):
     ]  # fmt: skip
     assert [point[1] for point in times["multiplying"]] == [0.5] * 4
     rows = section["tables"][0]["rows"]
-    assert len(rows) == 12 and [row["reached"] for row in rows[:4]] == ["yes", None, None, "yes"]
+    assert len(rows) == 24 and [row["reached"] for row in rows[:4]] == ["yes", None, None, "yes"]
+    assert [row["device"] for row in rows[::12]] == ["rested", "loaded"]
     for picture in re.findall(r"<svg[^>]*>", report.html):
         assert len(re.search(r'aria-label="([^"]*)"', picture).group(1)) > 20
     cut, _ = part_of(bare, {**result(), "complete": False, "beside": "others ran"})
@@ -266,7 +303,7 @@ def test_the_command_writes_it_or_names_what_is_wrong(tmp_path, capsys):
     path.write_text(json.dumps(result()))
     assert page.main(command) == 0
     assert (out / "gating-skew.png").read_bytes().startswith(b"\x89PNG")
-    assert len(pd.read_csv(out / "gating-skew.csv")) == 12
+    assert len(pd.read_csv(out / "gating-skew.csv")) == 24
     assert "moeprof's kernel by skew" in (out / "readme-table.md").read_text()
     capsys.readouterr()
     for text, said in (("[", "cannot read"), ('{"command": 1}', "lacks")):
@@ -276,9 +313,17 @@ def test_the_command_writes_it_or_names_what_is_wrong(tmp_path, capsys):
         assert said in error and path.name in error and "Traceback" not in error
 
 
+def rested(data):
+    return data["states"]["rested"]
+
+
+def rows(data):
+    return rested(data)["rows"]
+
+
 def _without(field):
     def change(data):
-        del data["rows"][3][field]
+        del rows(data)[3][field]
 
     return change
 
@@ -287,16 +332,25 @@ def _without(field):
     ("change", "said"),
     [
         (_without("flops_ms"), "a row of gating_skew.json lacks flops_ms"),
-        (lambda data: data["rows"].insert(0, None), "lacks exponent"),
-        (lambda data: data["rows"][0].update(times_ms=[]), "times that are no numbers"),
-        (lambda data: data["rows"][0].update(times_ms="fast"), "times that are no numbers"),
-        (lambda data: data["rows"][0].update(bytes_ms=None), "times that are no numbers"),
-        (lambda data: data["rows"][0].update(times_ms=[0.0, 1.0]), "times that are no numbers"),
-        (lambda data: data["rows"][0].update(exponent=None), "times that are no numbers"),
-        (lambda data: data.update(rows=3), "has not one row of each of dynamic"),
-        (lambda data: data["rows"].pop(), "has not one row of each of dynamic"),
-        (lambda data: data.update(rows=[]), "has not one row of each of dynamic"),
-        (lambda data: data.update(rows=data["rows"][:3]), "no row of skewed routing"),
+        (lambda data: rows(data).insert(0, None), "lacks exponent"),
+        (lambda data: rows(data)[0].update(times_ms=[]), "times that are no numbers"),
+        (lambda data: rows(data)[0].update(times_ms="fast"), "times that are no numbers"),
+        (lambda data: rows(data)[0].update(bytes_ms=None), "times that are no numbers"),
+        (
+            lambda data: rows(data)[0].update(times_ms=[0.0, 1.0]),
+            "times that are no numbers",
+        ),
+        (lambda data: rows(data)[0].update(exponent=None), "times that are no numbers"),
+        (lambda data: rested(data).update(rows=3), "has not one row of each of dynamic"),
+        (lambda data: rows(data).pop(), "has not one row of each of dynamic"),
+        (lambda data: rested(data).update(rows=[]), "has not one row of each of dynamic"),
+        (
+            lambda data: rested(data).update(rows=rows(data)[:3]),
+            "no row of skewed routing",
+        ),
+        (lambda data: data.update(states=[]), "lacks rest_s, load_s, ceilings, rows of the rested"),
+        (lambda data: rested(data).pop("ceilings"), "lacks ceilings of the rested device"),
+        (lambda data: data["states"].pop("loaded"), "rows of the loaded device"),
         (lambda data: data.update(agreement=[]), "does not say how far outputs agree"),
         (lambda data: data["agreement"][0].clear(), "does not say how far outputs agree"),
     ],

@@ -306,15 +306,27 @@ def _found(skew: Skew) -> str:
 
 
 def skew_readme_rows(data: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
-    """Returns the rows of the README's table: a rested device, and a loaded one."""
-    about = f"moeprof's kernel by skew, {data['num_tokens']:,} tokens"
-    made = []
-    for state, quantity in ((RESTED, f"{about}, device rested"), (LOADED, "the same, loaded")):
-        skew = skew_of(skew_rows(data, state))
-        missed = f", missed at {_listed(skew.missed)}" if skew.missed else ""
-        goal = f"{percent(GOAL_MANY_SKEWED)}{missed}"
-        made.append((f"{quantity}: {skew.span}", _found(skew), goal, _COMMAND))
-    return made
+    """Returns the row of the README's table: a rested device, and a loaded one."""
+    states = {state: skew_of(skew_rows(data, state)) for state in (RESTED, LOADED)}
+    found = [
+        f"{state} {_range(skew)}, least at {skew.least['exponent']:g} "
+        f"({skew.least['active_experts']} active{varied(skew.least)})"
+        for state, skew in states.items()
+    ]
+    missed = [
+        f"{state} missed at {_listed(skew.missed)}" for state, skew in states.items() if skew.missed
+    ]
+    nearest = states[RESTED].nearest
+    return [
+        (
+            f"moeprof's kernel by skew, {data['num_tokens']:,} tokens, device rested and loaded: "
+            f"{states[RESTED].span}",
+            f"{'; '.join(found)}; {_said(nearest)} and {_said(states[LOADED].nearest)} at "
+            f"{nearest['active_experts']} active",
+            ", ".join([percent(GOAL_MANY_SKEWED), *missed]),
+            _COMMAND,
+        )
+    ]
 
 
 def skew_part(data: Mapping[str, Any]) -> Described:

@@ -188,13 +188,15 @@ def test_what_is_reached_is_computed():
     assert (uniform.found, uniform.goal, uniform.verdict) == ("80%", "at least 80%", "reached")
     (outputs,) = [goal for name, goal in found.items() if name.startswith(OUTPUTS)]
     assert outputs.verdict == "reached" and outputs.found == "4.0e-03"
-    (quantity, row, goal, command), (other, loaded_row, _, _) = parts.skew_readme_rows(result())
-    assert other == "the same, loaded: Zipf 1 to 3" and loaded_row == loaded.found.removeprefix(
-        "Zipf 1 to 3: "
+    ((quantity, row, goal, command),) = parts.skew_readme_rows(result())
+    assert quantity == (
+        "moeprof's kernel by skew, 16,384 tokens, device rested and loaded: Zipf 1 to 3"
     )
-    assert quantity == "moeprof's kernel by skew, 16,384 tokens, device rested: Zipf 1 to 3"
-    assert row == ("51% to 75%; 67% at 90 active experts; least at 2.2 (130 active)")
-    assert goal == "60%, missed at 2.2" and "gating_skew" in command
+    assert row == (
+        "rested 51% to 75%, least at 2.2 (130 active); loaded 60% to 107%, least at 1 (400 "
+        "active); 67% and 107% at 90 active"
+    )
+    assert goal == "60%, rested missed at 2.2" and "gating_skew" in command
 
 
 def test_another_outcome_is_said_otherwise():
@@ -205,15 +207,15 @@ def test_another_outcome_is_said_otherwise():
     assert [goal.verdict for goal in found[:2]] == ["reached", "missed"]
     assert [goal.verdict for goal in found[2:]] == ["reached", "missed", "reached"]
     assert "missed" not in found[0].found and found[1].found == "77%"
-    (_, row, goal, _), _ = parts.skew_readme_rows(data)
+    ((_, row, goal, _),) = parts.skew_readme_rows(data)
     assert goal == "60%"
-    assert row.endswith("(200 active)")
+    assert "least at 1 (200 active); loaded" in row
     # Two ways it goes, of which the median is the slow one.
     for each in data["states"]["rested"]["rows"]:
         if each["kernel"] == parts.OURS and each["exponent"] == 1:
             each["times_ms"][0] = 1.0
-    (_, row, _, _), _ = parts.skew_readme_rows(data)
-    assert row.endswith("(200 active, in its fastest repetition 100%)")
+    ((_, row, _, _),) = parts.skew_readme_rows(data)
+    assert "least at 1 (200 active, in its fastest repetition 100%); loaded" in row
     assert (
         "2.0 times as long as multiplying, in its fastest repetition 100%"
         in (parts.skew_part(data).data["verdict"])

@@ -9,7 +9,7 @@ each row keeps both parts of the floor, which is the longer of the two. One expo
 `analysis.gpu.gating_kernels`; this says what lies on both sides of it.
 
 A GPU that multiplies without a pause reaches its power limit and lowers its clock: on an H200 a
-product of matrices then takes a sixth longer than after a rest. Kernels and the ceilings that they
+product of matrices then takes a fifth longer than after a rest. Kernels and the ceilings that they
 are held to are therefore measured in the same state of the device, and in two: rested, each after a
 pause, and loaded, each after it has run without one for a while. At each exponent the outputs of
 moeprof's kernel are held to one GEMM per expert first. Every repetition is kept, in

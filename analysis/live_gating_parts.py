@@ -330,6 +330,11 @@ def kernels_part(data: Mapping[str, Any]) -> Described:
                 if data.get("beside")
                 else ()
             ),
+            *(
+                (f"Before each rate and each kernel the device rested for {data['rest_s']:g} s.",)
+                if data.get("rest_s")
+                else ()
+            ),
             "Drawn routing is drawn anew for each geometry and size, with the number of tokens as "
             "its seed; of each kind the result keeps the description of the last.",
             f"Measured rates: copy {data['ceilings']['copy_bytes_per_s'] / 1e12:.2f} TB/s read "

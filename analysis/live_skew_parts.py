@@ -68,57 +68,46 @@ def goal_of(exponent: float) -> float:
     return GOAL_MANY_SKEWED if exponent else GOAL_MANY_UNIFORM
 
 
-def skew_rows(data: Mapping[str, Any], state: str = RESTED) -> pd.DataFrame:
-    """Returns one row per exponent and kernel, ascending: times in ms, shares of the floor.
+def skew_rows(data: Mapping[str, Any]) -> pd.DataFrame:
+    """Returns one row per exponent and kernel, rested device, ascending: times in ms, shares.
 
     Goals are moeprof's: other kernels have none.
-
-    Args:
-        data: What the script wrote.
-        state: Of the device; kernels and ceilings were both measured in it.
 
     Raises:
         MoeprofError: A row lacks a field, or there is not one of each kernel at every exponent.
     """
-    file = ADDITIONAL_FILES["skew"]
-    measured = _measured(data, state)["rows"]
-    rows = []
-    for row in measured if isinstance(measured, list) else ():
-        lacking = [each for each in _NEEDED if not (isinstance(row, dict) and each in row)]
-        if lacking:
-            raise MoeprofError(f"a row of {file} lacks {', '.join(lacking)}", hint=_HINT)
-        times, parts = row["times_ms"], (row["bytes_ms"], row["flops_ms"])
-        known = isinstance(times, list) and len(times) > 0 and _is_number(row["exponent"])
-        if not known or not all(_is_number(each) and each > 0 for each in (*parts, *times)):
-            raise MoeprofError(f"a row of {file} has times that are no numbers", hint=_HINT)
-        floor, ours = max(parts), row["kernel"] == OURS
-        columns = share_columns(floor, times)
-        rows.append(
-            {
-                "exponent": float(row["exponent"]),
-                "active_experts": row["active_experts"],
-                "kernel": row["kernel"],
-                "reading_ms": parts[0],
-                "multiplying_ms": parts[1],
-                **columns,
-                "share_fastest": floor / min(times),
-                "goal_share": goal_of(row["exponent"]) if ours else math.nan,
-                "reached": columns["share"] >= goal_of(row["exponent"]) if ours else None,
-                "num_repetitions": len(times),
-            }
-        )
-    made = pd.DataFrame(rows)
-    named = set(KERNELS)
-    if made.empty or any(
-        len(own) != len(named) or set(own["kernel"]) != named for _, own in made.groupby("exponent")
-    ):
+    return _shares(_rows_of(data, RESTED))
+
+
+def loaded_rows(data: Mapping[str, Any]) -> pd.DataFrame:
+    """Returns the same of the loaded device, held to the floor of the rested one; no goals.
+
+    Each kernel is loaded by its own work, which slows some more than others. A floor of the loaded
+    device would be that of a product of matrices, which slows down most.
+
+    Raises:
+        MoeprofError: As of `skew_rows`, or exponents are not those of the rested device.
+    """
+    floors = {
+        (row["exponent"], row["kernel"]): {each: row[each] for each in ("bytes_ms", "flops_ms")}
+        for row in _rows_of(data, RESTED)
+    }
+    own = _rows_of(data, LOADED)
+    if [(row["exponent"], row["kernel"]) for row in own] != list(floors):
         raise MoeprofError(
-            f"{file} has not one row of each of {', '.join(KERNELS)} at every exponent",
-            hint=_HINT,
+            f"{ADDITIONAL_FILES['skew']} has other rows of the loaded device", hint=_HINT
         )
-    if not (made["exponent"] > 0).any():
-        raise MoeprofError(f"{file} has no row of skewed routing", hint=_HINT)
-    return made.sort_values("exponent", kind="stable", ignore_index=True)
+    rows = _shares([{**row, **floors[row["exponent"], row["kernel"]]} for row in own])
+    return rows.assign(goal_share=math.nan, reached=None)
+
+
+def every_row(data: Mapping[str, Any]) -> pd.DataFrame:
+    """Returns the rows of both, with a column that says which."""
+    made = []
+    for state, rows in ((RESTED, skew_rows(data)), (LOADED, loaded_rows(data))):
+        rows.insert(0, "device", state)
+        made.append(rows)
+    return pd.concat(made, ignore_index=True)
 
 
 def _measured(data: Mapping[str, Any], state: str) -> Mapping[str, Any]:
@@ -137,14 +126,54 @@ def _measured(data: Mapping[str, Any], state: str) -> Mapping[str, Any]:
     return own
 
 
-def every_row(data: Mapping[str, Any]) -> pd.DataFrame:
-    """Returns `skew_rows` of both states, with a column that says which."""
-    made = []
-    for state in (RESTED, LOADED):
-        rows = skew_rows(data, state)
-        rows.insert(0, "device", state)
-        made.append(rows)
-    return pd.concat(made, ignore_index=True)
+def _rows_of(data: Mapping[str, Any], state: str) -> list[Mapping[str, Any]]:
+    """Returns the rows of a state as the file has them, with every field."""
+    file, rows = ADDITIONAL_FILES["skew"], _measured(data, state)["rows"]
+    made = rows if isinstance(rows, list) else []
+    for row in made:
+        lacking = [each for each in _NEEDED if not (isinstance(row, dict) and each in row)]
+        if lacking:
+            raise MoeprofError(f"a row of {file} lacks {', '.join(lacking)}", hint=_HINT)
+        times, parts = row["times_ms"], (row["bytes_ms"], row["flops_ms"])
+        known = isinstance(times, list) and len(times) > 0 and _is_number(row["exponent"])
+        if not known or not all(_is_number(each) and each > 0 for each in (*parts, *times)):
+            raise MoeprofError(f"a row of {file} has times that are no numbers", hint=_HINT)
+    return made
+
+
+def _shares(rows: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
+    """Returns rows with their shares of the floor; refused unless there is one of each kernel."""
+    file = ADDITIONAL_FILES["skew"]
+    found = []
+    for row in rows:
+        floor, ours = max(row["bytes_ms"], row["flops_ms"]), row["kernel"] == OURS
+        columns = share_columns(floor, row["times_ms"])
+        found.append(
+            {
+                "exponent": float(row["exponent"]),
+                "active_experts": row["active_experts"],
+                "kernel": row["kernel"],
+                "reading_ms": row["bytes_ms"],
+                "multiplying_ms": row["flops_ms"],
+                **columns,
+                "share_fastest": floor / min(row["times_ms"]),
+                "goal_share": goal_of(row["exponent"]) if ours else math.nan,
+                "reached": columns["share"] >= goal_of(row["exponent"]) if ours else None,
+                "num_repetitions": len(row["times_ms"]),
+            }
+        )
+    made = pd.DataFrame(found)
+    named = set(KERNELS)
+    if made.empty or any(
+        len(own) != len(named) or set(own["kernel"]) != named for _, own in made.groupby("exponent")
+    ):
+        raise MoeprofError(
+            f"{file} has not one row of each of {', '.join(KERNELS)} at every exponent",
+            hint=_HINT,
+        )
+    if not (made["exponent"] > 0).any():
+        raise MoeprofError(f"{file} has no row of skewed routing", hint=_HINT)
+    return made.sort_values("exponent", kind="stable", ignore_index=True)
 
 
 def _is_number(value: object) -> bool:
@@ -253,16 +282,14 @@ def skew_goals(data: Mapping[str, Any] | None) -> list[Goal]:
     least = f"at least {percent(GOAL_MANY_SKEWED)}"
     least_uniform = f"at least {percent(GOAL_MANY_UNIFORM)}"
     outputs = f"{about} tokens: outputs against one GEMM per expert, largest relative error"
-    made: list[Goal] = []
-    for state in (RESTED, LOADED):
-        skewed = f"{about} tokens, device {state}: share of the floor under every Zipf law", least
-        uniform = f"{about} tokens, device {state}, uniform routing: share of the floor"
-        if data is None:
-            made += not_measured("skew", skewed, (uniform, least_uniform))
-        else:
-            made += _state_goals(skew_rows(data, state), skewed, (uniform, least_uniform))
+    skewed = f"{about} tokens, device rested: share of the floor under every Zipf law", least
+    uniform = (
+        f"{about} tokens, device rested, uniform routing: share of the floor",
+        least_uniform,
+    )
     if data is None:
-        return [*made, *not_measured("skew", (outputs, "that of bfloat16"))]
+        return not_measured("skew", skewed, uniform, (outputs, "that of bfloat16"))
+    made = _rested_goals(skew_rows(data), skewed, uniform)
     error = largest_error(data)
     made.append(
         Goal(
@@ -273,10 +300,13 @@ def skew_goals(data: Mapping[str, Any] | None) -> list[Goal]:
     return made
 
 
-def _state_goals(
+def _rested_goals(
     rows: pd.DataFrame, skewed: tuple[str, str], uniform: tuple[str, str]
 ) -> list[Goal]:
-    """Returns the goals of one state; each with what it is about and what it is."""
+    """Returns the goals of shares, each of what it is about and what it is.
+
+    A loaded device has none: its floor is that of a product of matrices slowed by its own load.
+    """
     skew, even = skew_of(rows), uniform_row(rows)
     found = f"{skew.span}: {_found(skew)}"
     if skew.missed:
@@ -306,24 +336,15 @@ def _found(skew: Skew) -> str:
 
 
 def skew_readme_rows(data: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
-    """Returns the row of the README's table: a rested device, and a loaded one."""
-    states = {state: skew_of(skew_rows(data, state)) for state in (RESTED, LOADED)}
-    found = [
-        f"{state} {_range(skew)}, least at {skew.least['exponent']:g} "
-        f"({skew.least['active_experts']} active{varied(skew.least)})"
-        for state, skew in states.items()
-    ]
-    missed = [
-        f"{state} missed at {_listed(skew.missed)}" for state, skew in states.items() if skew.missed
-    ]
-    nearest = states[RESTED].nearest
+    """Returns the row of the README's table: a rested device, and what a loaded one does."""
+    skew, loaded = skew_of(skew_rows(data)), skew_of(loaded_rows(data))
+    missed = f", missed at {_listed(skew.missed)}" if skew.missed else ""
     return [
         (
-            f"moeprof's kernel by skew, {data['num_tokens']:,} tokens, device rested and loaded: "
-            f"{states[RESTED].span}",
-            f"{'; '.join(found)}; {_said(nearest)} and {_said(states[LOADED].nearest)} at "
-            f"{nearest['active_experts']} active",
-            ", ".join([percent(GOAL_MANY_SKEWED), *missed]),
+            f"moeprof's kernel by skew, {data['num_tokens']:,} tokens: {skew.span}",
+            f"{_found(skew)}; on a loaded device, against the same floor, "
+            f"{percent(loaded.least['share'])} to {percent(loaded.most['share'])}",
+            f"{percent(GOAL_MANY_SKEWED)}{missed}",
             _COMMAND,
         )
     ]
@@ -331,7 +352,7 @@ def skew_readme_rows(data: Mapping[str, Any]) -> list[tuple[str, str, str, str]]
 
 def skew_part(data: Mapping[str, Any]) -> Described:
     """Returns the share of the floor by skew."""
-    rows, loaded = skew_rows(data), skew_rows(data, LOADED)
+    rows, loaded = skew_rows(data), loaded_rows(data)
     skew, even, error = skew_of(rows), uniform_row(rows), largest_error(data)
     verdict, under_load = _verdict(skew), skew_of(loaded)
     metrics = [
@@ -341,11 +362,11 @@ def skew_part(data: Mapping[str, Any]) -> Described:
         _metric("loaded", under_load.least),
     ]
     labels = {
-        "skew/least": f"moeprof, the least, exponent {skew.least['exponent']:g} "
+        "skew/least": f"moeprof, device rested, the least, exponent {skew.least['exponent']:g} "
         f"({skew.least['active_experts']} active)",
-        "skew/reference": f"moeprof, {skew.nearest['active_experts']} active, exponent "
-        f"{skew.nearest['exponent']:g}",
-        "skew/uniform": "moeprof, uniform routing",
+        "skew/reference": f"moeprof, device rested, {skew.nearest['active_experts']} active, "
+        f"exponent {skew.nearest['exponent']:g}",
+        "skew/uniform": "moeprof, device rested, uniform routing",
         "skew/loaded": f"moeprof, device loaded, the least, exponent "
         f"{under_load.least['exponent']:g} ({under_load.least['active_experts']} active)",
     }
@@ -365,8 +386,8 @@ def skew_part(data: Mapping[str, Any]) -> Described:
             ),
             *_uniform_findings(even),
             Finding(
-                text=_loaded_said(data, under_load),
-                severity=SEVERITY_COST - 3 if under_load.missed else SEVERITY_FACT,
+                text=_loaded_said(data, rows, loaded),
+                severity=SEVERITY_FACT,
                 section="skew",
                 metric="skew/loaded",
             ),
@@ -389,8 +410,8 @@ def skew_part(data: Mapping[str, Any]) -> Described:
                 f"Measured rates, {_waits(data, state)}: {_rates(data, state)}."
                 for state in (RESTED, LOADED)
             ),
-            "Ceilings and kernels are measured in the same state of the device, each alone: one "
-            "that multiplies without a pause reaches its power limit and lowers its clock.",
+            "Each rate and each kernel is measured alone, after a pause and after its own load. "
+            "Goals are set for the rested device: load slows some more than others.",
         ),
     )
     section = result_section(
@@ -437,14 +458,30 @@ def _waits(data: Mapping[str, Any], state: str) -> str:
     return f"device loaded (each runs for {own['load_s']:g} s before it is timed)"
 
 
-def _loaded_said(data: Mapping[str, Any], skew: Skew) -> str:
-    """Returns what moeprof's kernel does on a loaded device, held to what that can do."""
-    missed = f", under the goal at {_listed(skew.missed)}" if skew.missed else ""
+def _loaded_said(data: Mapping[str, Any], rows: pd.DataFrame, loaded: pd.DataFrame) -> str:
+    """Returns how much load slows kernels and rates, and what moeprof's kernel then does."""
+    rates = [_measured(data, state)["ceilings"]["matrix_flops_per_s"] for state in (RESTED, LOADED)]
+    slower = {
+        label: _slowed(rows, loaded, kernel) for kernel, label in KERNELS.items()
+    }  # fmt: skip
+    skew = skew_of(loaded)
     return (
-        f"With the {_waits(data, LOADED)}, held to the rates of the same state "
-        f"({_rates(data, LOADED)}), it is {_range(skew)} under skewed routing{missed}; the least "
-        f"is at {skew.least['exponent']:g}{varied(skew.least)}."
+        f"With the {_waits(data, LOADED)}, products of matrices run at "
+        f"{percent(rates[1] / rates[0])} of their rate after a rest, and kernels under skewed "
+        "routing take, at most, "
+        + ", ".join(f"{percent(more)} longer ({label})" for label, more in slower.items())
+        + f". Against the floor of the rested device moeprof's is then "
+        f"{percent(skew.least['share'])} to {percent(skew.most['share'])}."
     )
+
+
+def _slowed(rows: pd.DataFrame, loaded: pd.DataFrame, kernel: str) -> float:
+    """Returns by which share a kernel takes longer under load, at most, under skewed routing."""
+    own, other = (
+        each[(each["kernel"] == kernel) & (each["exponent"] > 0)]["median_ms"].to_numpy()
+        for each in (rows, loaded)
+    )
+    return max(0.0, float((other / own - 1).max()))
 
 
 def _named(rows: pd.DataFrame) -> pd.DataFrame:
@@ -471,8 +508,8 @@ def _verdict(skew: Skew) -> str:
             f"{_listed(skew.missed)}"
         )
     return (
-        f"Under skewed routing ({skew.span}) moeprof's kernel {reached}; the least is "
-        f"{_said(skew.least)} at {skew.least['exponent']:g}, where "
+        f"Under skewed routing ({skew.span}), device rested, moeprof's kernel {reached}; the least "
+        f"is {_said(skew.least)} at {skew.least['exponent']:g}, where "
         f"{skew.least['active_experts']} experts are active and "
         f"{beside_multiplying(skew.least)}{varied(skew.least)}; at "
         f"{skew.nearest['exponent']:g}, with {skew.nearest['active_experts']} active, the nearest "
@@ -487,7 +524,7 @@ def _uniform_findings(row: pd.Series[Any] | None) -> list[Finding]:
     goal = percent(GOAL_MANY_UNIFORM)
     return [
         Finding(
-            text=f"On uniform routing, in the same run, it is {_said(row)} "
+            text=f"On uniform routing, device rested, in the same run, it is {_said(row)} "
             f"(goal {goal}: {'reached' if row['reached'] else 'missed'}).",
             severity=SEVERITY_FACT if row["reached"] else SEVERITY_COST - 2,
             section="skew",
@@ -556,22 +593,25 @@ def _figure(rows: pd.DataFrame, loaded: pd.DataFrame, skew: Skew) -> Any:
         "Share of the floor, and what the floor is made of, by skew",
         alt="; ".join(
             f"exponent {row['exponent']:g}, {row['active_experts']} active experts: moeprof "
-            f"{_said(row)}"
-            for _, row in own.iterrows()
+            f"{_said(row)}, on a loaded device {percent(other)}"
+            for (_, row), other in zip(
+                own.iterrows(), loaded[loaded["kernel"] == OURS]["share"], strict=True
+            )
         ),
-        how="Right is more skewed; 0 is uniform. Dots are the goals. The floor is the upper of the "
+        how="Right is more skewed; 0 is uniform. Dots are the goals. Times and the floor are of "
+        "the rested device, to which the loaded one is held, too. The floor is the upper of the "
         "two times on the right; moeprof's kernel stands above them. Bands are the quartiles of "
         f"the repetitions. The least share is at {skew.least['exponent']:g}.",
         panels=[
             {**panel("share of the floor", "Zipf exponent", "share", "share", shares), **linear},
-            {**panel("time", "Zipf exponent", "ms", "ms", times), **linear},
+            {**panel("time, device rested", "Zipf exponent", "ms", "ms", times), **linear},
         ],
     )
 
 
 def draw_skew(data: Mapping[str, Any], path: Path) -> None:
     """Draws shares of the floor with their goals, and both parts of the floor, by exponent."""
-    rows, loaded = skew_rows(data), skew_rows(data, LOADED)
+    rows, loaded = skew_rows(data), loaded_rows(data)
     own, under_load = rows[rows["kernel"] == OURS], loaded[loaded["kernel"] == OURS]
     with mpl.rc_context(dict(STYLE)):
         figure, (shares, times) = plt.subplots(1, 2, figsize=(10.6, 4.1), layout="constrained")
@@ -601,7 +641,7 @@ def draw_skew(data: Mapping[str, Any], path: Path) -> None:
         )  # fmt: skip
         shares.set(ylim=(0, max(1.15, 1.05 * rows["share_high"].max())))
         shares.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:.0f}%"))
-        shares.set_title("share of the floor")
+        shares.set_title("share of the floor of the rested device")
         for column, label, line in (
             ("reading_ms", "reading the active experts", (0, (6, 2))),
             ("multiplying_ms", "multiplying", (0, (1, 1.6))),
@@ -619,7 +659,7 @@ def draw_skew(data: Mapping[str, Any], path: Path) -> None:
             linewidth=2.4, label=KERNELS[OURS],
         )  # fmt: skip
         times.set(ylim=(0, None))
-        times.set_title("time, ms")
+        times.set_title("time, ms, device rested")
         for axes in (shares, times):
             axes.set_xlabel("Zipf exponent; 0 is uniform")
             axes.legend(frameon=False, fontsize=8.5)

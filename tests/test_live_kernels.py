@@ -249,6 +249,22 @@ def test_the_device_chooses_pairs_and_each_row_is_in_one_tile(counts, single):
 
 
 @needs_triton
+@pytest.mark.parametrize(("counts", "single"), [([40, 1], False), ([40, 50, 60, 128], True)])
+def test_single_products_leave_at_once_where_pairs_run(counts, single):
+    from moeprof.live.kernels.many import grouped_product
+    from moeprof.live.kernels.sorting import sort_rows
+
+    ids = ids_of(counts)
+    hidden, _, _, experts = layer(
+        len(ids), len(counts), 2, width=16, dtype=HALF, gated=False, bias=False
+    )
+    sent = sort_rows(hidden, ids, len(counts), pairs=True)
+    out = torch.full((ids.numel(), experts.d_ff), 7.0, device=DEVICE, dtype=HALF)
+    grouped_product(sent, sent.rows, experts.w_in, None, out, tiles=small_plan(pairs=True).tiles_in)
+    assert bool((out == 7).all()) is not single
+
+
+@needs_triton
 @pytest.mark.parametrize(
     ("gated", "bias", "activation"),
     [(False, True, "relu"), (True, True, "gelu_tanh"), (True, False, "silu")],

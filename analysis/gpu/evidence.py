@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import sys
@@ -12,17 +13,31 @@ from typing import Any
 
 import torch
 
+import moeprof
 from moeprof.recording.hardware import hardware, versions
 
 
 def evidence(command: str, device: torch.device | str) -> dict[str, Any]:
-    """Returns the device, driver, versions and date of a measurement made by ``command``."""
+    """Returns the device, driver, versions, date and code of a measurement made by ``command``."""
     return {
         "command": command,
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "hardware": asdict(hardware(torch.device(device))),
         "versions": {**versions(), "python": sys.version.split()[0]},
+        "source_sha256": source_digest(Path(moeprof.__file__).parent / "live"),
     }
+
+
+def source_digest(folder: Path) -> str:
+    """Returns a digest of the Python files below ``folder``: which code was measured.
+
+    A version says little between releases, and a measured tree may not be a commit.
+    """
+    digest = hashlib.sha256()
+    for path in sorted(folder.rglob("*.py")):
+        digest.update(f"{path.relative_to(folder).as_posix()}\n".encode())
+        digest.update(hashlib.sha256(path.read_bytes()).digest())
+    return digest.hexdigest()
 
 
 def write_json(path: Path, result: dict[str, Any]) -> None:

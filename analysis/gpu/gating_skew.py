@@ -8,12 +8,11 @@ more skewed it is, the sooner the active experts are read, while multiplying tak
 each row keeps both parts of the floor, which is the longer of the two. One exponent is judged by
 `analysis.gpu.gating_kernels`; this says what lies on both sides of it.
 
-A GPU that multiplies without a pause reaches its power limit and lowers its clock: on an H200 a
-product of matrices then takes a fifth longer than after a rest. Kernels and the ceilings that they
-are held to are therefore measured in the same state of the device, and in two: rested, each after a
-pause, and loaded, each after it has run without one for a while. At each exponent the outputs of
-moeprof's kernel are held to one GEMM per expert first. Every repetition is kept, in
-DIR/gating_skew.json; the exit code is 1 where outputs differ.
+A GPU that multiplies without a pause is slower: on an H200 a product of matrices then takes a fifth
+longer than after a rest. Kernels and ceilings are therefore measured rested, each after a pause,
+and loaded, each after it has run without one for a while: load slows some more than others.
+At each exponent the outputs of moeprof's kernel are held to one GEMM per expert first. Every
+repetition is kept, in DIR/gating_skew.json; the exit code is 1 where outputs differ.
 """
 
 from __future__ import annotations
@@ -79,8 +78,8 @@ class State:
     """A state of the device, and what it can do in it.
 
     Attributes:
-        rest_s: Pause before each kernel.
-        load_s: Time that it runs before it is timed.
+        rest_s: Seconds of pause before each kernel.
+        load_s: Seconds that it runs before it is timed.
         ceilings: Of the device, measured so.
     """
 

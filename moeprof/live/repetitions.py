@@ -49,8 +49,8 @@ def repeat(
     On a GPU each run is timed between two events, queued one after the other without waiting, so
     that what the host does between launches shows only where it is slower than the device.
 
-    A GPU at its power limit lowers its clock. Times compare only where the device was in the same
-    state before each.
+    A GPU that was at work a moment ago may be slower than one that was not: times compare only
+    where it had rested as long before each.
 
     Args:
         function: What to run.

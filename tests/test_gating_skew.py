@@ -254,8 +254,8 @@ def test_the_part_says_what_was_found(bare):
         "Under skewed routing (Zipf 1 to 3), device rested, moeprof's kernel reaches the goal of "
         "60% of the floor at 2 of 3 exponents (1, 3) and misses it at 2.2; the least is 51% at "
         "2.2, where 130 experts are active and reading the active experts takes as long as "
-        "multiplying; at 3, with 90 active, the nearest to 95 active experts, as in the feasibility measurement, it "
-        "is 67%."
+        "multiplying; at 3, with 90 active, the nearest to 95 active experts, as in the "
+        "feasibility measurement, it is 67%."
     )
     (section,) = part["sections"]
     assert section["question"] == "How does skew change the kernel's share of the floor?"

@@ -355,18 +355,12 @@ def _without(field):
         (lambda data: rows(data)[0].update(times_ms=[]), "times that are no numbers"),
         (lambda data: rows(data)[0].update(times_ms="fast"), "times that are no numbers"),
         (lambda data: rows(data)[0].update(bytes_ms=None), "times that are no numbers"),
-        (
-            lambda data: rows(data)[0].update(times_ms=[0.0, 1.0]),
-            "times that are no numbers",
-        ),
+        (lambda data: rows(data)[0].update(times_ms=[0.0, 1.0]), "times that are no numbers"),
         (lambda data: rows(data)[0].update(exponent=None), "times that are no numbers"),
         (lambda data: rested(data).update(rows=3), "has not one row of each of dynamic"),
         (lambda data: rows(data).pop(), "has not one row of each of dynamic"),
         (lambda data: rested(data).update(rows=[]), "has not one row of each of dynamic"),
-        (
-            lambda data: rested(data).update(rows=rows(data)[:3]),
-            "no row of skewed routing",
-        ),
+        (lambda data: rested(data).update(rows=rows(data)[:3]), "no row of skewed routing"),
         (lambda data: data.update(states=[]), "lacks rest_s, load_s, ceilings, rows of the rested"),
         (lambda data: rested(data).pop("ceilings"), "lacks ceilings of the rested device"),
         (lambda data: data["states"].pop("loaded"), "rows of the loaded device"),
@@ -380,5 +374,6 @@ def test_a_damaged_result_is_named_in_one_line(change, said):
     data = copy.deepcopy(result())
     change(data)
     with pytest.raises(MoeprofError, match=said) as error:
-        [parts.skew_goals(data), parts.skew_readme_rows(data)]
+        parts.skew_goals(data)
+        parts.skew_readme_rows(data)
     assert "\n" not in str(error.value) and "gating_skew.py" in error.value.hint

@@ -342,8 +342,10 @@ def test_short_products_that_make_no_one_launch_are_refused():
         short = change(pair.short_in, **wrong)
         with pytest.raises(ValueError, match="one program per multiprocessor"):
             change(pair, short_in=short, short_out=short)
-    for stages in (0, pair.short_in.num_stages + 1):
-        with pytest.raises(ValueError, match=f"from 1 to {pair.short_in.num_stages}: {stages}"):
+    most = pair.short_in.num_stages - 1
+    change(pair, slow_stages=most)
+    for stages in (0, most + 1):
+        with pytest.raises(ValueError, match=f"from 1 to {most}: {stages}"):
             change(pair, slow_stages=stages)
 
 

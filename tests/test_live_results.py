@@ -393,6 +393,29 @@ def test_what_the_readme_says_of_how_well_it_was_measured():
     assert f"and {rough['qwen3', other]} of Qwen3 on the H200" in text
 
 
+def test_what_the_readme_says_of_the_state_of_the_device():
+    text = " ".join(readme_section().split())
+    data = json.loads((RESULTS / "gating_skew.json").read_text())
+    rested, loaded = data["states"]["rested"], data["states"]["loaded"]
+    rates = [each["ceilings"]["matrix_flops_per_s"] / 1e12 for each in (loaded, rested)]
+    assert "does so at {:.0f} instead of {:.0f} TFLOP/s".format(*rates) in text
+    kernels = json.loads((RESULTS / "gating_kernels.json").read_text())
+    waits = kernels["rest_s"], rested["rest_s"], loaded["load_s"]
+    assert waits == (0.25, 0.5, 1.0)
+    assert "a quarter of a second, half a second by skew; there also after a second of the" in text
+    own = [
+        {row["exponent"]: row["times_ms"] for row in each["rows"] if row["kernel"] == "dynamic"}
+        for each in (rested, loaded)
+    ]
+    slower = max(np.median(own[1][each]) / np.median(own[0][each]) - 1 for each in own[0])
+    assert f"makes moeprof's kernel up to {slower:.0%} slower" in text
+    later = {each: times[1:] for each, times in own[0].items()}
+    odd = later.pop(3.0)
+    assert f"the first apart, took from {min(odd):.2f} to {max(odd):.2f} ms" in text
+    differ = max(max(times) / min(times) - 1 for times in later.values())
+    assert f"at all other exponents they differ by {differ:.0%} at most" in text
+
+
 def test_what_the_readme_says_of_who_is_predicted_well():
     text = " ".join(readme_section().split())
     groups = {

@@ -10,9 +10,10 @@ each row keeps both parts of the floor, which is the longer of the two. One expo
 
 A GPU that multiplies without a pause is slower: on an H200 a product of matrices then takes a fifth
 longer than after a rest. Kernels and ceilings are therefore measured rested, each after a pause,
-and loaded, each after it has run without one for a while: load slows some more than others.
-At each exponent the outputs of moeprof's kernel are held to one GEMM per expert first. Every
-repetition is kept, in DIR/gating_skew.json; the exit code is 1 where outputs differ.
+and loaded, each after it has run without one for a while: load slows some more than others. A row's
+floor is of its own state; the page holds both to that of the rested device. At each exponent the
+outputs of moeprof's kernel are held to one GEMM per expert first. Every repetition is kept, in
+DIR/gating_skew.json; the exit code is 1 where outputs differ.
 """
 
 from __future__ import annotations

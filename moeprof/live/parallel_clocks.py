@@ -13,7 +13,7 @@ from collections.abc import Callable
 import torch
 import torch.distributed as dist
 
-from moeprof.live.repetitions import Repetitions
+from moeprof.live.repetitions import Repetitions, wait_for
 
 Moment = float | torch.cuda.Event
 
@@ -56,8 +56,7 @@ class PartClock:
 
     def times_ms(self) -> dict[str, tuple[float, ...]]:
         """Returns the times of every part in the order they were taken; waits for the device."""
-        if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
+        wait_for(self._device)
         return {
             part: tuple(_elapsed_ms(begun, ended) for begun, ended in spans)
             for part, spans in self._spans.items()

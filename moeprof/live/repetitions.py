@@ -61,7 +61,7 @@ def repeat(
         load_s: Seconds that ``function`` runs again and again after that.
     """
     if rest_s:
-        _wait(device)
+        wait_for(device)
         time.sleep(rest_s)
     if load_s:
         _load(function, device, load_s)
@@ -112,10 +112,11 @@ def _load(function: Callable[[], object], device: torch.device | str, seconds: f
     while time.perf_counter() < end:
         for _ in range(_QUEUED):
             function()
-        _wait(device)
+        wait_for(device)
 
 
-def _wait(device: torch.device | str) -> None:
+def wait_for(device: torch.device | str) -> None:
+    """Waits until a GPU has done what it was asked for; a CPU has."""
     if torch.device(device).type == "cuda":
         torch.cuda.synchronize(device)
 

@@ -24,6 +24,7 @@ from moeprof.live.expert_store import store_of_layout
 from moeprof.live.experts import ExpertWeights
 from moeprof.live.kernels import kernel_named
 from moeprof.live.model_experts import readable_experts
+from moeprof.live.repetitions import wait_for
 from moeprof.live.routed_runs import (
     ExpertGeometry,
     RoutedStep,
@@ -325,7 +326,7 @@ class SettingRun:
                 weights = self._resident.of(self._stack)
                 return _gating_steps(self._stack, steps, self._kernel, weights, watch)
         self._buffer.reset()
-        _settle(self._stack.device)
+        wait_for(self._stack.device)
         times = WatchedTimes(watch)
         for is_judged, group in itertools.groupby(steps, key=self._is_judged):
             with nullcontext() if is_judged else self._buffer.without_copies():
@@ -353,14 +354,9 @@ class SettingRun:
         if not self._is_shared:
             self._resident.let_go()
         # Whoever is given this memory next does not wait for the streams that still use it.
-        _settle(self._stack.device)
+        wait_for(self._stack.device)
         if self._stack.device.type == "cuda" and not keep_memory:
             torch.cuda.empty_cache()
-
-
-def _settle(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 @torch.no_grad()
@@ -371,7 +367,7 @@ def _gating_steps(
     weights: Mapping[int, ExpertWeights],
     watch: Watch,
 ) -> StepTimes:
-    _settle(stack.device)
+    wait_for(stack.device)
     times = WatchedTimes(watch)
     for step in steps:
         begun_s = time.perf_counter()
@@ -380,7 +376,7 @@ def _gating_steps(
             stream = gating_layer(
                 kernel, stream[: each.ids.shape[0]], each.ids, each.weights, weights[each.site]
             )
-        _settle(stack.device)
+        wait_for(stack.device)
         times.add((time.perf_counter() - begun_s) * 1e3)
     return times.whole()
 

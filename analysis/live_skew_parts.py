@@ -454,7 +454,11 @@ def _waits(data: Mapping[str, Any], state: str) -> str:
     """Returns what was done before each measurement of a state."""
     own = _measured(data, state)
     if state == RESTED:
-        return f"device rested ({own['rest_s']:g} s of pause before each)"
+        ahead = ", all of its repetitions asked for before the first begins"
+        return (
+            f"device rested ({own['rest_s']:g} s of pause before each"
+            f"{ahead if own.get('ahead') else ''})"
+        )
     return f"device loaded (each runs for {own['load_s']:g} s before it is timed)"
 
 

@@ -144,6 +144,7 @@ def test_the_script_measures_and_the_page_shows_it(tmp_path, bare, capsys):
     assert [row["exponent"] for row in data["agreement"]] == [0.0, 2.2, 3.0]
     waits = {name: (own["rest_s"], own["load_s"]) for name, own in data["states"].items()}
     assert waits == {"rested": (0.01, 0.0), "loaded": (0.0, 0.01)}
+    assert [own["ahead"] for own in data["states"].values()] == [True, False]
     for own in data["states"].values():
         assert len(own["ceilings"]["copy"]["times_ms"]) > 2
         assert [row["kernel"] for row in own["rows"]] == 3 * list(parts.KERNELS)
@@ -156,6 +157,29 @@ def test_the_script_measures_and_the_page_shows_it(tmp_path, bare, capsys):
         assert first["bytes_ms"] > last["bytes_ms"] and first["flops_ms"] == last["flops_ms"]
     part, _ = part_of(bare, data)
     assert "Zipf 2.2 to 3" in part["verdict"]
+
+
+def test_a_run_cut_short_leaves_what_it_measured_in_every_state(tmp_path, monkeypatch, bare):
+    begun = iter(range(6))
+    rows_of = script.rows_of
+
+    def interrupted(*given):
+        if next(begun) == 5:
+            raise KeyboardInterrupt
+        return rows_of(*given)
+
+    monkeypatch.setattr(script, "measure_ceilings", lambda device, **waits: CEILINGS)
+    monkeypatch.setattr(script, "rows_of", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        script.main(["--out", str(tmp_path), "--tiny"])
+    # Three exponents of the rested device and two of the loaded one.
+    data = json.loads((tmp_path / script.RESULT).read_text())
+    assert not data["complete"]
+    for own in data["states"].values():
+        assert [row["exponent"] for row in own["rows"]] == [0.0] * 3 + [2.2] * 3
+    assert len(data["agreement"]) == 3
+    part, _ = part_of(bare, data)
+    assert "The run was cut short" in json.dumps(part)
 
 
 def test_the_code_that_was_measured_is_named(tmp_path):

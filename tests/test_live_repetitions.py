@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import pytest
 
 torch = pytest.importorskip("torch")
@@ -61,6 +63,57 @@ def test_the_device_rests_then_is_loaded_then_timed(clock):
     assert first == ("rest", 4.0)
     # Ten runs are queued at once: three times as many fill six seconds. Then one, and two timed.
     assert runs == [("run", 0.25)] * (30 + 1 + 2)
+
+
+class Gpu:
+    """Stands in for `torch.cuda`: notes what is asked of it, in order."""
+
+    def __init__(self) -> None:
+        self.asked: list[str] = []
+        self.slept_cycles = 0
+
+    def synchronize(self, device):
+        self.asked.append("wait")
+
+    @contextlib.contextmanager
+    def device(self, device):
+        assert str(device) == "cuda:1"
+        yield
+
+    def _sleep(self, cycles):
+        self.asked.append("sleep")
+        self.slept_cycles += cycles
+
+    def Event(self, *, enable_timing):
+        return Mark(self)
+
+
+class Mark:
+    def __init__(self, gpu: Gpu) -> None:
+        self.gpu = gpu
+
+    def record(self):
+        self.gpu.asked.append("mark")
+
+    def elapsed_time(self, end):
+        return 1.5
+
+
+@pytest.mark.parametrize("ahead", [False, True])
+def test_a_gpu_waits_until_all_runs_are_asked_for(monkeypatch, ahead):
+    gpu = Gpu()
+    monkeypatch.setattr(repetitions.torch, "cuda", gpu)
+    runs = [lambda: gpu.asked.append("first"), lambda: gpu.asked.append("second")]
+    found = repeat_in_turn(runs, device="cuda:1", repeats=3, warmup=1, ahead=ahead)
+    turn = ["mark", "first", "mark", "mark", "second", "mark"]
+    assert gpu.asked == ["first", "second", "wait", *["sleep"] * ahead, *3 * turn, "wait"]
+    assert gpu.slept_cycles == ahead * 6 * repetitions._AHEAD_CYCLES
+    assert [each.times_ms for each in found] == [(1.5,) * 3] * 2
+
+
+def test_a_cpu_has_nothing_to_ask_ahead(clock):
+    found = repeat(lambda: clock.run("run", 1.0), device="cpu", repeats=2, warmup=0, ahead=True)
+    assert found.times_ms == (1000.0,) * 2
 
 
 def test_a_ceiling_is_measured_in_the_state_that_is_asked_for(monkeypatch):

@@ -11,9 +11,11 @@ each row keeps both parts of the floor, which is the longer of the two. One expo
 A GPU that multiplies without a pause is slower: on an H200 a product of matrices then takes a fifth
 longer than after a rest. Kernels and ceilings are therefore measured rested, each after a pause,
 and loaded, each after it has run without one for a while: load slows some more than others. A row's
-floor is of its own state; the page holds both to that of the rested device. At each exponent the
-outputs of moeprof's kernel are held to one GEMM per expert first. Every repetition is kept, in
-DIR/gating_skew.json; the exit code is 1 where outputs differ.
+floor is of its own state; the page holds both to that of the rested device, which is asked for all
+repetitions before it begins: a layer of a millisecond is no longer than its launches take on a slow
+host. The loaded one cannot wait for that without a rest. At each exponent the outputs of moeprof's
+kernel are held to one GEMM per expert first. Every repetition is kept, in DIR/gating_skew.json; the
+exit code is 1 where outputs differ.
 """
 
 from __future__ import annotations
@@ -81,66 +83,80 @@ class State:
     Attributes:
         rest_s: Seconds of pause before each kernel.
         load_s: Seconds that it runs before it is timed.
-        ceilings: Of the device, measured so.
+        ahead: True where the host asks for all repetitions before the first begins.
+        ceilings: Of the device, rested and loaded likewise.
     """
 
     rest_s: float
     load_s: float
+    ahead: bool
     ceilings: Ceilings
 
 
 def states_of(device: str, *, tiny: bool) -> dict[str, State]:
     """Returns the states in which kernels are timed: ``rested`` and ``loaded``."""
-    short = 0.01
-    waits = {"rested": (short if tiny else REST_S, 0.0), "loaded": (0.0, short if tiny else LOAD_S)}
+    rest_s, load_s = (0.01, 0.01) if tiny else (REST_S, LOAD_S)
+    rested = measure_ceilings(device, rest_s=rest_s)
+    loaded = measure_ceilings(device, load_s=load_s)
     return {
-        name: State(rest_s, load_s, measure_ceilings(device, rest_s=rest_s, load_s=load_s))
-        for name, (rest_s, load_s) in waits.items()
+        "rested": State(rest_s=rest_s, load_s=0.0, ahead=True, ceilings=rested),
+        "loaded": State(rest_s=0.0, load_s=load_s, ahead=False, ceilings=loaded),
     }
 
 
-def rows_at(
-    exponent: float,
-    ids: torch.Tensor,
-    experts: ExpertWeights,
-    states: Mapping[str, State],
-    repeats: int,
-) -> tuple[dict[str, list[dict[str, Any]]], float]:
-    """Returns one row per kernel for each state, and moeprof's error against a GEMM per expert.
+@dataclass(frozen=True)
+class Layer:
+    """What a kernel is given.
+
+    Attributes:
+        exponent: That the routing was drawn with.
+        given: Hidden states [T, d_model], expert ids [T, k], weights [T, k] and the experts.
+    """
+
+    exponent: float
+    given: tuple[torch.Tensor, torch.Tensor, torch.Tensor, ExpertWeights]
+
+    @property
+    def ids(self) -> torch.Tensor:
+        """Expert ids [T, k]."""
+        return self.given[1]
+
+
+def layer_of(exponent: float, ids: torch.Tensor, experts: ExpertWeights) -> Layer:
+    """Returns a layer's input for routing ``ids`` [T, k] that was drawn with ``exponent``."""
+    hidden = torch.randn(len(ids), experts.d_model, device=ids.device, dtype=experts.w_in.dtype)
+    weights = torch.rand(ids.shape, device=ids.device)
+    return Layer(exponent=exponent, given=(hidden, ids, weights, experts))
+
+
+def rows_of(layer: Layer, state: State, repeats: int) -> list[dict[str, Any]]:
+    """Returns one row per kernel.
 
     Args:
-        exponent: That the routing was drawn with.
-        ids: Expert ids [T, k].
-        experts: The layer's.
-        states: Of the same device.
+        layer: What the kernels are given.
+        state: Of the device.
         repeats: Timed repetitions of each kernel.
     """
-    device = ids.device
-    hidden = torch.randn(len(ids), experts.d_model, device=device, dtype=experts.w_in.dtype)
-    weights = torch.rand(ids.shape, device=device)
-    given = (hidden, ids, weights, experts)
-    error = relative_error(dynamic(*given), dynamic_loop(*given).double())
-    rows: dict[str, list[dict[str, Any]]] = {}
-    for name, state in states.items():
-        parts = state.ceilings.floor_parts(ids, experts)
-        for kernel, call in CALLS.items():
-            times = repeat(
-                functools.partial(call, *given), device=device, repeats=repeats,
-                rest_s=state.rest_s, load_s=state.load_s,
-            )  # fmt: skip
-            row = {
-                "exponent": exponent,
-                "active_experts": len(torch.unique(ids)),
-                "kernel": kernel,
-                "bytes_ms": parts.bytes_ms,
-                "flops_ms": parts.flops_ms,
-                "floor_ms": parts.floor_ms,
-                "median_ms": times.median_ms,
-                "share_of_floor": parts.floor_ms / times.median_ms,
-                "times_ms": times.times_ms,
-            }
-            rows.setdefault(name, []).append(row)
-    return rows, error
+    parts = state.ceilings.floor_parts(layer.ids, layer.given[-1])
+    rows = []
+    for kernel, call in CALLS.items():
+        times = repeat(
+            functools.partial(call, *layer.given), device=layer.ids.device, repeats=repeats,
+            rest_s=state.rest_s, load_s=state.load_s, ahead=state.ahead,
+        )  # fmt: skip
+        row = {
+            "exponent": layer.exponent,
+            "active_experts": len(torch.unique(layer.ids)),
+            "kernel": kernel,
+            "bytes_ms": parts.bytes_ms,
+            "flops_ms": parts.flops_ms,
+            "floor_ms": parts.floor_ms,
+            "median_ms": times.median_ms,
+            "share_of_floor": parts.floor_ms / times.median_ms,
+            "times_ms": times.times_ms,
+        }
+        rows.append(row)
+    return rows
 
 
 def measure(options: argparse.Namespace) -> bool:
@@ -162,40 +178,44 @@ def measure(options: argparse.Namespace) -> bool:
         "geometry": dataclasses.asdict(geometry) | {"top_k": TOP_K},
         "num_tokens": num_tokens,
         "tolerance": TOLERANCE,
-        "complete": False,
     }
     rows: dict[str, list[dict[str, Any]]] = {name: [] for name in states}
     measured: dict[str, dict[str, Any]] = {}
     for name, state in states.items():
-        measured[name] = dataclasses.asdict(state) | {"rows": rows[name]}
+        measured[name] = dataclasses.asdict(state)
         print(
             f"{name}: copy {state.ceilings.copy_bytes_per_s / 1e12:.2f} TB/s,"
             f" matrix {state.ceilings.matrix_flops_per_s / 1e12:.0f} TFLOP/s",
             flush=True,
         )
+    layers: list[Layer] = []
     agreement: list[dict[str, Any]] = []
     said: dict[str, str] = {}
     for exponent in exponents:
         ids, said[f"{exponent:g}"] = drawn_ids(geometry.num_experts, num_tokens, exponent, device)
-        made, error = rows_at(exponent, ids, experts, states, repeats)
-        for name, own in made.items():
-            rows[name] += own
+        layer = layer_of(exponent, ids, experts)
+        error = relative_error(dynamic(*layer.given), dynamic_loop(*layer.given).double())
         agreement.append({"exponent": exponent, "relative_error": error})
-        for name, own in made.items():
+        layers.append(layer)
+    result |= {"routing": said, "agreement": agreement}
+    print(f"largest error {max(row['relative_error'] for row in agreement):.1e}", flush=True)
+    # All of the rested device before any of the loaded one, which is warmer.
+    for name, state in states.items():
+        for layer in layers:
+            own = rows_of(layer, state, repeats)
+            rows[name] += own
             print(
-                f"  exponent {exponent:g}, {name}: {own[0]['active_experts']} active, floor"
-                f" {own[0]['floor_ms']:.4f} ms, error {error:.1e}; "
+                f"  exponent {layer.exponent:g}, {name}: {own[0]['active_experts']} active, floor"
+                f" {own[0]['floor_ms']:.4f} ms; "
                 + ", ".join(f"{row['kernel']} {row['share_of_floor']:.3f}" for row in own),
                 flush=True,
             )
-        # Kept as it grows: a run that is cut short leaves what it has measured.
-        result |= {
-            "routing": said,
-            "agreement": agreement,
-            "states": measured,
-            "complete": exponent == exponents[-1],
-        }
-        write_json(options.out / RESULT, result)
+            # A run that is cut short leaves the exponents that it has measured in every state.
+            done = min(map(len, rows.values()))
+            if done:
+                kept = {name: measured[name] | {"rows": rows[name][:done]} for name in states}
+                complete = done == len(CALLS) * len(layers)
+                write_json(options.out / RESULT, result | {"states": kept, "complete": complete})
     return all(row["relative_error"] <= TOLERANCE for row in agreement)
 
 

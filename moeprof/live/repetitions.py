@@ -12,6 +12,9 @@ import torch
 
 # Runs queued at once while loading: so many that the device hardly idles between.
 _QUEUED = 10
+# What the device waits for each timed run that the host asks for ahead: 2 ms at 2 GHz, longer than
+# a layer's launches take.
+_AHEAD_CYCLES = 4_000_000
 
 
 @dataclass(frozen=True)
@@ -43,11 +46,13 @@ def repeat(
     warmup: int = 3,
     rest_s: float = 0.0,
     load_s: float = 0.0,
+    ahead: bool = False,
 ) -> Repetitions:
     """Runs ``function`` and returns its times.
 
     On a GPU each run is timed between two events, queued one after the other without waiting, so
-    that what the host does between launches shows only where it is slower than the device.
+    that what the host does between launches shows only where it is slower than the device; with
+    ``ahead`` not even there, unless it waits for the device itself.
 
     A GPU that was at work a moment ago may be slower than one that was not: times compare only
     where it had rested as long before each.
@@ -59,13 +64,14 @@ def repeat(
         warmup: Runs before them.
         rest_s: Seconds that the device idles first.
         load_s: Seconds that ``function`` runs again and again after that.
+        ahead: True to let a GPU wait, idle, until the host has asked for all timed runs.
     """
     if rest_s:
         wait_for(device)
         time.sleep(rest_s)
     if load_s:
         _load(function, device, load_s)
-    return repeat_in_turn([function], device=device, repeats=repeats, warmup=warmup)[0]
+    return repeat_in_turn([function], device=device, repeats=repeats, warmup=warmup, ahead=ahead)[0]
 
 
 def repeat_in_turn(
@@ -74,6 +80,7 @@ def repeat_in_turn(
     device: torch.device | str,
     repeats: int = 20,
     warmup: int = 3,
+    ahead: bool = False,
 ) -> list[Repetitions]:
     """Runs several functions one after the other, again and again; returns the times of each.
 
@@ -84,6 +91,7 @@ def repeat_in_turn(
         device: Where it runs.
         repeats: Timed runs of each; at least two.
         warmup: Runs before them.
+        ahead: As `repeat` has it.
     """
     every = [function for _ in range(repeats) for function in functions]
     for _ in range(warmup):
@@ -98,6 +106,8 @@ def repeat_in_turn(
     else:
         pairs = [(_event(), _event()) for _ in every]
         torch.cuda.synchronize(device)
+        if ahead:
+            _hold(device, len(every) * _AHEAD_CYCLES)
         for function, (begin, end) in zip(every, pairs, strict=True):
             begin.record()
             function()
@@ -113,6 +123,11 @@ def _load(function: Callable[[], object], device: torch.device | str, seconds: f
         for _ in range(_QUEUED):
             function()
         wait_for(device)
+
+
+def _hold(device: torch.device | str, cycles: int) -> None:
+    with torch.cuda.device(device):
+        torch.cuda._sleep(cycles)  # type: ignore[no-untyped-call]
 
 
 def wait_for(device: torch.device | str) -> None:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 
 torch = pytest.importorskip("torch")
@@ -582,3 +585,92 @@ def test_after_half_a_dispatch_nothing_is_run_before_a_reset(
     buffer.reset()
     assert torch.equal(buffer.run(sites[0].site, hidden, last, gates), expected)
     assert not buffer.audit()
+
+
+@pytest.mark.parametrize("capacity", [None, 2])
+def test_an_expert_that_there_is_not_is_refused(trace: Any, capacity: int | None) -> None:
+    sites = random_sites(trace, GEOMETRY, stack="decoder")
+    buffer = ExpertBuffer(sites, BufferSettings(capacity=capacity), device="cpu")
+    hidden, gates = torch.randn(2, 24), torch.ones(2, 2)
+    wrong, right = torch.tensor([[0, 8], [-1, 1]]), torch.tensor([[0, 7], [-1, 1]])
+    for ids in (wrong, torch.tensor([[1 << 40, 0], [1, -1]])):
+        with pytest.raises(
+            moeprof.MoeprofError, match="chose an expert that there is not"
+        ) as caught:
+            buffer.run(sites[0].site, hidden, ids, gates)
+        assert caught.value.hint
+    # Nothing was decided: what follows runs.
+    expected = torch.zeros(2, 24)
+    for token, expert in ((0, 0), (0, 7), (1, 1)):
+        expected[token] += sites[0].store.weights(expert).run(0, hidden[token : token + 1])[0]
+    found = buffer.run(sites[0].site, hidden, right, gates)
+    torch.testing.assert_close(found, expected)
+    assert buffer.counts().dispatches == (1 if capacity else 0)
+
+
+@pytest.mark.parametrize("closed", [False, True])
+def test_a_buffer_that_goes_waits_for_its_device(
+    trace: Any, monkeypatch: pytest.MonkeyPatch, closed: bool
+) -> None:
+    waited: list[Any] = []
+    monkeypatch.setattr(expert_buffer, "wait_for", waited.append)
+    sites = random_sites(trace, GEOMETRY, stack="decoder")
+    buffer = ExpertBuffer(sites, BufferSettings(capacity=2), device="cpu")
+    if closed:
+        # Waits for its own work itself; and again later would do no harm, but in a graph's capture.
+        buffer.close()
+    del buffer
+    gc.collect()
+    assert waited == ([] if closed else [torch.device("cpu")])
+
+
+def test_a_closed_buffer_tells_what_it_did_and_holds_nothing(trace: Any) -> None:
+    sites = random_sites(trace, GEOMETRY, stack="decoder")
+    buffer = ExpertBuffer(sites, BufferSettings(capacity=2), device="cpu")
+    hidden, ids, gates = torch.randn(2, 24), torch.tensor([[0, 7], [-1, 1]]), torch.ones(2, 2)
+    buffer.begin_step()
+    buffer.run(sites[0].site, hidden, ids, gates)
+    told = buffer.counts(), buffer.memory(), buffer.workspace_growths()
+    lookups = buffer.lookups()
+    held = [weakref.ref(site.store.memory) for site in sites]
+    for _ in range(2):
+        buffer.close()
+    del sites
+    gc.collect()
+    assert not any(one() is not None for one in held)
+    assert (buffer.counts(), buffer.memory(), buffer.workspace_growths()) == told
+    assert told[0].lookups == 3 and told[1].host_bytes > 0
+    pd.testing.assert_frame_equal(buffer.lookups(), lookups)
+    asked = (
+        lambda: buffer.run(0, hidden, ids, gates),
+        lambda: buffer.run_sorted(0, hidden, torch.tensor([2] * 8)),
+        buffer.reset,
+        buffer.audit,
+        buffer.resident_experts,
+    )
+    for ask in asked:
+        with pytest.raises(moeprof.MoeprofError, match="the expert buffer is closed") as caught:
+            ask()
+        assert caught.value.hint
+
+
+def test_tensors_that_do_not_fit_are_refused(trace: Any) -> None:
+    sites = random_sites(trace, GEOMETRY, stack="decoder")
+    buffer = ExpertBuffer(sites, BufferSettings(capacity=2), device="cpu")
+    hidden, ids, gates = torch.randn(6, 24), torch.zeros(6, 2).long(), torch.ones(6, 2)
+    for given in (
+        (hidden, ids, torch.ones(6, 4)),
+        (hidden, ids, torch.ones(12, 1)),
+        (hidden, ids, torch.ones(3, 4)),
+        (torch.randn(9, 24), ids, gates),
+        (torch.randn(4, 24), ids, gates),
+        (torch.randn(6, 8), ids, gates),
+        (hidden, ids.double(), gates),
+    ):
+        with pytest.raises(UsageError):
+            buffer.run(sites[0].site, *given)
+    with pytest.raises(UsageError, match="rows end at 9, but there are 6"):
+        buffer.run_sorted(sites[0].site, hidden, torch.tensor([2, 4, 6, 9, 9, 9, 9, 9]))
+    # Nothing was decided, and what fits runs.
+    assert buffer.counts().lookups == 0
+    assert buffer.run(sites[0].site, hidden, ids, gates).shape == (6, 24)

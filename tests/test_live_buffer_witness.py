@@ -190,7 +190,7 @@ def test_the_script_runs_on_a_cpu(tmp_path: Path) -> None:
     command = [
         sys.executable, str(ROOT / "analysis" / "gpu" / "buffering_live.py"), "--tiny",
         "--studies", "qwen3-30b-a3b",
-        "--repetitions", "1", "--max-steps", "4", "--seconds", "3", "--out", str(tmp_path),
+        "--repetitions", "1", "--max-steps", "4", "--seconds", "600", "--out", str(tmp_path),
     ]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
     assert done.returncode == 0, done.stderr

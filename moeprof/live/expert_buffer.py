@@ -8,15 +8,18 @@ Leaves out models (`buffered_models`) and traces without a model (`routed_runs`)
 
 from __future__ import annotations
 
+import dataclasses
+import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
 
-from moeprof.errors import MoeprofError
+from moeprof.errors import MoeprofError, UsageError
 from moeprof.live.buffer_settings import (
     BufferCounts,
     BufferedSite,
@@ -27,13 +30,15 @@ from moeprof.live.buffer_settings import (
 from moeprof.live.cache_plans import PreparedCaches, prepare_caches
 from moeprof.live.direct_launches import Launches
 from moeprof.live.direct_runs import DirectRuns
+from moeprof.live.dispatch_checks import check_dispatch
 from moeprof.live.driver_calls import driver_functions
 from moeprof.live.expert_store import BlockShape, Bytes
 from moeprof.live.experts import ExpertWeights
 from moeprof.live.host_lane import HostLane
 from moeprof.live.kernels.streamed import STREAMED_TOKENS, StreamedDispatch, can_stream
 from moeprof.live.lookup_log import LoggedDispatch, every_column, lookup_table
-from moeprof.live.row_blocks import Workspace
+from moeprof.live.repetitions import wait_for
+from moeprof.live.row_blocks import UnknownExpertError, Workspace
 from moeprof.live.transfers import (
     Computations,
     Transfers,
@@ -64,10 +69,21 @@ from moeprof.replay.cache.residency import (
 _MOST_TOP_K = 16
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Told:
+    """What a buffer that is closed says."""
+
+    counts: BufferCounts
+    memory: BufferMemory
+    growths: int
+
+
 class ExpertBuffer:
     """The experts of several sites, buffered on one device.
 
-    For one thread. `close` waits for all that the device still does with its memory.
+    For one thread. `close` waits for all that the device still does with its memory and lets go of
+    it, and of the stores; without it, that is waited for when the buffer goes. A closed one still
+    tells what it did.
 
     Args:
         sites: The sites, in order of execution within their stacks.
@@ -91,6 +107,7 @@ class ExpertBuffer:
         prepared: PreparedCaches | None = None,
     ) -> None:
         check_settings(settings)
+        self._told: _Told | None = None
         self.sites = tuple(sites)
         self.settings = settings
         self.device = with_index(torch.device(device))
@@ -134,6 +151,9 @@ class ExpertBuffer:
         self._num_copies = self._copied_bytes = self._num_initial = 0
         self._num_ahead = self._ahead_bytes = 0
         self._direct = self._direct_runs() if self.device.type == "cuda" else None
+        # Its memory may be written on another stream, and be somebody else's once it is gone.
+        self._last_wait = weakref.finalize(self, wait_for, self.device)
+        self._last_wait.atexit = False
         self.reset()
 
     def _direct_runs(self) -> DirectRuns | None:
@@ -199,10 +219,13 @@ class ExpertBuffer:
         """Makes room for dispatches of that many (token, slot) rows."""
         # What grows lets go of memory that computations may still read.
         self._computations.finish()
-        for workspace in self._workspaces.values():
-            workspace.reserve(num_rows)
-        for streamed in self._distinct_streamed():
-            streamed.reserve(min(num_rows, STREAMED_TOKENS * _MOST_TOP_K))
+        with made_current(self.device):
+            # What is asked for on another stream waits until it is made.
+            self._computations.begin()
+            for workspace in self._workspaces.values():
+                workspace.reserve(num_rows)
+            for streamed in self._distinct_streamed():
+                streamed.reserve(min(num_rows, STREAMED_TOKENS * _MOST_TOP_K))
 
     def _distinct_streamed(self) -> list[StreamedDispatch]:
         return list({id(one): one for one in self._streamed.values()}.values())
@@ -211,7 +234,12 @@ class ExpertBuffer:
         return [*self._workspaces.values(), *self._distinct_streamed()]
 
     def reset(self) -> None:
-        """Starts anew: empty caches (full ones where so set), no lookups, steps from 0."""
+        """Starts anew: empty caches (full ones where so set), no lookups, steps from 0.
+
+        Raises:
+            MoeprofError: It is closed.
+        """
+        self._check_open()
         self._step = -1
         self._log.clear()
         self._num_copies = self._copied_bytes = self._num_initial = 0
@@ -298,9 +326,10 @@ class ExpertBuffer:
 
         Raises:
             MoeprofError: The last dispatch broke off halfway (no memory, an interruption): nothing
-                is run before `reset`. Or there is no expert of some id.
+                is run before `reset`. Or there is no expert of some id, or the buffer is closed.
             UsageError: The tensors do not fit together, or lie elsewhere.
         """
+        self._check_open()
         place = self._by_id[site]
         streamed = self._streamed.get(site)
         is_small = (
@@ -327,10 +356,16 @@ class ExpertBuffer:
         self, place: BufferedSite, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor
     ) -> torch.Tensor:
         """Runs a dispatch expert by expert."""
+        check_dispatch(
+            hidden, ids, weights, d_model=place.store.shape.shapes["w_in"][1], device=self.device
+        )
         workspace = self._workspace_of(place, hidden.dtype)
         if ids.numel() > workspace.num_rows:
             self._computations.finish()
-        given, slots, ends = workspace.sorted_rows(hidden, ids, place.store.num_experts)
+        try:
+            given, slots, ends = workspace.sorted_rows(hidden, ids, place.store.num_experts)
+        except UnknownExpertError:
+            raise _no_such_expert(place) from None
         rows = self._run_blocks(place, given, ends, workspace)
         return workspace.combined(rows, slots, weights, ends[-1])
 
@@ -342,7 +377,12 @@ class ExpertBuffer:
             site: Site id.
             rows: [n, d_model] in order of expert.
             ends: [experts] end of each expert's rows.
+
+        Raises:
+            MoeprofError: As `run` has it.
+            UsageError: They end beyond the rows.
         """
+        self._check_open()
         place = self._by_id[site]
         workspace = self._workspace_of(place, rows.dtype)
         with made_current(self.device):
@@ -350,7 +390,13 @@ class ExpertBuffer:
             if rows.shape[0] > workspace.num_rows:
                 self._computations.finish()
             workspace.reserve(rows.shape[0])
-            return self._run_blocks(place, rows, workspace.ends_on_host(ends), workspace)
+            on_host = workspace.ends_on_host(ends)
+            if on_host[-1] > rows.shape[0]:
+                raise UsageError(
+                    f"experts' rows end at {on_host[-1]}, but there are {rows.shape[0]}",
+                    hint="pass the end of each expert's rows, in order of expert",
+                )
+            return self._run_blocks(place, rows, on_host, workspace)
 
     @torch.no_grad()
     def _run_streamed(
@@ -628,6 +674,8 @@ class ExpertBuffer:
 
     def counts(self) -> BufferCounts:
         """Returns what was done so far."""
+        if self._told is not None:
+            return self._told.counts
         every = every_column(self._log)
         on_host = every[ON_HOST] > 0
         spaces = self._spaces()
@@ -648,7 +696,9 @@ class ExpertBuffer:
         )
 
     def memory(self) -> BufferMemory:
-        """Returns the bytes that the experts take, here and there."""
+        """Returns the bytes that the experts take, here and there; took, where it is closed."""
+        if self._told is not None:
+            return self._told.memory
         return BufferMemory(
             expert_bytes=sum(site.store.expert_bytes for site in self.sites),
             cache_bytes=self._cache_bytes,
@@ -665,6 +715,8 @@ class ExpertBuffer:
 
     def workspace_growths(self) -> int:
         """Returns how often a workspace was taken anew; constant in steady state."""
+        if self._told is not None:
+            return self._told.growths
         return sum(space.num_growths for space in self._spaces())
 
     def audit(self) -> list[tuple[int, int]]:
@@ -672,7 +724,11 @@ class ExpertBuffer:
 
         Returns:
             (site, expert id) of those that differ: none, unless something is broken.
+
+        Raises:
+            MoeprofError: It is closed.
         """
+        self._check_open()
         return [
             (site, int(self._ids[site][expert]))
             for site, expert, slot in [*self._residents(), *self._fetched()]
@@ -680,7 +736,12 @@ class ExpertBuffer:
         ]
 
     def resident_experts(self) -> list[tuple[int, int]]:
-        """Returns (site id, index at the site) of every expert in a cache."""
+        """Returns (site id, index at the site) of every expert in a cache.
+
+        Raises:
+            MoeprofError: It is closed.
+        """
+        self._check_open()
         return [(site, expert) for site, expert, _ in self._residents()]
 
     def _residents(self) -> Iterator[tuple[int, int, int]]:
@@ -712,10 +773,16 @@ class ExpertBuffer:
         self._residency.swap(one, other)
 
     def close(self) -> None:
-        """Waits for computations and copies and lets go of the slots."""
+        """Waits for computations and copies, and lets go of slots, stores and all other memory."""
+        if self._told is not None:
+            return
         self._computations.finish()
         if self._transfers is not None:
             self._transfers.finish()
+        self._last_wait.detach()
+        self._told = _Told(
+            counts=self.counts(), memory=self.memory(), growths=self.workspace_growths()
+        )
         self._views.clear()
         self._direct = None
         self._memory.clear()
@@ -724,10 +791,25 @@ class ExpertBuffer:
         self._blocks.clear()
         for streamed in self._distinct_streamed():
             streamed.let_go()
+        self._streamed.clear()
+        self._workspaces.clear()
         self._pools.clear()
         if self._transfers is not None:
             self._transfers.let_go()
         self._transfers = None
+        self._host_lane = None
+        # What its lookups were at is still asked for; the experts are not.
+        self.sites = tuple(
+            dataclasses.replace(site, store=site.store.emptied(), run=None) for site in self.sites
+        )
+        self._by_id = {site.site: site for site in self.sites}
+
+    def _check_open(self) -> None:
+        if self._told is not None:
+            raise MoeprofError(
+                "the expert buffer is closed",
+                hint="use it before it is closed: within its `with`, where it has one",
+            )
 
 
 def _no_such_expert(place: BufferedSite) -> MoeprofError:

@@ -7,6 +7,7 @@ by torch: matrix products choose their kernels by alignment too.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -139,6 +140,10 @@ class ExpertStore:
     def all_weights(self, device: torch.device | str) -> ExpertWeights:
         """Returns all experts, stacked, on ``device``: one copy of the memory, or the memory."""
         return self.shape.stacked_weights(self.memory.to(device), self.num_experts)
+
+    def emptied(self) -> ExpertStore:
+        """Returns what it says of its experts, without their memory."""
+        return dataclasses.replace(self, memory=self.memory.new_empty(0), is_locked=False)
 
     def close(self) -> None:
         """Lets go of the page lock; the memory itself lives as long as its tensors."""

@@ -14,6 +14,12 @@ import torch
 from moeprof.live.transfers import new_event
 
 ROW_MARGIN = 2
+_LARGE = 1 << 62
+"""Slots are sorted by their id modulo this: those that are not executed behind every expert."""
+
+
+class UnknownExpertError(IndexError):
+    """An id goes beyond the experts of a site."""
 
 
 class Workspace:
@@ -38,8 +44,9 @@ class Workspace:
         self.num_rows = 0
         pinned = device.type == "cuda"
         with torch.inference_mode(False):
-            self._host_ends = torch.zeros(num_experts, dtype=torch.int32, pin_memory=pinned)
-            self._every = torch.arange(num_experts, device=device)
+            # One more: where the slots that are not executed begin.
+            self._host_ends = torch.zeros(num_experts + 1, dtype=torch.int32, pin_memory=pinned)
+        self._bounds: dict[int, torch.Tensor] = {}
         self._ready = new_event() if pinned else None
         self.wait_s = 0.0
         self.num_waits = 0
@@ -49,7 +56,7 @@ class Workspace:
     @property
     def num_bytes(self) -> int:
         """Bytes on the device."""
-        held = (self.given, self.returned, self._places, self._every)
+        held = (self.given, self.returned, self._places, *self._bounds.values())
         return sum(tensor.numel() * tensor.element_size() for tensor in held)
 
     def _grow(self, num_rows: int) -> None:
@@ -79,15 +86,30 @@ class Workspace:
         Returns:
             (rows [T * k, d_model], those of slots that are not executed last; slots [T * k] int64,
             the flat slot of each row; end of each expert's rows).
+
+        Raises:
+            UnknownExpertError: There is no expert of some id.
         """
         flat = ids.reshape(-1).long()
         self.reserve(flat.numel())
-        by_expert, slots = torch.where(flat < 0, num_experts, flat).sort(stable=True)
-        ends = torch.searchsorted(by_expert, self._every[:num_experts], right=True, out_int32=True)
-        self._send(ends)
+        by_expert, slots = flat.bitwise_and(_LARGE - 1).sort(stable=True)
+        bounds = self._bounds_of(num_experts)
+        self._send(torch.searchsorted(by_expert, bounds, right=True, out_int32=True))
         given = self.given[: flat.numel()]
         torch.index_select(hidden, 0, slots // ids.shape[1], out=given)
-        return given, slots, self._received(num_experts)
+        *ends, num_executed = self._received(num_experts + 1)
+        if num_executed > ends[-1]:
+            raise UnknownExpertError(f"ids go beyond {num_experts} experts")
+        return given, slots, ends
+
+    def _bounds_of(self, num_experts: int) -> torch.Tensor:
+        """Returns [experts + 1] the largest id that is sorted before each end."""
+        if num_experts not in self._bounds:
+            with torch.inference_mode(False):
+                bounds = torch.arange(num_experts + 1, device=self._device)
+                bounds[num_experts:].fill_(_LARGE // 2)
+            self._bounds[num_experts] = bounds
+        return self._bounds[num_experts]
 
     def ends_on_host(self, ends: torch.Tensor) -> list[int]:
         """Returns ``ends`` [experts] on the host; waits for the device once."""

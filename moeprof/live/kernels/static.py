@@ -3,6 +3,10 @@
 The baselines of "Towards MoE Deployment" (arXiv 2303.06182, section IV): a dispatch mask as in
 fairseq, the same in groups of tokens as in GShard, and indices instead of masks as in Tutel. Each
 is as fast as plain torch allows: experts run as one batched product, not one by one.
+
+Rows must be finite. A mask multiplies every row with every slot, zeros too, so one row that is not
+makes all of its group not a number; `static_index` does so where it drops. Dynamic gating keeps it
+to its token.
 """
 
 from __future__ import annotations

@@ -27,7 +27,7 @@ import pandas as pd
 
 from analysis import command
 from analysis.judged_rows import pooled_rows, quality_of, regret_of
-from analysis.judgements import CARRIED_FACT, PREDICTED, Judgement, trace_named
+from analysis.judgements import CARRIED_FACT, PREDICTED, Judgement, check_unique, trace_named
 from moeprof.errors import MoeprofError
 from moeprof.live.verification import make_predictions
 from moeprof.live.verification_files import read_predictions, write_predictions
@@ -152,6 +152,7 @@ def read_carried(paths: Iterable[Path] | None) -> list[Carried]:
             raise MoeprofError(
                 f"{path} is not carried over: it lacks {', '.join(lacking)}", hint=_HINT
             )
+        check_unique(path.name, one.predictions.rows, _HINT)
         facts = one.facts
         if facts["trials_on"] == facts["judged_on"] or (
             one.kind == UNCHANGED and facts["calibrated_on"] != facts["trials_on"]
@@ -258,15 +259,16 @@ def _check_beside(one: Carried, judgement: Judgement) -> None:
         raise MoeprofError(
             f"{one.name} has other {', '.join(differ)} than {judgement.predicted}", hint=_HINT
         )
-    dates = [facts["calibrated"], facts["trials_date"], facts["date"], judgement.content["date"]]
+    dates = [facts["calibrated"], facts["trials_date"], facts["date"]]
     try:
-        *before, predicted, measured = map(datetime.fromisoformat, dates)
+        *before, predicted = map(datetime.fromisoformat, dates)
+        measured = judgement.first_measured()
         in_order = max(before) <= predicted < measured
-    except (TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError) as error:
         raise MoeprofError(f"{one.name} has no date: {error}") from None
     if not in_order:
         raise MoeprofError(
-            f"{judgement.name} was measured {dates[3]}, {one.name} predicted {dates[2]} from what "
+            f"{judgement.name} was measured {measured}, {one.name} predicted {dates[2]} from what "
             f"was calibrated {dates[0]} and tried {dates[1]}: not in this order",
             hint="predictions are kept before anything is measured",
         )

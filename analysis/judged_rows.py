@@ -3,8 +3,8 @@
 Measured percentiles, errors and coverage are computed again from the times of the steps, as the
 predictions mean them (of the steps' medians over repetitions, without what was set aside); beside
 them stands what they are with nothing set aside (whole), and for all repetitions of all steps
-together (raw). Leaves out what is held
-to which goal (`analysis.prediction_quality`).
+together, nothing set aside either (raw). Leaves out what is held to which goal
+(`analysis.prediction_quality`).
 """
 
 from __future__ import annotations
@@ -16,9 +16,15 @@ from typing import Any
 
 import pandas as pd
 
-from analysis.judgements import PREDICTED, Judgement
+from analysis.judgements import HIT_RATES, PREDICTED, Judgement
 from moeprof.live.step_percentiles import repetitions_of
-from moeprof.live.verdicts import binomial_interval, regrets
+from moeprof.live.verdicts import (
+    CLUSTER_DRAWS,
+    CLUSTER_SEED,
+    binomial_interval,
+    clustered_interval,
+    regrets,
+)
 from moeprof.replay.cache.policies import POLICIES
 from moeprof.replay.serving_settings import GatingSetting, Setting, parse_setting
 
@@ -34,6 +40,12 @@ MODELS_OF_TIME: Mapping[str, str] = MappingProxyType(
     }
 )
 """Columns of errors, moeprof's first."""
+
+CLUSTERS: Mapping[str, tuple[str, ...]] = MappingProxyType(
+    {"setting": ("routing", "setting"), "GPU and trace": ("machine", "routing")}
+)
+"""What goes together, and the columns that tell: a setting on every machine, both percentiles; all
+settings of one trace on one machine."""
 
 
 def pooled_rows(judgements: Sequence[Judgement]) -> pd.DataFrame:
@@ -55,6 +67,7 @@ def pooled_rows(judgements: Sequence[Judgement]) -> pd.DataFrame:
                 **_described(parse_setting(row["setting"])),
                 "percentile": row["percentile"],
                 **{key: row[key] for key in PREDICTED},
+                **{key: row.get(name) for key, name in HIT_RATES.items()},
                 "measured_ms": math.nan,
                 "raw_ms": math.nan,
                 "whole_ms": math.nan,
@@ -126,10 +139,13 @@ def quality_of(rows: pd.DataFrame) -> dict[str, Any]:
         "below": int((stated["measured_ms"] < stated["low_ms"]).sum()),
         "above": int((stated["measured_ms"] > stated["high_ms"]).sum()),
         **{
-            f"{name}_inside": int(
-                stated[f"{name}_ms"].between(stated["low_ms"], stated["high_ms"]).sum()
-            )
+            f"{name}_{side}": int(found.sum())
             for name in OTHER_MEASURES
+            for side, found in (
+                ("inside", stated[f"{name}_ms"].between(stated["low_ms"], stated["high_ms"])),
+                ("below", stated[f"{name}_ms"] < stated["low_ms"]),
+                ("above", stated[f"{name}_ms"] > stated["high_ms"]),
+            )
         },
         **{
             f"{name}_median_error": float(
@@ -143,6 +159,38 @@ def quality_of(rows: pd.DataFrame) -> dict[str, Any]:
         "mean_aside_share": float(known["aside_share"].mean()) if len(known) else None,
         "median_signed_error": float(known["error"].median()) if len(known) else None,
         "absolute_errors": errors,
+    }
+
+
+def coverage_by_cluster(rows: pd.DataFrame) -> dict[str, Any] | None:
+    """Returns intervals of the coverage that do not take predictions for independent.
+
+    Args:
+        rows: As `pooled_rows` gives them.
+
+    Returns:
+        The intervals of `CLUSTERS`, how they are made, and in how many cases all percentiles of a
+        setting on a machine are inside or all outside; None where no interval was stated.
+    """
+    stated = rows[rows["inside"].notna() & rows["measured_ms"].notna()]
+    if stated.empty:
+        return None
+    inside = stated["inside"].astype(bool)
+    intervals = []
+    for name, columns in CLUSTERS.items():
+        clusters = list(stated[list(columns)].itertuples(index=False, name=None))
+        low, high = clustered_interval(inside.tolist(), clusters)
+        intervals.append({"by": name, "clusters": len(set(clusters)), "low": low, "high": high})
+    cases = inside.groupby([stated[key] for key in ("machine", "routing", "setting")])
+    several = cases.nunique()[cases.size() > 1]
+    return {
+        "method": "bootstrap of whole clusters, 5th to 95th percentile, widened for few clusters "
+        "(moeprof.live.verdicts.clustered_interval)",
+        "draws": CLUSTER_DRAWS,
+        "seed": CLUSTER_SEED,
+        "intervals": intervals,
+        "cases": len(several),
+        "cases_alike": int((several == 1).sum()),
     }
 
 

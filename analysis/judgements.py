@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from moeprof.errors import MoeprofError
@@ -20,10 +22,16 @@ from moeprof.live.verification_files import VERIFICATION_KIND, read_predictions
 from moeprof.live.verification_options import Predictions
 
 PREDICTED = (
-    "predicted_ms", "low_ms", "high_ms", "naive_bandwidth_ms", "naive_mean_ms", "hit_rate",
+    "predicted_ms", "low_ms", "high_ms", "naive_bandwidth_ms", "naive_mean_ms",
     "copied_bytes_per_step", "device_bytes",
 )  # fmt: skip
-"""What a row says of its prediction."""
+"""What a row says of its prediction; bytes copied are those of a mean judged step."""
+
+HIT_RATES: Mapping[str, str] = MappingProxyType(
+    {"judged_hit_rate": "judged_hit_rate", "every_step_hit_rate": "hit_rate"}
+)
+"""What hit rates are called here, and in rows: of the judged steps, or, as earlier predictions have
+it, of every step that runs, a prompt's into an empty buffer included. A row has one of them."""
 
 CARRIED_FACT = "carried_for"
 """Among the facts of predictions that another machine's trials made."""
@@ -60,6 +68,16 @@ class Judgement:
         """What the predictions are called, less the machine that they are for."""
         return trace_named(self.predicted, self.machine)
 
+    def first_measured(self) -> datetime:
+        """Returns when the first of the runs was made whose visits are in the file.
+
+        Raises:
+            KeyError, TypeError, ValueError: A run has no date.
+        """
+        # Visits may have been added to those of runs before.
+        runs = [*self.content.get("earlier_runs", ()), self.content]
+        return min(datetime.fromisoformat(run["date"]) for run in runs)
+
 
 def trace_named(predicted: str, machine: str) -> str:
     """Returns ``qwen3`` for predicted-qwen3-h200.json and an NVIDIA H200.
@@ -81,11 +99,13 @@ def read_judgements(verified: Iterable[Path], predicted: Iterable[Path]) -> list
         predicted: From ``moeprof verify --predict-only -o``.
 
     Raises:
-        MoeprofError: A file is damaged, judges what was not predicted before, or what another
-            judges as well, or predictions were carried over from another machine.
+        MoeprofError: A file is damaged, lacks or repeats rows, judges what was not predicted
+            before, or what another judges as well, or predictions were carried over from another
+            machine.
     """
     known = {path.name: read_predictions(path) for path in predicted}
     for name, predictions in known.items():
+        check_unique(name, predictions.rows, "write them again: moeprof verify --predict-only")
         if CARRIED_FACT in predictions.facts:
             raise MoeprofError(
                 f"{name} is carried over from another machine",
@@ -96,6 +116,7 @@ def read_judgements(verified: Iterable[Path], predicted: Iterable[Path]) -> list
     for path in sorted(verified):
         content = _read(path)
         name = _predictions_of(path, content, known)
+        _check_complete(path, content, known[name])
         one = Judgement(name=path.name, content=content, predicted=name, predictions=known[name])
         _check_dates(one)
         for setting in dict.fromkeys(row["setting"] for row in content["rows"]):
@@ -162,10 +183,54 @@ def _predictions_of(
     )
 
 
+def check_unique(name: str, rows: Sequence[Mapping[str, Any]], hint: str) -> None:
+    """Refuses rows that say a percentile of a setting twice: it would count twice.
+
+    Args:
+        name: Of their file.
+        rows: Of predictions or measurements.
+        hint: The way out.
+
+    Raises:
+        MoeprofError: A percentile is there twice.
+    """
+    counts = Counter((row["setting"], row["percentile"]) for row in rows)
+    for (setting, percentile), count in counts.items():
+        if count > 1:
+            raise MoeprofError(f"{name} has {count} rows of {setting} p{percentile}", hint=hint)
+
+
+def _check_complete(path: Path, content: Mapping[str, Any], predictions: Predictions) -> None:
+    """Refuses a file that leaves out some of what was predicted of a setting that was tried."""
+    check_unique(path.name, content["rows"], _HINT)
+    given = {(row["setting"], row["percentile"]) for row in content["rows"]}
+    tried = {row["setting"] for row in content["rows"]} | set(content["step_times"])
+    predicted = {row["setting"] for row in predictions.rows}
+    unknown = sorted(tried - predicted)
+    if unknown:
+        raise MoeprofError(
+            f"{path.name} measured {unknown[0]}, which was not predicted in the file that it "
+            "judges",
+            hint=_HINT,
+        )
+    for row in predictions.rows:
+        setting, percentile = row["setting"], row["percentile"]
+        if setting in tried and (setting, percentile) not in given:
+            raise MoeprofError(
+                f"{path.name} lacks p{percentile} of {setting}, which was predicted and measured",
+                hint=_HINT,
+            )
+
+
 def _is_same(row: Mapping[str, Any], other: Mapping[str, Any] | None) -> bool:
     if other is None:
         return False
-    for key in PREDICTED:
+    for key in (*PREDICTED, *HIT_RATES.values()):
+        is_given = key in row, key in other
+        if key not in PREDICTED and is_given == (False, False):
+            continue
+        if is_given != (True, True):
+            return False
         one, two = row[key], other[key]
         if (one is None) != (two is None):
             return False
@@ -176,13 +241,11 @@ def _is_same(row: Mapping[str, Any], other: Mapping[str, Any] | None) -> bool:
 
 def _check_dates(one: Judgement) -> None:
     facts = one.predictions.facts
-    # Visits may have been added to those of runs before: the first of them counts.
-    runs = [*one.content.get("earlier_runs", ()), one.content]
     try:
         calibrated, predicted = (
             datetime.fromisoformat(facts[key]) for key in ("calibrated", "date")
         )
-        measured = min(datetime.fromisoformat(run["date"]) for run in runs)
+        measured = one.first_measured()
         in_order = calibrated <= predicted < measured
     except (KeyError, TypeError, ValueError) as error:
         raise MoeprofError(f"{one.name} or {one.predicted} has no date: {error}") from None

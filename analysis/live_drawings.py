@@ -355,7 +355,7 @@ def draw_buffering(evidence: Evidence, path: Path) -> None:
         hits.set_xlim(0, 1)
         hits.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:.0f}%"))
         hits.grid(visible=False, axis="y")
-        hits.set_title("hit rate")
+        hits.set_title("hit rate, all steps")
         held = rows["device_bytes"].iloc[[0, 1]] / GIB
         words = ["all on the GPU", f"{rows['capacity'].iloc[1]} of {rows['capacity'].iloc[0]}"]
         memory.barh(range(2), held, color=["#c9ced6", "#1f4fc4"], height=0.5)

@@ -302,7 +302,8 @@ def readme_rows(evidence: Evidence) -> list[tuple[str, str, str, str]]:
         (
             f"Qwen3-30B-A3B geometry, {lru['capacity']} of {base['capacity']} experts a layer on "
             "the GPU (LRU)",
-            f"hit rate {percent(lru['hit_rate'])}, {lru['saved_bytes'] / GIB:.1f} of "
+            f"hit rate {percent(lru['hit_rate'])} with the cold prefill, "
+            f"{lru['saved_bytes'] / GIB:.1f} of "
             f"{base['device_bytes'] / GIB:.1f} GiB saved, median decode step "
             f"{base['p50_ms']:.0f} to {lru['p50_ms']:.0f} ms; "
             f"{sum(held.values())} of {len(held)} checks held, profiler's count of copies at "

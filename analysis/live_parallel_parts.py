@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from analysis.live_parts import (
     rows_table,
 )
 from analysis.live_styles import COLOURS, INK, STYLE, save
+from moeprof.live.parallel_corrections import CorrectedStep, corrected_step
 from moeprof.replay.result import SEVERITY_COST, SEVERITY_FACT, Finding, Metric, Result
 from moeprof.reporting.document import Described
 
@@ -42,6 +44,7 @@ def step_rows(data: Mapping[str, Any]) -> pd.DataFrame:
             "num_devices": row["num_devices"],
             "setting": setting_of(row),
             "num_tokens": row["num_tokens"],
+            "num_passes_joined": row["num_passes_joined"],
             "max_over_mean": row["max_over_mean"],
             "step_ms": row["step_ms"],
             "predicted_ms": row["predicted_ms"],
@@ -54,21 +57,74 @@ def step_rows(data: Mapping[str, Any]) -> pd.DataFrame:
 
 
 def scaling_rows(data: Mapping[str, Any]) -> pd.DataFrame:
-    """Returns one row per trace, devices, tokens and setting: estimates with their bars."""
-    return pd.DataFrame(
-        {
-            "trace": each["trace"],
-            "num_devices": row["num_devices"],
-            "setting": setting_of(row),
-            "num_tokens": row["num_tokens"],
-            "max_over_mean": row["max_over_mean"],
-            "estimate_ms": row["step_ms"],
-            "estimate_ms_low": row["low_ms"],
-            "estimate_ms_high": row["high_ms"],
-        }
-        for each in data["traces"]
-        for row in each["scaling"]
-    )
+    """Returns one row per trace, devices, tokens and setting: estimates with their bars.
+
+    Corrected here, by the steps that were measured: some files hold what is not corrected only.
+    """
+    found = []
+    for each in data["traces"]:
+        for row in each["scaling"]:
+            uncorrected_ms = uncorrected_of(row)
+            corrected = corrected_step(uncorrected_ms, ratios_of(each, row["num_tokens"]))
+            found.append(
+                {
+                    "trace": each["trace"],
+                    "num_devices": row["num_devices"],
+                    "setting": setting_of(row),
+                    "num_tokens": row["num_tokens"],
+                    "max_over_mean": row["max_over_mean"],
+                    "estimate_ms": corrected.step_ms,
+                    "estimate_ms_low": corrected.low_ms,
+                    "estimate_ms_high": corrected.high_ms,
+                    "uncorrected_ms": uncorrected_ms,
+                }
+            )
+    return pd.DataFrame(found)
+
+
+def uncorrected_of(row: Mapping[str, Any]) -> float:
+    """Returns an estimate for more devices as the arithmetic has it.
+
+    Args:
+        row: Of ``scaling``; where it has no ``uncorrected_ms``, its ``step_ms`` is not corrected.
+    """
+    return float(row.get("uncorrected_ms", row["step_ms"]))
+
+
+def ratios_of(trace: Mapping[str, Any], num_tokens: int) -> list[float]:
+    """Returns measured over predicted of the steps of a trace that had so many tokens."""
+    return [
+        row["step_ms"] / row["predicted_ms"]
+        for row in trace["steps"]
+        if row["num_tokens"] == num_tokens
+    ]
+
+
+def error_rows(data: Mapping[str, Any]) -> pd.DataFrame:
+    """Returns one row per trace and number of tokens: how far off its predictions were.
+
+    Errors are predicted over measured, less 1: negative where a step took longer.
+    """
+    found = []
+    for each in data["traces"]:
+        for num_tokens in sorted({row["num_tokens"] for row in each["steps"]}):
+            ratios = ratios_of(each, num_tokens)
+            errors = [1 / ratio - 1 for ratio in ratios]
+            spread = corrected_step(1.0, ratios)
+            found.append(
+                {
+                    "trace": each["trace"],
+                    "num_tokens": num_tokens,
+                    "num_steps": len(ratios),
+                    "num_too_short": sum(error < 0 for error in errors),
+                    "error_share": statistics.median(errors),
+                    "size_of_error_share": statistics.median(map(abs, errors)),
+                    "measured_over_predicted_share": spread.step_ms,
+                    "measured_over_predicted_share_low": spread.low_ms,
+                    "measured_over_predicted_share_high": spread.high_ms,
+                }
+            )
+    return pd.DataFrame(found)
 
 
 def loads_equal(data: Mapping[str, Any]) -> tuple[int, int]:
@@ -78,8 +134,23 @@ def loads_equal(data: Mapping[str, Any]) -> tuple[int, int]:
     return equal, sum(row["num_dispatches"] for row in rows)
 
 
+def dispatches_checked(data: Mapping[str, Any]) -> tuple[int, int, int]:
+    """Returns dispatches whose loads were checked, all of the sites checked, and placements.
+
+    Each dispatch counts once, under however many placements; placements are the fewest of any site.
+    """
+    rows = pd.DataFrame(
+        {"trace": each["trace"], **row} for each in data["traces"] for row in each["loads"]
+    )
+    if not len(rows):
+        return 0, 0, 0
+    by_site = rows.groupby(["trace", "site"])
+    checked, whole = by_site["num_dispatches"].max(), by_site["num_dispatches_of_trace"].max()
+    return int(checked.sum()), int(whole.sum()), int(by_site["setting"].nunique().min())
+
+
 def outputs_equal(data: Mapping[str, Any]) -> tuple[int, int]:
-    """Returns settings whose outputs are those of one device, and those checked.
+    """Returns checks in which outputs are those of one device, and all: two of every setting.
 
     To the bit on narrow experts in float32; the timed kernel at full size within `TOLERANCE`.
     """
@@ -97,7 +168,7 @@ def _regrets(data: Mapping[str, Any]) -> list[float]:
 def parallel_goals(data: Mapping[str, Any] | None) -> list[Goal]:
     """Returns what expert parallelism is held to."""
     loads = "Expert parallelism: rows that reach every device, dispatch by dispatch"
-    outputs = "Expert parallelism: outputs against one device, by setting"
+    outputs = "Expert parallelism: outputs against one device, two checks of a setting"
     steps = "Expert parallelism: step time predicted by planner"
     if data is None or not data["traces"]:
         return not_measured(
@@ -128,7 +199,8 @@ def parallel_goals(data: Mapping[str, Any] | None) -> list[Goal]:
             Goal(
                 quantity=steps, goal="beside the measured",
                 found=f"off by {percent(rows['error_share'].abs().median())} (median of "
-                f"{len(rows)}), regret at most {percent(max(_regrets(data)))}",
+                f"{len(rows)}): {_errors_by_trace(rows)}; regret at most "
+                f"{percent(max(_regrets(data)))}",
                 met=None, section="parallel",
             )
         )  # fmt: skip
@@ -142,12 +214,16 @@ def parallel_readme_rows(data: Mapping[str, Any]) -> list[tuple[str, str, str, s
         return []
     num_equal, num_loads = loads_equal(data)
     num_held, num_outputs = outputs_equal(data)
+    num_dispatches, _, num_placements = dispatches_checked(data)
+    by_trace = rows["error_share"].abs().groupby(rows["trace"]).median()
     return [
         (
             f"Expert parallelism over {data['num_ranks']} GPUs: loads as replayed; outputs as on "
             "one device; step times predicted",
-            f"{num_equal:,} of {num_loads:,} dispatches; {num_held} of {num_outputs} settings; "
-            f"off by {percent(rows['error_share'].abs().median())} (median)",
+            f"{num_equal:,} of {num_loads:,} ({num_dispatches:,} dispatches, {num_placements} "
+            f"placements); {num_held} of {num_outputs} checks; "
+            f"off by {percent(rows['error_share'].abs().median())} (median of {len(rows)}), "
+            f"{percent(by_trace.min())} to {percent(by_trace.max())} by trace",
             "all; all",
             _COMMAND,
         )
@@ -167,14 +243,13 @@ def parallel_part(data: Mapping[str, Any]) -> Described:
                figure_class="measured", better="higher"),
     ]  # fmt: skip
     labels = {
-        "parallel/loads": "Dispatches whose rows reach every device as replayed",
-        "parallel/outputs": "Settings with the outputs of one device",
+        "parallel/loads": "Checks of dispatches whose rows reach every device as replayed",
+        "parallel/outputs": "Checks of outputs that are those of one device",
     }
     findings = [
         Finding(
-            text=f"Rows reach every device as the replay says in {num_equal:,} of {num_loads:,} "
-            f"dispatches; outputs are those of one device in {num_held} of {num_outputs} "
-            "settings.",
+            text=f"Rows reach every device as the replay says {_loads_said(data)}; outputs are "
+            f"those of one device in {num_held} of {num_outputs} checks, two of every setting.",
             severity=SEVERITY_FACT + 2
             if (num_equal, num_held) == (num_loads, num_outputs)
             else SEVERITY_COST + 10,
@@ -203,10 +278,19 @@ def parallel_part(data: Mapping[str, Any]) -> Described:
             f"All-to-all: {1e3 * line['latency_ms']:.0f} us plus bytes over "
             f"{line['bytes_per_s'] / 1e9:.1f} GB/s, off by at most "
             f"{percent(line['largest_error'])}.",
+            *_estimate_notes(data),
+            *_order_notes(rows),
             *([f"No time was left for {', '.join(missing)}."] if missing else []),
         ),
     )
-    tables = [rows_table("Steps measured", rows)] if len(rows) else []
+    tables = (
+        [
+            rows_table("Steps measured", rows),
+            rows_table("How far off predictions were", error_rows(data)),
+        ]
+        if len(rows)
+        else []
+    )
     if len(scaling):
         tables.append(rows_table("More devices", scaling, figure_class="estimate"))
     section = result_section(
@@ -222,18 +306,92 @@ def parallel_part(data: Mapping[str, Any]) -> Described:
         data,
         title="Expert parallelism",
         verdict=f"Over {data['num_ranks']} devices rows arrive as replayed in "
-        f"{num_equal:,} of {num_loads:,} dispatches.",
+        f"{num_equal:,} of {num_loads:,} checks.",
         routing=[str(each["routing"]["description"]) for each in data["traces"]] or ["none"],
         facts={
             "Devices": f"{data['num_ranks']}, {data.get('backend', 'unknown backend')}",
             "Kernel": data["kernel"],
         },
         banners=["Times for more devices than were there are estimates: the slowest share in turn "
-                 "on one GPU, exchanges from the line through those measured.",
+                 "on one GPU, exchanges from the line through those measured, corrected by how far "
+                 f"off the same arithmetic was on {data['num_ranks']} devices.",
                  *beside_banners([data])],
         section=section,
         result=result,
     )  # fmt: skip
+
+
+def _loads_said(data: Mapping[str, Any]) -> str:
+    """Returns how many dispatches reached every device as replayed, in words."""
+    num_equal, num_loads = loads_equal(data)
+    num_dispatches, num_of_sites, num_placements = dispatches_checked(data)
+    return (
+        f"in {num_equal:,} of {num_loads:,} checks ({num_dispatches:,} of {num_of_sites:,} "
+        f"dispatches of the sites checked, each under {num_placements} placements)"
+    )
+
+
+def _errors_by_trace(rows: pd.DataFrame) -> str:
+    """Returns the median error of every trace, its sign, and how many were too short."""
+    said = []
+    for trace, errors in rows.groupby("trace", sort=False)["error_share"]:
+        name = str(trace).removesuffix(".moeprof").removeprefix("sample:")
+        said.append(
+            f"{name} {percent(errors.abs().median())} (signed {100 * errors.median():+.1f}%, "
+            f"{(errors < 0).sum()} of {len(errors)} too short)"
+        )
+    return ", ".join(said)
+
+
+def _estimate_notes(data: Mapping[str, Any]) -> list[str]:
+    """Returns what was done to estimates for more devices, and how many there are."""
+    said, counts = [], []
+    for each in data["traces"]:
+        if not each["scaling"]:
+            continue
+        for num_tokens in sorted({row["num_tokens"] for row in each["scaling"]}):
+            spread = corrected_step(1.0, ratios_of(each, num_tokens))
+            said.append(f"{each['trace']}, {num_tokens:,} tokens: {_ratio_said(spread)}")
+        done = {(row["num_devices"], setting_of(row)) for row in each["scaling"]}
+        counts.append(f"{len(done)} of {each['num_scaled_settings']} of {each['trace']}")
+    if not said:
+        return []
+    return [
+        f"Estimates for more devices are the arithmetic's time (uncorrected ms) times the median "
+        f"of measured over predicted of the steps on {data['num_ranks']} devices of the same trace "
+        "and number of tokens, from the least of these ratios to the greatest. That range is what "
+        f"was seen on {data['num_ranks']} devices, no interval of known coverage. "
+        f"{'; '.join(said)}.",
+        f"Settings of more devices for which there was time: {', '.join(counts)}.",
+    ]
+
+
+def _ratio_said(spread: CorrectedStep) -> str:
+    return (
+        f"{spread.step_ms:.2f} ({spread.low_ms:.2f} to {spread.high_ms:.2f}, "
+        f"{spread.num_ratios} steps)"
+    )
+
+
+def _order_notes(rows: pd.DataFrame) -> list[str]:
+    """Returns how far placements without replicas differ, as predicted and as measured."""
+    if not len(rows):
+        return []
+    plain = rows[~rows["setting"].str.contains(" +", regex=False)]
+    said = []
+    for (trace, tokens), own in plain.groupby(["trace", "num_tokens"], sort=False):
+        apart = {key: own[key].max() / own[key].min() - 1 for key in ("predicted_ms", "step_ms")}
+        said.append(
+            f"{percent(apart['step_ms'])}, {percent(apart['predicted_ms'])} predicted ({trace}, "
+            f"{tokens:,} tokens)"
+        )
+    if not said:
+        return []
+    return [
+        "Placements were timed one after the other, so that a slow stretch of the host is one "
+        "placement's. Without replicas the slowest takes longer than the fastest by "
+        f"{'; '.join(said)}."
+    ]
 
 
 def _gain(data: Mapping[str, Any], rows: pd.DataFrame, error: float) -> Finding:
@@ -244,13 +402,17 @@ def _gain(data: Mapping[str, Any], rows: pd.DataFrame, error: float) -> Finding:
         best = own.loc[own["step_ms"].idxmin()]
         if len(plain):
             gain = float(plain["step_ms"].iloc[0] / best["step_ms"])
-            said.append(f"{gain:.2f}x with {best['setting']} ({trace}, {tokens:,} tokens)")
-    errors = rows["error_share"].abs().groupby(rows["trace"], sort=False).median()
-    by_trace = ", ".join(f"{percent(value)} {trace}" for trace, value in errors.items())
-    gained = f"The best placement gains {', '.join(said)} over contiguous experts. " if said else ""
+            foreseen = float(plain["predicted_ms"].iloc[0] / best["predicted_ms"])
+            said.append(
+                f"{gain:.2f}x with {best['setting']} ({trace}, {tokens:,} tokens; "
+                f"{foreseen:.2f}x predicted)"
+            )
+    gained = (
+        f"The fastest placement gains {', '.join(said)} over contiguous experts. " if said else ""
+    )
     return Finding(
-        text=f"{gained}Predicted step times are off by {percent(error)} (median of {len(rows)}; "
-        f"{by_trace}); "
+        text=f"{gained}Predicted step times are off by {percent(error)} (median of {len(rows)}): "
+        f"{_errors_by_trace(rows)}; "
         f"choosing by them costs at most {percent(max(_regrets(data)))} over the best measured.",
         severity=SEVERITY_FACT + 1,
         section="parallel",
@@ -337,6 +499,10 @@ PARALLEL = Addition(
     part=parallel_part,
     goals=parallel_goals,
     readme_rows=parallel_readme_rows,
-    rows=lambda data: {"parallel-steps": step_rows(data), "parallel-scaling": scaling_rows(data)},
+    rows=lambda data: {
+        "parallel-steps": step_rows(data),
+        "parallel-errors": error_rows(data),
+        "parallel-scaling": scaling_rows(data),
+    },
     drawings={"parallel.png": draw_parallel},
 )

@@ -24,6 +24,8 @@ from analysis.live_prediction_words import (
     carried_findings,
     carried_notes,
     carried_rows,
+    cluster_words,
+    coverage_findings,
     coverage_words,
     earlier_findings,
     host_speed_findings,
@@ -92,7 +94,7 @@ def predictions_part(data: Mapping[str, Any]) -> Described:
     naive = [name for name in whole["absolute_errors"] if name != "model"]
     metrics = [
         _metric("predictions/coverage", whole["coverage"], whole["coverage_low"],
-                whole["coverage_high"], note="exact binomial interval of 90%"),
+                whole["coverage_high"], note="exact binomial interval of 90%, as if independent"),
         *(
             _metric(f"predictions/median error/{name}", median_error(whole, name))
             for name in ("model", *naive)
@@ -140,7 +142,7 @@ def predictions_part(data: Mapping[str, Any]) -> Described:
                 metric="predictions/regret/median",
             )
         )
-    findings += [*regret_findings(data), *_where_it_is_off(data)]
+    findings += [*coverage_findings(data), *regret_findings(data), *_where_it_is_off(data)]
     findings += [
         *host_speed_findings(data), *carried_findings(data), *earlier_findings(data),
     ]  # fmt: skip
@@ -338,8 +340,8 @@ def _coverage_figure(data: Mapping[str, Any]) -> FigureData:
         "Measurements inside their stated 90% interval",
         alt="; ".join(f"{each['of']} {coverage_words(each)}" for each in stated)
         or "No interval was stated.",
-        how="The whiskers are the exact 90% interval of a share of so many predictions; the goal "
-        "is 85% to 95% of all.",
+        how="The whiskers are the exact 90% interval of a share of so many predictions, each taken "
+        "for one of its own, which they are not; the goal is 85% to 95% of all.",
         panels=[
             {
                 "rows": [
@@ -401,11 +403,12 @@ def prediction_readme_rows(data: Mapping[str, Any]) -> list[tuple[str, str, str,
     goals = {goal["quantity"]: goal for goal in data["goals"]}
     naive = [name for name in whole["absolute_errors"] if name != "model"]
     others = ", ".join(f"{name} {percent(median_error(whole, name))}" for name in naive)
+    clusters = cluster_words(data)
     rows = [
         (
             f"Step times predicted before they were measured: {counts['settings']} settings, "
             f"{counts['models']} models, {counts['machines']} GPUs; inside their 90% interval",
-            coverage_words(whole),
+            coverage_words(whole) + (f"; {clusters}" if clusters else ""),
             "85% to 95%" + _missed(goals, "Measurements inside"),
             _COMMAND,
         ),
@@ -448,7 +451,7 @@ def latency_rows(data: Mapping[str, Any]) -> pd.DataFrame:
         row = {
             "setting": name,
             "device_bytes": each["device_bytes"],
-            "hit_rate": each["hit_rate"],
+            "judged_hit_rate": each["judged_hit_rate"],
             "predicted_p95_ms": each["p95_ms"],
             "predicted_p95_ms_low": each["low_ms"],
             "predicted_p95_ms_high": each["high_ms"],
@@ -515,8 +518,9 @@ def latency_part(data: Mapping[str, Any]) -> Described:
                 if tokens == 1
                 else f"judged steps hold {tokens:.1f} tokens that run together."
             ),
-            "Hit rate alone: the time without a buffer, plus misses of a mean step by the time of "
-            "a copy; nothing overlaps and every step misses alike.",
+            "Hit rate alone: the time without a buffer, plus misses of a mean judged step by the "
+            "time of a copy; nothing overlaps and every step misses alike. Hit rates are of the "
+            "judged steps, what the others miss (a prompt into an empty buffer) is not in them.",
             "The frontier has as few copies as any policy can do with so many slots (MIN, free to "
             "pass an expert through), decides for nothing, and no copy waits for a slot. Settings "
             "that compute on the host, copy ahead, or hold all experts do not copy what it copies "

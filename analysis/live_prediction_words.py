@@ -30,6 +30,54 @@ def coverage_words(each: Mapping[str, Any]) -> str:
     )
 
 
+def cluster_words(data: Mapping[str, Any]) -> str:
+    """Returns the intervals of the coverage that do not take predictions for independent.
+
+    Args:
+        data: As `analysis.prediction_quality` writes it.
+    """
+    found = data.get("coverage_by_cluster") or {"intervals": ()}
+    return ", ".join(
+        f"by {each['by']} {percent(each['low'])} to {percent(each['high'])}"
+        for each in found["intervals"]
+    )
+
+
+def coverage_findings(data: Mapping[str, Any]) -> list[Finding]:
+    """Returns how well the coverage is known, to which side it is missed, and what flatters it."""
+    whole, found = data["all"], data.get("coverage_by_cluster")
+    if found is None:
+        return []
+    drawn = " and ".join(
+        f"{percent(each['low'])} to {percent(each['high'])} where each {each['by']} "
+        f"({each['clusters']}) is drawn whole"
+        for each in found["intervals"]
+    )
+    outside = whole["stated"] - whole["inside"]
+    text = (
+        f"The exact interval of {coverage_words(whole)} takes each prediction for one of its own. "
+        f"They go together: in {found['cases_alike']} of {found['cases']} cases all percentiles of "
+        "a setting on a machine are inside or all outside. The interval is "
+        f"{drawn} (bootstrap, {found['draws']:,} draws, widened for few). Of the {outside} outside "
+        f"{whole['below']} were measured faster than the stated interval and {whole['above']} "
+        "slower. "
+    )
+    by_percentile = [each for each in data["groups"] if each["by"] == "percentile"]
+    if "raw_above" in whole:
+        text += (
+            "With nothing set aside, each step still by its median over repetitions, "
+            f"{whole['whole_inside']} of {whole['stated']} are inside. Of percentiles of all "
+            "repetitions of all steps together, which have the machine's own hiccups in them and "
+            f"are not what is predicted, {whole['raw_inside']} of {whole['stated']}"
+            + "".join(
+                f", p{each['of']} {each['raw_inside']} of {each['stated']}"
+                for each in by_percentile
+            )
+            + f": {whole['raw_below']} faster, {whole['raw_above']} slower."
+        )
+    return [Finding(text=text, severity=SEVERITY_FACT + 4, section="predictions")]
+
+
 def median_error(each: Mapping[str, Any], name: str = "model") -> float:
     """Returns the median of absolute errors.
 

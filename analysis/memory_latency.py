@@ -7,10 +7,10 @@ Predicts the 95th percentile for the settings of a file of predictions (``moepro
 --predict-only``) from the calibration that these were made from, and sees that the percentiles in
 the file come out the same, so that it is the model that was judged. Beside it: what was measured
 (``moeprof verify --predictions``), what a replay of one token after another or a hit rate alone
-would have said, and a frontier: as few copies as any policy can do with so many slots (MIN,
-free to pass an expert through), deciding for nothing, no copy waiting for a slot. Recommended is
-the least predicted within the budget, of policies that do not know the future. Another machine has
-predictions of its own, and stands beside (``others``).
+(of the judged steps, as everything here) would have said, and a frontier: as few copies as any
+policy can do with so many slots (MIN, free to pass an expert through), deciding for nothing, no
+copy waiting for a slot. Recommended is the least predicted within the budget, of policies that do
+not know the future. Another machine has predictions of its own, and stands beside (``others``).
 """
 
 from __future__ import annotations
@@ -166,7 +166,7 @@ def _row(one: Prediction) -> dict[str, Any]:
         else "unbuffered",
         "ahead": setting.prefetch if buffered else 0,
         "device_bytes": one.device_bytes,
-        "hit_rate": one.hit_rate,
+        "judged_hit_rate": one.judged_hit_rate,
         "p95_ms": value,
         "low_ms": low,
         "high_ms": high,
@@ -198,10 +198,14 @@ def _token_major_rows(
         plan = plan_buffer(question.trace, question.routed, setting, rows=question.rows)
         flat = token_major(question.rows, question.routed, setting, plan.capacity)
         other = predict(question, setting, machine, plan=flat.plan(plan))
+        misses, lookups = (
+            int(question.routed.per_step(each)[question.judged].sum())
+            for each in (flat.misses, question.routed.rows)
+        )
         yield {
             "setting": setting.name,
             "device_bytes": one.device_bytes,
-            "hit_rate": flat.hit_rate,
+            "judged_token_hit_rate": 1 - misses / lookups,
             "p95_ms": other.percentiles_ms[PERCENTILE][0],
         }
 
@@ -209,17 +213,21 @@ def _token_major_rows(
 def _hit_rate_rows(
     question: Question, found: Sequence[Prediction], machine: Calibration
 ) -> Iterator[dict[str, Any]]:
-    """Yields the time without a buffer, plus misses by the hit rate times the time of a copy."""
+    """Yields the time without a buffer, plus misses by the hit rate times the time of a copy.
+
+    Hit rate and lookups are those of the same steps, the judged ones.
+    """
     plain = predict(question, BufferingSetting(capacity=None), machine)
     lookups = question.routed.per_step(np.ones(question.routed.num_lookups, np.int64))
     each_ms = float(machine.to_device.at(question.shape.block_bytes)) * _MS
     for setting, one in _loading(found):
-        assert one.hit_rate is not None
-        misses = (1 - one.hit_rate) * float(lookups[question.judged].mean())
+        assert one.judged_hit_rate is not None
+        misses = (1 - one.judged_hit_rate) * float(lookups[question.judged].mean())
         yield {
             "setting": setting.name,
             "device_bytes": one.device_bytes,
-            "hit_rate": one.hit_rate,
+            "judged_hit_rate": one.judged_hit_rate,
+            "misses_per_judged_step": misses,
             "p95_ms": plain.percentiles_ms[PERCENTILE][0] + misses * each_ms,
         }
 

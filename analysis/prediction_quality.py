@@ -6,10 +6,12 @@
 Pools verified-*.json (analysis/results) and holds each to the predictions that were written before
 it (predicted-*.json): every row judged must be a row predicted, and predicted earlier than it was
 measured. Measured percentiles, errors and coverage are computed again from the times of the steps,
-as the predictions mean them (of the steps' medians over repetitions); beside them stands what they
-are for all repetitions of all steps together (raw). Regret is that of
-`moeprof.live.verdicts.regrets`, per routing, machine, percentile and memory. Goals are met or
-missed as they fall; what was predicted and not measured is listed. Predictions that were carried
+as the predictions mean them (of the steps' medians over repetitions, without what was set
+aside); beside them stands what they are with nothing set aside (whole), and for all repetitions of
+all steps together (raw). The coverage has its exact binomial interval and, since percentiles of a
+setting and settings of a machine and trace go together, intervals that draw these whole. Regret is
+that of `moeprof.live.verdicts.regrets`, per routing, machine, percentile and memory. Goals are met
+or missed as they fall; what was predicted and not measured is listed. Predictions that were carried
 over from another machine (carried-*.json, `analysis.carried_predictions`) are judged by the same
 measurements, apart; what an earlier round came to (earlier_predictions.json) stays beside, and so
 does, as part of no goal, how visits fell by the speed of the host before them
@@ -33,7 +35,14 @@ from analysis import command
 from analysis.carried_predictions import Carried, judged_again, read_carried
 from analysis.earlier_predictions import EARLIER, earlier_of, read_earlier
 from analysis.host_speeds import by_host_speed
-from analysis.judged_rows import MODELS_OF_TIME, pooled_rows, quality_of, regret_of, regret_rows
+from analysis.judged_rows import (
+    MODELS_OF_TIME,
+    coverage_by_cluster,
+    pooled_rows,
+    quality_of,
+    regret_of,
+    regret_rows,
+)
 from analysis.judgements import Judgement, read_judgements
 from moeprof.live.step_percentiles import repetitions_of
 from moeprof.live.verification_options import QUIET_CORE_NOTE, TOLERANCE
@@ -101,6 +110,7 @@ def pooled(
         "sources": sources,
         "counts": counts,
         "all": whole,
+        "coverage_by_cluster": coverage_by_cluster(rows),
         "groups": groups,
         "regret": regret,
         "not_measured": _not_measured(judgements, rows),

@@ -3,17 +3,25 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 import torch.distributed as dist
 
+from moeprof.errors import UsageError
 from moeprof.live.exchange_times import time_exchanges
-from moeprof.live.expert_parallel import PARTS, ParallelExperts, experts_of_rank
+from moeprof.live.expert_parallel import (
+    PARTS,
+    ParallelExperts,
+    experts_of_rank,
+    on_one_device,
+)
 from moeprof.live.experts import random_experts
 from moeprof.live.parallel_clocks import PartClock, repeat_together
 from moeprof.replay.loads import Layout
+from moeprof.replay.loads import layout as laid_out
 
 WORLD = 8
 
@@ -76,6 +84,7 @@ def run_everything(device, cases, loads):
         if group is not None:
             seen["loads", each.num_ranks] = dist.get_rank(group), received_loads(each, group)
     seen["clocks"] = run_clocks(device, made[WORLD][0])
+    seen["refused"] = run_refusals(mine(made[2], dist.get_rank() // 2))
     return seen
 
 
@@ -150,6 +159,60 @@ def run_clocks(device, group):
         "step": repeat_together(lambda: layer(hidden, ids, weights), device=device, repeats=2),
         "exchanges": time_exchanges(device, [0, 1000, 50_000], 2, group=group),
     }
+
+
+def run_refusals(group):
+    """Returns what two ranks are told, by what is wrong; and whether they go on afterwards."""
+    rank = dist.get_rank(group)
+    experts = random_experts(num_experts=4, d_model=8, d_ff=8, dtype=torch.float32)
+    batch = torch.ones(6, 8), torch.arange(12).reshape(6, 2) % 4, torch.ones(6, 2)
+    together = [each.repeat(2, 1) for each in batch]
+    found = {}
+    for name, slots in {"plain": [0, 1, 2, 3], "replicas": [0, 1, 2, 3, 2, 1]}.items():
+        layout = laid_out(slots, num_experts=4, num_devices=2)
+        own = experts_of_rank(experts, layout, rank)
+        layer = ParallelExperts(own, layout, group=group)
+        wanted = dataclasses.replace(own, w_out=own.w_out.clone().requires_grad_())
+        for key, attempt in refusals(layer, batch, rank).items():
+            found[name, key] = refusal(attempt)
+        trained = ParallelExperts(wanted, layout, group=group)
+        found[name, "gradient of experts"] = refusal(functools.partial(trained, *batch))
+        hidden, ids, weights = batch
+        with torch.no_grad():
+            out = trained(hidden.clone().requires_grad_(), ids.to(torch.int16), weights)
+        right = on_one_device(*together, experts, layout)[:6]
+        found[name, "afterwards"] = torch.equal(out, right)
+    return found
+
+
+def refusals(layer, batch, rank):
+    """Returns calls that are to be refused, by what is wrong; unknown ids are on rank 1 only."""
+    hidden, ids, weights = batch
+    wanted = hidden.clone().requires_grad_()
+    first = ids == 2
+    return {
+        "weights of other tokens": lambda: layer(hidden, ids, torch.ones(12, 1)),
+        "more rows": lambda: layer(torch.ones(9, 8), ids, weights),
+        "wider rows": lambda: layer.send(torch.ones(6, 9), ids),
+        "rows of another dtype": lambda: layer(hidden.double(), ids, weights),
+        "ids that are no integers": lambda: layer(hidden, ids.float(), weights),
+        "elsewhere": lambda: layer(hidden, ids.to("meta"), weights),
+        "gradient of rows": lambda: layer(wanted, ids, weights),
+        "gradient of rows sent": lambda: layer.send(wanted, ids),
+        "gradient of weights": lambda: layer(hidden, ids, wanted[:, :2]),
+        "too high on rank 1": lambda: layer(hidden, ids.masked_fill(first, 2 + 2 * rank), weights),
+        "far too high": lambda: layer(hidden, ids + 1000 * rank, weights),
+        "below -1": lambda: layer(hidden, ids.masked_fill(first, 2 - 9 * rank), weights),
+    }
+
+
+def refusal(attempt):
+    """Returns what a call is refused with; None where it is not."""
+    try:
+        attempt()
+    except UsageError as error:
+        return str(error)
+    return None
 
 
 def fail_on_one(device):

@@ -245,7 +245,7 @@ def test_nothing_measured_of_it_is_said(tmp_path):
         (lambda c: c["facts"].pop("judged_on"), "lacks judged_on"),
         (lambda c: c["facts"].update(trials_on="H200"), "carries nothing over to H200"),
         (lambda c: c["facts"].update(calibrated_on="A100"), "carries nothing over to H200"),
-        (lambda c: c.update(settings=c["settings"][1:]), "has other settings than"),
+        (lambda c: c.update(settings=c["settings"][:-1], rows=c["rows"][:-2]), "other settings"),
         (lambda c: c["options"].update(repetitions=4), "has other options than"),
         (lambda c: c["facts"].update(trace="other.moeprof"), "has other trace than"),
         (lambda c: c["facts"].update(num_lookups=11), "has other lookups than"),
@@ -253,7 +253,7 @@ def test_nothing_measured_of_it_is_said(tmp_path):
         (lambda c: c["facts"].update(trials_date="2026-01-02T12:00:00+00:00"), "not in this order"),
         (lambda c: c["facts"].update(calibrated="2026-01-02T12:00:00+00:00"), "not in this order"),
         (lambda c: c["facts"].update(trials_date="some day"), "has no date"),
-        (lambda c: c["facts"].update(date=None), "has no date"),
+        (lambda c: c["facts"].update(date="some day"), "has no date"),
         (lambda c: c["rows"].pop(), "is damaged: it lacks"),
         (lambda c: c["rows"][0].pop("naive_mean_ms"), "is damaged: it lacks 'naive_mean_ms'"),
         (lambda c: c.update(kind="other"), "holds no predictions"),
@@ -268,6 +268,30 @@ def test_what_is_damaged_or_late_is_refused(tmp_path, change, said):
     with pytest.raises(MoeprofError, match=said) as caught:
         judged([path], [predictions], [file])
     assert "\n" not in caught.value.message
+
+
+def test_what_was_carried_over_after_the_first_visits_is_refused(tmp_path):
+    path, predictions = measured(tmp_path)
+    file = made.carried_file(predictions, 1.0, date="2026-01-20T00:00:00+00:00")
+    content = json.loads(path.read_text())
+    # Visits were added later: the first of them were made before.
+    content["earlier_runs"] = [{"date": content["date"]}]
+    content["date"] = "2026-02-01T00:00:00+00:00"
+    path.write_text(json.dumps(content))
+    with pytest.raises(MoeprofError, match=r"was measured 2026-01-03 .* not in this order"):
+        judged([path], [predictions], [file])
+    file = made.carried_file(predictions, 1.0)
+    assert judged([path], [predictions], [file])["carried"]["kinds"]
+
+
+def test_what_is_carried_over_twice_in_a_file_is_refused(tmp_path):
+    path, predictions = measured(tmp_path)
+    file = made.carried_file(predictions, 1.0)
+    content = json.loads(file.read_text())
+    content["rows"].append({**content["rows"][0], "low_ms": 0.0, "high_ms": 1e9})
+    file.write_text(json.dumps(content))
+    with pytest.raises(MoeprofError, match="has 2 rows of unbuffered p50"):
+        judged([path], [predictions], [file])
 
 
 def test_each_prediction_is_carried_over_once_and_never_part_of_the_goals(tmp_path):

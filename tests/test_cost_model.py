@@ -191,7 +191,7 @@ def test_copies_ahead_cost_what_they_copy(trace: Any) -> None:
     )
     assert (ahead.copied_bytes >= plain.copied_bytes).all()
     assert ahead.copied_bytes.sum() > plain.copied_bytes.sum()
-    assert ahead.hit_rate == plain.hit_rate
+    assert ahead.judged_hit_rate == plain.judged_hit_rate
     assert ahead.device_bytes == plain.device_bytes + 2 * SHAPE.expert_bytes
     # Where copies are for nothing next to experts, what is ahead is not waited for.
     slow = dataclasses.replace(machine, device_expert=surface(1.0))
@@ -531,7 +531,7 @@ def test_stated_intervals_hold_on_a_machine_that_obeys_the_model(trace: Any) -> 
     # in it, about nine in ten have to lie within the interval made from trials in it.
     generator = np.random.default_rng(7)
     setting = BufferingSetting(capacity=4)
-    question = cost_model.question_of(trace, shape=SHAPE, repetitions=4)
+    question = cost_model.question_of(trace, shape=SHAPE)
     machine = any_machine()
     work = cost_model.work_of(question, setting, machine)
     exact = pipeline.step_times(work)[0] * 1e3
@@ -575,11 +575,42 @@ def test_bytes_and_naive_models(tmp_path: Path) -> None:
     assert SHAPE.block_bytes == 256 + 256
     assert found.copied_bytes.tolist() == [1024, 512, 0]
     assert found.device_bytes == 4 * SHAPE.expert_bytes
-    assert found.hit_rate == 3 / 6
+    assert found.judged_hit_rate == 3 / 6
     read_s = 2 * SHAPE.expert_bytes / (1 << 30)
     assert found.naive_bandwidth_ms[50] == pytest.approx(1e3 * (51.2 + read_s))
     # Copies of 512 bytes take 51.2 s each: 3 of them, 6 experts of 4 s, over 3 steps.
     assert found.naive_mean_ms == pytest.approx(1e3 * (3 * 51.2 + 6 * 4) / 3)
+
+
+def test_a_hit_rate_is_of_the_judged_steps(tmp_path: Path) -> None:
+    # A prompt fills four slots; of four lookups of decode steps one misses. With the prompt's four
+    # misses the rate would be 3 of 8, and would contradict the bytes copied per judged step.
+    def step(phase: str, *experts: int) -> list[HandToken]:
+        return [
+            HandToken(request=0, position=i, experts=[[expert]], phase=phase)
+            for i, expert in enumerate(experts)
+        ]
+
+    steps = [step("prefill", 0, 1, 2, 3), step("decode", 0), step("decode", 1),
+             step("decode", 0, 4)]  # fmt: skip
+    trace = hand_trace(tmp_path / "hand.moeprof", steps, num_experts=8)
+    question = cost_model.question_of(trace, shape=SHAPE)
+    found = cost_model.predict(question, parse_setting("lru:4"), hand_calibration())
+    assert found.judged_hit_rate == 3 / 4
+    (row, _) = cost_model.prediction_rows(found, question)
+    misses = (1 - row["judged_hit_rate"]) * 4 / 3
+    assert row["copied_bytes_per_step"] == pytest.approx(misses * SHAPE.block_bytes)
+    every = cost_model.question_of(trace, shape=SHAPE, phase="all")
+    assert cost_model.predict(
+        every, parse_setting("lru:4"), hand_calibration()
+    ).judged_hit_rate == pytest.approx(3 / 8)
+    for text in ("unbuffered", "gating:dynamic"):
+        other = cost_model.predict(question, parse_setting(text), any_machine())
+        assert other.judged_hit_rate is None
+    # Repetitions are a measurement's: nothing is assumed of them.
+    result = moeprof.replay.cost(trace, hand_calibration(), [parse_setting("lru:4")], shape=SHAPE)
+    assert result.notes[1].startswith("3 of 4 steps judged, to which hit rates")
+    assert not any("repetitions" in note for note in result.notes)
 
 
 def test_the_table(trace: Any) -> None:

@@ -50,6 +50,12 @@ def test_shapes_that_are_no_dispatch_are_refused(hidden, ids, weights):
     assert raised.value.hint
 
 
+def test_rows_that_are_only_moved_need_no_weights():
+    check_dispatch(ROWS, IDS, None, d_model=8)
+    with pytest.raises(UsageError, match=r"rows \(9, 8\) and ids \(6, 2\) are no dispatch"):
+        check_dispatch(torch.zeros(9, 8), IDS, None, d_model=8)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.bool])
 def test_ids_are_integers(dtype):
     with pytest.raises(UsageError, match=f"ids of experts are {dtype}"):

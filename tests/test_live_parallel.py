@@ -12,6 +12,8 @@ torch = pytest.importorskip("torch")
 
 import parallel_ranks  # noqa: E402
 from calibrations import exactly  # noqa: E402
+from hypothesis import given, settings  # noqa: E402
+from hypothesis import strategies as st  # noqa: E402
 from parallel_ranks import WORLD, Case, Loads  # noqa: E402
 from torch.multiprocessing import ProcessRaisedException  # noqa: E402
 
@@ -25,6 +27,7 @@ from moeprof.live.expert_parallel import (  # noqa: E402
     slot_ids,
 )
 from moeprof.live.kernels import KERNELS  # noqa: E402
+from moeprof.live.parallel_corrections import CorrectedStep, corrected_step  # noqa: E402
 from moeprof.live.parallel_estimates import (  # noqa: E402
     AllToAllLine,
     estimated_step,
@@ -193,11 +196,33 @@ def test_an_estimate_adds_up_what_it_names():
     assert found.experts_ms == found.shares_ms[0] > 0
     parts = (5.0, found.token_exchange_ms, found.experts_ms, found.return_ms, found.combine_ms)
     assert found.step_ms == pytest.approx(sum(parts))
-    assert found.band_ms([1.5, 0.5, 1.0]) == (0.5 * found.step_ms, 1.5 * found.step_ms)
+    corrected = found.corrected([1.5, 0.5, 1.2])
+    assert (corrected.low_ms, corrected.high_ms) == (0.5 * found.step_ms, 1.5 * found.step_ms)
+    assert (corrected.step_ms, corrected.num_ratios) == (1.2 * found.step_ms, 3)
     curve = Curve(sizes=(32.0, 96.0), times_s=(exactly(0.25), exactly(0.75)))
     by_curve = estimated_step(ids, slots, layout, exchange=curve, size_exchange_ms=5.0, repeats=2)
     assert by_curve.return_ms == pytest.approx(500.0)
     assert by_curve.token_exchange_ms > by_curve.return_ms
+    more = random_experts(num_experts=5, d_model=8, d_ff=8, dtype=torch.float32)
+    with pytest.raises(UsageError, match="the placement has 4 slots, the weights 5"):
+        estimated_step(ids, more, layout, exchange=line, size_exchange_ms=5.0, repeats=2)
+
+
+def test_a_corrected_estimate_by_hand():
+    # Every step took longer than estimated: the bar leaves out the estimate as it was.
+    found = corrected_step(2.0, [1.5, 1.25, 3.0, 1.25])
+    assert found == CorrectedStep(step_ms=2.75, low_ms=2.5, high_ms=6.0, num_ratios=4)
+    with pytest.raises(UsageError, match="by no measurement"):
+        corrected_step(2.0, [])
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.floats(1e-3, 1e3), st.lists(st.floats(0.1, 10.0), min_size=1, max_size=20), st.randoms())
+def test_an_estimate_lies_in_its_error_bar(uncorrected_ms, ratios, random):
+    found = corrected_step(uncorrected_ms, ratios)
+    assert found.low_ms <= found.step_ms <= found.high_ms
+    random.shuffle(ratios)
+    assert corrected_step(uncorrected_ms, ratios) == found
 
 
 def test_shares_run_the_rows_they_are_given():
@@ -464,6 +489,35 @@ def test_parts_are_timed_in_order(ranks):
         assert clocks["exchanges"] == ranks[0]["clocks"]["exchanges"]
 
 
+@pytest.mark.parametrize("placement", ["plain", "replicas"])
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ("weights of other tokens", "ids (6, 2) and weights (12, 1) are no dispatch"),
+        ("more rows", "rows (9, 8), ids (6, 2) and weights (6, 2) are no dispatch"),
+        ("wider rows", "rows (6, 9) and ids (6, 2) are no dispatch over experts of width 8"),
+        ("rows of another dtype", "rows are torch.float64, the experts torch.float32"),
+        ("ids that are no integers", "ids of experts are torch.float32"),
+        ("elsewhere", "lies on meta, its experts on cpu"),
+        ("gradient of rows", "expert parallelism is for inference only"),
+        ("gradient of rows sent", "expert parallelism is for inference only"),
+        ("gradient of weights", "expert parallelism is for inference only"),
+        ("gradient of experts", "expert parallelism is for inference only"),
+        ("too high on rank 1", "3 ids on rank 1 are of no expert: the layer has 4"),
+        ("far too high", "12 ids on rank 1 are of no expert"),
+        ("below -1", "3 ids on rank 1 are of no expert"),
+    ],
+)
+def test_what_is_no_dispatch_is_refused_on_every_rank(ranks, placement, wrong, said):
+    for seen in ranks:
+        assert said in (seen["refused"][placement, wrong] or "")
+
+
+@pytest.mark.parametrize("placement", ["plain", "replicas"])
+def test_ranks_that_were_refused_go_on(ranks, placement):
+    assert all(seen["refused"][placement, "afterwards"] for seen in ranks)
+
+
 def test_a_rank_that_fails_stops_the_others_and_says_why():
     with pytest.raises(ProcessRaisedException, match="rank 1 has had enough") as raised:
         run_ranks(parallel_ranks.fail_on_one, 2, timeout_s=120)
@@ -475,3 +529,22 @@ def test_weights_of_a_rank_are_its_slots():
     experts = random_experts(num_experts=3, d_model=8, d_ff=8, dtype=torch.float32)
     own = experts_of_rank(experts, by_hand(), 1)
     assert torch.equal(own.w_in, experts.w_in[[2, 0]])
+
+
+def test_weights_of_other_placements_are_refused():
+    more = random_experts(num_experts=4, d_model=8, d_ff=8, dtype=torch.float32)
+    with pytest.raises(UsageError, match="for 3 experts, the layer has 4"):
+        experts_of_rank(more, by_hand(), 1)
+    batch = torch.ones(2, 8), torch.tensor([[0], [3]]), torch.ones(2, 1)
+    with pytest.raises(UsageError, match="for 3 experts, the layer has 4"):
+        on_one_device(*batch, more, by_hand())
+    with pytest.raises(UsageError, match="are no dispatch over experts of width 8"):
+        on_one_device(batch[0], batch[1], torch.ones(1, 2), more.select(slice(3)), by_hand())
+    for rank in (-1, 2):
+        with pytest.raises(UsageError, match=f"2 devices, there is no {rank}"):
+            experts_of_rank(more.select(slice(3)), by_hand(), rank)
+
+
+def test_counts_of_a_rank_are_not_the_next_ones():
+    with pytest.raises(UsageError, match="expert 5 in a layer of 3"):
+        shard_counts(np.array([[0, 5], [1, 2]]), [0, 1, 2], 3)

@@ -13,6 +13,7 @@ import torch.distributed as dist  # noqa: E402
 from replay_tools import make_site  # noqa: E402
 
 from analysis.gpu import expert_parallel, parallel_studies  # noqa: E402
+from analysis.live_parallel_parts import scaling_rows  # noqa: E402
 from moeprof.errors import UsageError  # noqa: E402
 from moeprof.live.expert_parallel import PARTS  # noqa: E402
 from moeprof.live.parallel_estimates import AllToAllLine  # noqa: E402
@@ -74,8 +75,14 @@ def test_more_devices_are_estimates_with_an_error_bar(result):
             for step in trace["steps"]
             if step["num_tokens"] == row["num_tokens"]
         ]
-        assert row["low_ms"] == pytest.approx(row["step_ms"] * min(ratios))
-        assert row["high_ms"] == pytest.approx(row["step_ms"] * max(ratios))
+        assert row["uncorrected_ms"] == pytest.approx(sum(row["parts_ms"].values()))
+        assert row["step_ms"] == pytest.approx(row["uncorrected_ms"] * np.median(ratios))
+        assert row["low_ms"] == pytest.approx(row["uncorrected_ms"] * min(ratios))
+        assert row["high_ms"] == pytest.approx(row["uncorrected_ms"] * max(ratios))
+        assert row["low_ms"] <= row["step_ms"] <= row["high_ms"]
+        assert row["num_ratios"] == len(ratios) == 3
+    shown = scaling_rows(result).sort_values(["num_devices", "num_tokens"], kind="stable")
+    assert shown["estimate_ms"].tolist() == [row["step_ms"] for row in trace["scaling"]]
     line = result["all_to_all"]["line"]
     assert line["num_ranks"] == result["num_ranks"] == 2
     exchanges = result["all_to_all"]

@@ -302,7 +302,7 @@ def test_what_the_readme_says_of_memory_and_latency(raw):
     for series, words in (
         ("predicted", "the cost model is off by"),
         ("token_major", "a token-flattened replay (triangles) by"),
-        ("hit_rate_alone", "a hit rate alone (diamonds) by"),
+        ("hit_rate_alone", "a hit rate alone (diamonds; of the judged decode steps) by"),
     ):
         said = {row["setting"]: row["p95_ms"] for row in data[series]}
         error = np.median([abs(said[name] / measured[name] - 1) for name in copying])
@@ -385,10 +385,13 @@ def test_what_the_readme_says_of_how_well_it_was_measured():
         (row["trace"], row["machine"]) for row in rows if (row["measured_spread"] or np.inf) > 0.02
     )
     first, other = "NVIDIA H100 80GB HBM3", "NVIDIA H200"
-    assert set(rough) == {("twin-mt", first), ("qwen3", first), ("qwen3", other)}
+    assert set(rough) == {
+        ("twin-mt", first), ("zoo-lm", first), ("qwen3", first), ("qwen3", other),
+    }  # fmt: skip
     assert (
-        f"the others are {rough['twin-mt', first]} of the translation model and "
-        f"{rough['qwen3', first]} of Qwen3 on the H100" in text
+        f"the others are {rough['twin-mt', first]} of the translation model, "
+        f"{rough['zoo-lm', first]} of the zoo's and {rough['qwen3', first]} of Qwen3 on the H100"
+        in text
     )
     assert f"and {rough['qwen3', other]} of Qwen3 on the H200" in text
 
@@ -431,8 +434,53 @@ def test_what_the_readme_says_of_who_is_predicted_well():
     )
     assert f"on the H100, where {worst['inside']} of {worst['stated']} do" in text
     error = worst["absolute_errors"]["model"]["0.5"]
-    assert f"{100 * error:.1f}% too long (median error)" in text
-    assert worst["median_signed_error"] > 0
+    signed = worst["median_signed_error"]
+    assert (
+        f"it is predicted to take {100 * signed:.1f}% too long (median; {100 * error:.1f}% off "
+        "without regard to sign)" in text
+    )
+
+
+def test_what_the_readme_says_of_how_well_the_coverage_is_known():
+    """Recomputed from the rows, but for the bootstrap."""
+    text = " ".join(readme_section().split())
+    quality = json.loads((RESULTS / "prediction_quality.json").read_text())
+    rows = pd.DataFrame(quality["rows"])
+    inside = rows["inside"].astype(bool)
+    whole, clusters = quality["all"], quality["coverage_by_cluster"]
+    assert (
+        f"Of all {len(rows)} predictions {inside.sum()} hold, {inside.mean():.0%}; "
+        f"{whole['coverage_low']:.0%} to {whole['coverage_high']:.0%} takes each for one" in text
+    )
+    cases = inside.groupby([rows[key] for key in ("machine", "trace", "setting")]).nunique()
+    assert (
+        f"in {(cases == 1).sum()} of {len(cases)} cases p50 and p99 of a setting on a GPU are both"
+        in text
+    )
+    setting, group = clusters["intervals"]
+    assert setting["clusters"] == len(rows[["routing", "setting"]].drop_duplicates())
+    assert group["clusters"] == len(rows[["machine", "trace"]].drop_duplicates())
+    assert (
+        f"Drawing settings whole ({setting['clusters']}), the interval is {setting['low']:.0%} to "
+        f"{setting['high']:.0%}; drawing everything of a GPU and trace whole, {group['low']:.0%} "
+        f"to {group['high']:.0%}, of {group['clusters']} groups (bootstrap of "
+        f"{clusters['draws']:,} draws" in text
+    )
+    below, above = (
+        (rows["measured_ms"] < rows["low_ms"]).sum(), (rows["measured_ms"] > rows["high_ms"]).sum()
+    )  # fmt: skip
+    assert (
+        f"Of the {(~inside).sum()} outside {below} were measured faster than their interval, "
+        f"{above} slower" in text
+    )
+    raw = rows["raw_ms"].between(rows["low_ms"], rows["high_ms"])
+    p50, p99 = (raw[rows["percentile"] == each] for each in (50, 99))
+    slower = (rows["raw_ms"] > rows["high_ms"]).sum()
+    assert (
+        f"{raw.sum()} of {len(raw)} lie inside, {p50.sum()} of {len(p50)} p50 and {p99.sum()} of "
+        f"{len(p99)} p99; {slower} are slower than their interval, {(~raw).sum() - slower} faster"
+        in text
+    )
 
 
 def test_what_the_readme_says_of_the_model_before():

@@ -440,6 +440,31 @@ def test_visits_are_added_to_those_of_an_earlier_run() -> None:
     assert sorted(whole) == ["b", "c", "d"] and "a" not in machine.of("step")
 
 
+@pytest.mark.parametrize("named", ["b", "d"])
+def test_settings_that_are_not_named_stay_as_an_earlier_run_has_them(named: str) -> None:
+    names = "abc"
+    given = limits(rounds=2, repetitions=2, most_repetitions=60)
+    kept = measure(Machine(step_times(names)), names, given).measured
+    machine = Machine(step_times("abcd"))
+    found = run_in_rounds(
+        named, machine.opened, given, spread=known_after(a=9, b=4, c=9, d=4),
+        probe=lambda: 3.0, earlier={name: each for name, each in kept.items() if each},
+        empty=machine.empty, clock=lambda: machine.now_s,
+    )  # fmt: skip
+    # However badly they are known, they are not visited.
+    assert set(machine.of("step")) == {named} and found.late == ()
+    assert list(found.measured) == list(dict.fromkeys((named, *names)))
+    for name, each in found.measured.items():
+        before = kept.get(name)
+        assert each is not None
+        if name == named:
+            assert len(each.visits) == 4
+            own = each.visits[2:] if before else each.visits
+            assert min(visit.round for visit in own) > 2
+        else:
+            assert before is not None and each.visits == before.visits
+
+
 def test_no_time_to_add_visits() -> None:
     names = "ab"
     given = limits(rounds=2, repetitions=2, most_repetitions=60)

@@ -13,6 +13,7 @@ torch = pytest.importorskip("torch")
 
 import moeprof  # noqa: E402
 from analysis import memory_latency as analysis  # noqa: E402
+from analysis.live_prediction_parts import latency_rows  # noqa: E402
 from analysis.token_major import token_major  # noqa: E402
 from moeprof.errors import MoeprofError  # noqa: E402
 from moeprof.live import verification, verification_files  # noqa: E402
@@ -131,9 +132,56 @@ def test_a_hit_rate_alone_adds_copies(found, machine):
     rows, alone = by_setting(found["predicted"]), by_setting(found["hit_rate_alone"])
     extra = {name: row["p95_ms"] - rows["unbuffered"]["p95_ms"] for name, row in alone.items()}
     for name, other in (("lru:2", "lru:4"), ("min:2", "lru:4")):
-        misses = (1 - alone[name]["hit_rate"]) / (1 - alone[other]["hit_rate"])
+        misses = (1 - alone[name]["judged_hit_rate"]) / (1 - alone[other]["judged_hit_rate"])
         assert extra[name] / extra[other] == pytest.approx(misses)
     assert extra["lru:2"] > 0
+
+
+def test_a_hit_rate_and_lookups_are_of_the_same_steps(tmp_path, machine):
+    # A prompt fills four slots; three decode steps look up four experts, one of which is copied.
+    def step(phase, *experts):
+        return [
+            HandToken(request=0, position=i, experts=[[expert]], phase=phase)
+            for i, expert in enumerate(experts)
+        ]
+
+    trace = hand_trace(
+        tmp_path / "hand.moeprof",
+        [step("prefill", 0, 1, 2, 3), step("decode", 0), step("decode", 1), step("decode", 0, 4)],
+        num_experts=8,
+    )
+    options = dataclasses.replace(OPTIONS, phase=None)
+    settings = [parse_setting(name) for name in ("unbuffered", "lru:4")]
+    made = verification.make_predictions(trace, machine, settings, options)
+    found = analysis.memory_latency(trace, made, machine)
+    plain, predicted = found["predicted"]
+    (alone,), (flat,) = found["hit_rate_alone"], found["token_major"]
+    assert found["judged_steps"] == 3
+    assert predicted["judged_hit_rate"] == alone["judged_hit_rate"] == 3 / 4
+    assert flat["judged_token_hit_rate"] == 3 / 4
+    # A copy takes 10 ms; a mean judged step makes a third of one. With the prompt's four misses the
+    # rate would be 3 of 8, and five sixths of a copy be charged to each step.
+    assert alone["misses_per_judged_step"] == pytest.approx(1 / 3)
+    assert alone["p95_ms"] - plain["p95_ms"] == pytest.approx(10 / 3)
+    row = next(row for row in made.rows if row["setting"] == "lru:4")
+    assert row["copied_bytes_per_step"] == pytest.approx(made.shape.block_bytes / 3)
+    (line,) = [row for row in latency_rows(found).to_dict("records") if row["setting"] == "lru:4"]
+    assert line["judged_hit_rate"] == 3 / 4
+
+
+KEPT = analysis.RESULTS / analysis.RESULT
+
+
+@pytest.mark.skipif(not KEPT.exists(), reason="no predictions were judged on a GPU yet")
+def test_kept_hit_rates_are_those_of_the_bytes_that_were_predicted():
+    content = json.loads(KEPT.read_text())
+    files = ("predicted-qwen3-h100.json", "predicted-qwen3-h200.json")
+    for each, file in zip([content, *content["others"]], files, strict=True):
+        predictions = verification_files.read_predictions(analysis.RESULTS / file)
+        copied = {row["setting"]: row["copied_bytes_per_step"] for row in predictions.rows}
+        for row in each["hit_rate_alone"]:
+            copies = copied[row["setting"]] / predictions.shape.block_bytes
+            assert row["misses_per_judged_step"] == pytest.approx(copies)
 
 
 def hand(tmp_path, *dispatches):

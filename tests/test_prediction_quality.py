@@ -13,7 +13,7 @@ pytest.importorskip("torch")
 from analysis import judgements
 from analysis import live_prediction_parts as parts
 from analysis import prediction_quality as quality
-from analysis.live_prediction_words import aside_notes
+from analysis.live_prediction_words import aside_notes, coverage_findings
 from moeprof.errors import MoeprofError
 from moeprof.live.verdicts import binomial_interval
 
@@ -94,6 +94,19 @@ def test_coverage_and_regret_by_hand(tmp_path):
     assert found["all"]["above"] == 2
     low, high = found["all"]["coverage_low"], found["all"]["coverage_high"]
     assert (low, high) == binomial_interval(9, 12)
+    # Of six settings one has both percentiles outside, one a single one; one machine and trace.
+    known = found["coverage_by_cluster"]
+    assert (known["cases"], known["cases_alike"]) == (6, 5)
+    assert [(each["by"], each["clusters"]) for each in known["intervals"]] == [
+        ("setting", 6), ("GPU and trace", 1),
+    ]  # fmt: skip
+    assert known["intervals"][0]["low"] < low
+    assert (known["intervals"][1]["low"], known["intervals"][1]["high"]) == (0, 1)
+    said = coverage_findings(json.loads(json.dumps(found)))[0].text
+    assert "in 5 of 6 cases all percentiles" in said and "0% to 100% where each GPU and" in said
+    assert "Of the 3 outside 1 were measured faster than the stated interval and 2 slower" in said
+    (row, *_) = parts.prediction_readme_rows({"command": "python", **found})
+    assert row[1].endswith(", by GPU and trace 0% to 100%") and "); by setting " in row[1]
     assert found["regret"]["choices"] == 2 * 3
     assert found["regret"]["worst"] == pytest.approx(0.2) and found["regret"]["median"] == 0
     worst = [row for row in found["regret"]["rows"] if row["regret"] > 0]
@@ -117,6 +130,9 @@ def test_raw_percentiles_stand_beside(tmp_path):
     assert [row["measured_ms"] for row in found["rows"]] == [10.0, 10.0]
     assert [row["raw_ms"] for row in found["rows"]] == [10.0, 30.0]
     assert (found["all"]["inside"], found["all"]["raw_inside"]) == (2, 1)
+    assert (found["all"]["raw_below"], found["all"]["raw_above"]) == (0, 1)
+    said = coverage_findings(json.loads(json.dumps(found)))[0].text
+    assert said.endswith("1 of 2, p50 1 of 1, p99 0 of 1: 0 faster, 1 slower.")
     assert found["all"]["raw_median_error"] == pytest.approx((0 + 2 / 3) / 2)
 
 
@@ -286,6 +302,25 @@ def test_nothing_measured_is_no_goal_reached(tmp_path):
         (lambda c: c["rows"][0].update(predicted_ms=1.0), "none of predicted-a.json says"),
         (lambda c: c["rows"][0].update(high_ms=None), "none of predicted-a.json says"),
         (lambda c: c["rows"][0].update(device_bytes=1), "none of predicted-a.json says"),
+        (lambda c: c["rows"].pop(0), "lacks p50 of unbuffered, which was predicted and measured"),
+        (
+            lambda c: c.update(rows=[row for row in c["rows"] if row["percentile"] == 50]),
+            "lacks p99 of unbuffered, which was predicted",
+        ),
+        (
+            lambda c: c.update(rows=[row for row in c["rows"] if row["setting"] != "lru:25%"]),
+            "lacks p50 of lru:25%, which was predicted and measured",
+        ),
+        (lambda c: c.update(rows=[]), "lacks p50 of unbuffered"),
+        (lambda c: c["rows"].append(c["rows"][3]), "has 2 rows of lru:25% p99"),
+        (lambda c: c["rows"].extend(3 * c["rows"]), "has 4 rows of unbuffered p50"),
+        (
+            lambda c: c["step_times"].update({"lru:12%": c["step_times"]["lru:25%"]}),
+            "measured lru:12%, which was not predicted",
+        ),
+        (lambda c: c["rows"][2].update(judged_hit_rate=0.9), "none of predicted-a.json says"),
+        (lambda c: c["rows"][2].pop("judged_hit_rate"), "none of predicted-a.json says"),
+        (lambda c: c["rows"][2].update(hit_rate=0.5), "none of predicted-a.json says"),
         (lambda c: c.update(date="2026-01-01T12:00:00+00:00"), "not in this order"),
         (lambda c: c.update(date=made.PREDICTED), "not in this order"),
         (lambda c: c.update(earlier_runs=[{"date": made.PREDICTED}]), "not in this order"),
@@ -300,6 +335,30 @@ def test_what_is_damaged_or_was_not_predicted_is_refused(tmp_path, change, said)
     with pytest.raises(MoeprofError, match=said) as caught:
         pooled([path], predicted)
     assert "\n" not in caught.value.message
+
+
+def test_a_setting_that_was_predicted_twice_is_refused(tmp_path):
+    # Whichever way predictions came to say it twice, it would count twice.
+    (path,), (predictions,) = made.made_up(tmp_path, traces=["a"], machines=["H100"])
+    edited(predictions, lambda c: c.update(rows=[*c["rows"], c["rows"][0]]))
+    with pytest.raises(MoeprofError, match=r"predicted-a\.json .*has 2 rows of unbuffered p50"):
+        pooled([path], [predictions])
+
+
+def test_hit_rates_say_of_which_steps_they_are(tmp_path):
+    files = made.made_up(tmp_path, traces=["a", "b"], machines=["H100"])
+    # Earlier predictions have the rate of every step that runs.
+    for path in (files[0][1], files[1][1]):
+        edited(
+            path,
+            lambda c: [row.update(hit_rate=row.pop("judged_hit_rate")) for row in c["rows"]],
+        )
+    rows = {(row["trace"], row["setting"]): row for row in pooled(*files)["rows"]}
+    for trace, known, other in (
+        ("a", "judged_hit_rate", "every_step_hit_rate"),
+        ("b", "every_step_hit_rate", "judged_hit_rate"),
+    ):
+        assert rows[trace, "lru:25%"][known] == 0.5 and rows[trace, "lru:25%"][other] is None
 
 
 def test_repetitions_of_a_visit_are_not_taken_for_independent(tmp_path):

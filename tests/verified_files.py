@@ -67,7 +67,7 @@ def predicted_file(
             "setting": setting, "percentile": percentile, "predicted_ms": value,
             "low_ms": value * (1 - half_width), "high_ms": value * (1 + half_width),
             "naive_bandwidth_ms": 2 * value, "naive_mean_ms": 3 * value,
-            "hit_rate": 0.5 if ":" in setting else None, "copied_bytes_per_step": 1e6,
+            "judged_hit_rate": 0.5 if ":" in setting else None, "copied_bytes_per_step": 1e6,
             "device_bytes": sizes[setting] * GIB, "figure_class": "estimate",
         }
         for (setting, percentile), value in predicted_ms.items()

@@ -13,8 +13,9 @@ Starts a process per GPU. For each trace (a twin of arXiv 2303.06182's models, o
 * the time of a step and of its parts under every placement, beside what was predicted before: the
   slowest share of the experts (each device's share in turn on one GPU), the exchanges from the
   line, the work on a rank's own tokens;
-* the same arithmetic for 8, 16 and 32 devices: an estimate, whose error bar is the range of
-  measured over predicted here. It takes every link to be as fast as those measured.
+* the same arithmetic for 8, 16 and 32 devices, times the median of measured over predicted of the
+  steps here of the same trace and number of tokens: an estimate, whose error bar is the range of
+  these ratios. It takes every link to be as fast as those measured.
 
 Experts are of the full size of the paper's models (Qwen3-30B-A3B's for its trace) with random
 weights; gate weights are drawn; routing is the trace's. Placements are planned on window A; steps
@@ -95,8 +96,10 @@ NOTES = (
     "steps: the slowest rank of each repetition, all setting out together; parts likewise, ranks "
     "held up between them, so that their sum is not the step",
     "scaling is an estimate: each device's share in turn on one GPU, the slowest counted; exchange "
-    "times from the line; size exchange as measured here; error bar: the range of measured over "
-    "predicted of all settings here; no network between hosts is in it",
+    "times from the line; size exchange as measured here; uncorrected_ms is their sum, parts_ms "
+    "its parts; step_ms is that times the median of measured over predicted of the steps here of "
+    "the same trace and number of tokens, low_ms and high_ms times the least and the greatest, of "
+    "num_ratios; no network between hosts is in it",
 )
 BY_EXPERTS = {(512, 2): "paper LM", (128, 2): "paper MT", (128, 6): "Qwen3-30B-A3B"}
 """Whose experts a layer of so many experts and slots drives; others drive their own."""
@@ -269,14 +272,13 @@ def step_rows(
         if count == num_ranks:
             continue
         for index, estimate in enumerate(estimates):
-            low_ms, high_ms = estimate.band_ms(ratios[index])
+            corrected = estimate.corrected(ratios[index])
             scaled_rows.append(
                 {
                     **described(subject, setting, index, study.layouts[count][setting]),
                     "figure_class": estimate.figure_class,
-                    "step_ms": estimate.step_ms,
-                    "low_ms": low_ms,
-                    "high_ms": high_ms,
+                    "uncorrected_ms": estimate.step_ms,
+                    **dataclasses.asdict(corrected),
                     "parts_ms": predicted_parts(estimate),
                     "shares_ms": estimate.shares_ms,
                     "busiest_bytes": estimate.busiest_bytes,

@@ -16,10 +16,10 @@ from moeprof.live.model_experts import (
     RunExperts,
     experts_module,
     readable_experts,
-    replace_forward,
-    standing_forward,
+    standing_forwards,
 )
 from moeprof.live.stacking import stack_experts
+from moeprof.live.stand_ins import WeightWatch, claim_experts, guarded, replace_forward
 
 SLOTTED = ("static_mask", "static_grouped", "static_index")
 
@@ -37,19 +37,27 @@ class AppliedGating:
         self,
         gating: str,
         token_fraction: float | None,
+        num_sites: int,
         undo: list[Callable[[], None]],
     ) -> None:
         self.gating = gating
         self.token_fraction = token_fraction
-        self.num_sites = len(undo)
+        self.num_sites = num_sites
         self._undo = undo
+        self._is_entered = False
 
     def restore(self) -> None:
         """Gives the model its own implementation back; a second call does nothing."""
-        while self._undo:
-            self._undo.pop()()
+        _take_back(self._undo)
 
     def __enter__(self) -> AppliedGating:
+        if not self._undo or self._is_entered:
+            state = "entered" if self._undo else "taken back"
+            raise UsageError(
+                f"this gating was {state} already",
+                hint=f"apply it anew for every with block: apply_gating(model, {self.gating!r})",
+            )
+        self._is_entered = True
         return self
 
     def __exit__(
@@ -71,6 +79,10 @@ def apply_gating(
     ``ceil(token_fraction x tokens)`` of an expert are dropped, all first choices being served
     before second ones (fairseq).
 
+    For inference: a backward pass through the experts is refused. Experts that a model keeps as
+    modules are copied; once their weights change, or parameters move, a forward pass is refused
+    (what is written through ``.data`` is not noticed).
+
     Args:
         model: A model in evaluation mode: any whose experts `moeprof.live.stack_experts` reads.
         gating: One of `moeprof.live.kernels.KERNELS`.
@@ -80,8 +92,8 @@ def apply_gating(
         A handle: ``restore()`` takes the change back, and so does leaving it as a context.
 
     Raises:
-        UsageError: There is no such gating, the fraction makes no sense, or the model's experts
-            cannot be read.
+        UsageError: There is no such gating, the fraction makes no sense, the model's experts
+            cannot be read, or something else runs them already.
     """
     kernel = kernel_named(gating)
     if token_fraction is not None:
@@ -90,16 +102,37 @@ def apply_gating(
                 f"{gating} has no slots to limit: token_fraction is for static gating",
                 hint=f"static are: {', '.join(SLOTTED)}",
             )
-        if not 0 < token_fraction <= 1:
-            raise UsageError(f"token_fraction must lie above 0 and up to 1, got {token_fraction}")
+        try:
+            fits = 0 < token_fraction <= 1
+        except TypeError:
+            fits = False
+        if not fits:
+            raise UsageError(
+                f"token_fraction must be a number above 0 and up to 1, got {token_fraction!r}"
+            )
     found, layouts = readable_experts(model)
-    forwards = []
-    for site, layout in zip(found, layouts, strict=True):
-        experts = stack_experts(experts_module(site))
-        run = _runner(kernel, experts, token_fraction)
-        forwards.append(standing_forward(site, layout.num_experts, run))
-    undo = [replace_forward(module, forward) for module, forward in forwards]
-    return AppliedGating(gating, token_fraction, undo)
+    technique = f"apply_gating(model, {gating!r})"
+    undo = [claim_experts(map(experts_module, found), technique)]
+    try:
+        forwards = []
+        for site, layout in zip(found, layouts, strict=True):
+            module = experts_module(site)
+            run = _runner(kernel, stack_experts(module), token_fraction)
+            parameters = (part.parameter for part in layout.parts)
+            watch = WeightWatch(module, parameters, is_shared=layout.is_stacked)
+            run = guarded(run, watch, technique, site.name)
+            forwards += standing_forwards(site, layout.num_experts, run)
+        for module, forward in forwards:
+            undo.append(replace_forward(module, forward))
+    except BaseException:
+        _take_back(undo)
+        raise
+    return AppliedGating(gating, token_fraction, len(found), undo)
+
+
+def _take_back(undo: list[Callable[[], None]]) -> None:
+    while undo:
+        undo.pop()()
 
 
 def _runner(

@@ -7,6 +7,7 @@ forward of its experts is another one for a while. Inference only.
 from __future__ import annotations
 
 import functools
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,16 +23,19 @@ from moeprof.live.experts import ExpertWeights
 from moeprof.live.model_experts import (
     experts_module,
     readable_experts,
-    replace_forward,
-    standing_forward,
+    standing_forwards,
 )
 from moeprof.live.paper_lm import PaperExperts
 from moeprof.live.stacking import ExpertLayout
+from moeprof.live.stand_ins import WeightWatch, claim_experts, guarded, replace_forward
 from moeprof.recording.anatomy import anatomy
 from moeprof.recording.sites import FoundSite
 
 if TYPE_CHECKING:
     from moeprof.trace.reader import Trace
+
+
+TECHNIQUE = "buffer_experts"
 
 
 @contextmanager
@@ -56,6 +60,14 @@ def buffer_experts(
     executed as the model does, so their experts are looked up too; a trace leaves padding out, so
     lookups equal its replay only in batches without padding.
 
+    Weights must not change meanwhile: once they do, or parameters move, a forward pass is refused
+    (what is written through ``.data`` is not noticed). A backward pass through the experts is
+    refused. Stacked parameters are strided views: ``state_dict`` can be taken,
+    ``save_pretrained`` of transformers fails; save before or afterwards.
+
+    On leaving, experts are brought back to where they lay. One that finds no room there stays in
+    host memory, and all the others come back before the error is raised.
+
     Args:
         model: A model in evaluation mode on one device.
         capacity: See `BufferSettings`, as for what follows.
@@ -74,7 +86,8 @@ def buffer_experts(
         The buffer: `ExpertBuffer.lookups`, `counts`, `memory`, `audit`.
 
     Raises:
-        UsageError: The model's experts cannot be read, or a setting makes no sense.
+        UsageError: The model's experts cannot be read, something else runs them already, or a
+            setting makes no sense.
         CaptureError: The model has no MoE layers.
     """
     settings = BufferSettings(
@@ -91,12 +104,12 @@ def buffer_experts(
     found, layouts = readable_experts(model)
     target = _target(model, layouts) if device is None else torch.device(device)
     stores: list[ExpertStore] = []
-    undo: list[Callable[[], None]] = []
+    undo = [claim_experts(map(experts_module, found), TECHNIQUE)]
     try:
         for layout in layouts:
             store = store_of_layout(layout, pinned=target.type == "cuda")
             stores.append(store)
-            undo.append(functools.partial(_bring_back, layout, layout.device))
+            undo.append(functools.partial(_take_home, layout, layout.device, store))
             _move_out(layout, store)
         sites = [
             BufferedSite(
@@ -111,17 +124,37 @@ def buffer_experts(
         buffer = ExpertBuffer(sites, settings, device=target)
         undo.append(buffer.close)
         for index, (site, layout) in enumerate(zip(found, layouts, strict=True)):
-            module, forward = _forward_of(site, layout, buffer, index)
-            undo.append(replace_forward(module, forward))
+            for module, forward in _forwards_of(site, layout, buffer, index):
+                undo.append(replace_forward(module, forward))
         for stack in anatomy(model, found).stacks.values():
             handle = stack.register_forward_pre_hook(lambda *_: buffer.begin_step())
             undo.append(handle.remove)
         yield buffer
-    finally:
-        for step in reversed(undo):
+    except BaseException as error:
+        _leave(undo, error)
+        raise
+    failed = _leave(undo)
+    if failed is not None:
+        raise failed
+
+
+def _leave(
+    undo: Sequence[Callable[[], None]], first: BaseException | None = None
+) -> BaseException | None:
+    """Takes everything back, last things first, whatever fails.
+
+    Returns:
+        ``first``, or else the first error on the way; a note on it tells of each later one.
+    """
+    for step in reversed(undo):
+        try:
             step()
-        for store in stores:
-            store.close()
+        except BaseException as error:  # The other steps are due nevertheless.
+            if first is None:
+                first = error
+            else:
+                first.add_note(f"on leaving {TECHNIQUE}: {type(error).__name__}: {error}")
+    return first
 
 
 @dataclass
@@ -143,25 +176,45 @@ def _target(model: nn.Module, layouts: Sequence[ExpertLayout]) -> torch.device:
 
 def _move_out(layout: ExpertLayout, store: ExpertStore) -> None:
     """Lets a module's parameters lie in the store, so that nothing of them stays on the device."""
-    stacked = store.shape.stacked_views(store.memory, store.num_experts)
-    for part in layout.parts:
-        if part.expert is None:
-            view = stacked[part.tensor]
-            part.parameter.data = view.mT if part.transposed else view
-            continue
-        view = store.shape.views(store.block(part.expert))[part.tensor]
-        rows = part.matrix(part.expert).shape[0]
-        own = view[part.start : part.start + rows]
-        part.parameter.data = own.t() if part.transposed else own
+    # Parameters must not become inference tensors, which could never be trained again.
+    with torch.inference_mode(False):
+        stacked = store.shape.stacked_views(store.memory, store.num_experts)
+        for part in layout.parts:
+            if part.expert is None:
+                view = stacked[part.tensor]
+                part.parameter.data = view.mT if part.transposed else view
+                continue
+            view = store.shape.views(store.block(part.expert))[part.tensor]
+            rows = part.matrix(part.expert).shape[0]
+            own = view[part.start : part.start + rows]
+            part.parameter.data = own.t() if part.transposed else own
 
 
-def _bring_back(layout: ExpertLayout, device: torch.device) -> None:
-    """Gives a module's parameters memory of their own on the device again."""
-    for part in layout.parts:
-        source = part.parameter.data
-        part.parameter.data = torch.empty(source.shape, dtype=source.dtype, device=device).copy_(
-            source
+def _take_home(layout: ExpertLayout, device: torch.device, store: ExpertStore) -> None:
+    """Brings a module's parameters back and closes the store that they lay in."""
+    left: list[torch.Tensor] = []
+    errors = []
+    with torch.inference_mode(False):
+        for part in layout.parts:
+            try:
+                _bring_back(part.parameter, device)
+            except BaseException as error:  # There may be room for the others.
+                left.append(part.parameter)
+                errors.append(error)
+    if errors:
+        # What lies in the store has to be gone first.
+        weakref.finalize(left[0], store.close).atexit = False
+        errors[0].add_note(
+            f"{len(left)} of {len(layout.parts)} parameters of experts stay in host memory"
         )
+        raise errors[0]
+    store.close()
+
+
+def _bring_back(parameter: torch.Tensor, device: torch.device) -> None:
+    """Gives a parameter memory of its own on the device again."""
+    source = parameter.data
+    parameter.data = torch.empty(source.shape, dtype=source.dtype, device=device).copy_(source)
 
 
 def _module_runner(
@@ -186,23 +239,27 @@ def _module_runner(
     return run
 
 
-def _forward_of(
+def _forwards_of(
     site: FoundSite, layout: ExpertLayout, buffer: ExpertBuffer, index: int
-) -> tuple[nn.Module, Callable[..., Any]]:
-    """Returns the module whose forward changes, and that forward."""
+) -> list[tuple[nn.Module, Callable[..., Any]]]:
+    """Returns the modules whose forward changes, and those forwards."""
     experts = experts_module(site)
+    parameters = (part.parameter for part in layout.parts)
+    watch = WeightWatch(experts, parameters, is_shared=False)
     if isinstance(experts, PaperExperts):
-        return experts, functools.partial(_paper_forward, buffer, index)
-    return standing_forward(site, layout.num_experts, functools.partial(buffer.run, index))
+        run_sorted = functools.partial(buffer.run_sorted, index)
+        guarded_run = guarded(run_sorted, watch, TECHNIQUE, site.name)
+        return [(experts, functools.partial(_paper_forward, guarded_run))]
+    run = guarded(functools.partial(buffer.run, index), watch, TECHNIQUE, site.name)
+    return standing_forwards(site, layout.num_experts, run)
 
 
 def _paper_forward(
-    buffer: ExpertBuffer,
-    index: int,
+    run_sorted: Callable[..., torch.Tensor],
     rows: torch.Tensor,
     top_k_index: torch.Tensor,
     top_k_weights: torch.Tensor,
     row_experts: torch.Tensor,
     ends: torch.Tensor,
 ) -> torch.Tensor:
-    return buffer.run_sorted(index, rows, ends)
+    return run_sorted(rows, ends)

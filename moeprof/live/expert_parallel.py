@@ -14,6 +14,8 @@ A slot's rows arrive in the order in which one device would have them. So output
 those of one device that runs the same rows together (`on_one_device`) wherever a matrix product of
 the same shape gives the same bits there, as it does with the kernel ``dynamic_loop``; without
 replicas that is the plain layer.
+
+For inference only: rows travel as bytes, which no gradient follows, and so gradients are refused.
 """
 
 from __future__ import annotations
@@ -26,11 +28,12 @@ import torch
 import torch.distributed as dist
 
 from moeprof.errors import UsageError
+from moeprof.live.dispatch_checks import check_dispatch, refuse_gradients
 from moeprof.live.experts import ExpertWeights
 from moeprof.live.kernels import kernel_named
 from moeprof.live.kernels.slots import RowOrder, combine_rows, rows_by_expert
 from moeprof.live.parallel_clocks import PartClock
-from moeprof.live.parallel_plans import RankPlan, check_layout, rank_plan
+from moeprof.live.parallel_plans import Ints, RankPlan, check_layout, rank_plan
 from moeprof.replay.loads import Layout
 
 PARTS = ("size_exchange", "token_exchange", "experts", "return", "combine")
@@ -115,7 +118,13 @@ def on_one_device(
         experts: All experts of the layer.
         layout: The placement.
         kernel: Name of a gating kernel.
+
+    Raises:
+        UsageError: The tensors do not fit together, the experts or the placement, or there is no
+            such kernel.
     """
+    check_layout(layout, num_experts=experts.num_experts, num_ranks=layout.num_devices)
+    check_dispatch(hidden, expert_ids, weights, d_model=experts.d_model)
     where = slot_ids(expert_ids, SlotTables.of(layout, hidden.device))
     every = torch.from_numpy(layout.expert).to(experts.w_in.device)
     return kernel_named(kernel)(hidden, where, weights, experts.select(every))
@@ -128,7 +137,13 @@ def experts_of_rank(experts: ExpertWeights, layout: Layout, rank: int) -> Expert
         experts: All experts of the layer.
         layout: The placement.
         rank: The device.
+
+    Raises:
+        UsageError: The placement is for other experts, or has no such device.
     """
+    check_layout(layout, num_experts=experts.num_experts, num_ranks=layout.num_devices)
+    if not 0 <= rank < layout.num_devices:
+        raise UsageError(f"the placement is for {layout.num_devices} devices, there is no {rank}")
     per_device = len(layout.expert) // layout.num_devices
     own = layout.expert[rank * per_device : (rank + 1) * per_device]
     return experts.select(torch.from_numpy(own).to(experts.w_in.device))
@@ -155,6 +170,10 @@ class ParallelExperts:
 
     Every rank of the group calls it, each with its own tokens. The host waits for the device once
     a step: it must know the counts.
+
+    For inference only: a call is refused where gradients are enabled and rows, weights or experts
+    require one. What the host knows (shapes, dtypes, devices, gradients) is refused on its own rank
+    before anything is sent; ids of no expert are refused on all ranks.
 
     Args:
         own: Weights of this rank's slots, as `experts_of_rank` returns them.
@@ -210,10 +229,15 @@ class ParallelExperts:
 
         Returns:
             [T, d_model] in the dtype of ``hidden``.
+
+        Raises:
+            UsageError: The tensors do not fit together or the experts, or lie elsewhere; some
+                rank's ids are of no expert; or a gradient is wanted.
         """
+        self._check(hidden, expert_ids, weights)
         if clock is not None:
             clock.begin()
-        sent = self.send(hidden, expert_ids, clock=clock)
+        sent = self._send(hidden, expert_ids, clock)
         results = self.run(sent)
         _mark(clock, "experts")
         returned = self.send_back(results, sent)
@@ -231,7 +255,30 @@ class ParallelExperts:
             hidden: [T, d_model].
             expert_ids: [T, k]; -1: not executed.
             clock: Takes the times of both exchanges.
+
+        Raises:
+            UsageError: As of a call.
         """
+        self._check(hidden, expert_ids, None)
+        return self._send(hidden, expert_ids, clock)
+
+    def _check(
+        self, hidden: torch.Tensor, expert_ids: torch.Tensor, weights: torch.Tensor | None
+    ) -> None:
+        check_dispatch(
+            hidden,
+            expert_ids,
+            weights,
+            d_model=self.own.d_model,
+            dtype=self.own.w_in.dtype,
+            device=self.device,
+        )
+        given = (hidden,) if weights is None else (hidden, weights)
+        refuse_gradients(*given, *self.own.tensors(), what="expert parallelism")
+
+    def _send(
+        self, hidden: torch.Tensor, expert_ids: torch.Tensor, clock: PartClock | None
+    ) -> Sent:
         plan, where = self.exchange_sizes(expert_ids)
         _mark(clock, "size_exchange")
         order = rows_by_expert(where, len(self.layout.expert))
@@ -253,19 +300,42 @@ class ParallelExperts:
 
         Returns:
             (the plan, slot of each row [T, k]).
+
+        Raises:
+            UsageError: Ids of some rank are of no expert: on all ranks, so that none is left
+                waiting.
         """
         num_experts = self.layout.num_experts
         flat = expert_ids.reshape(-1).long()
-        counts = torch.zeros(num_experts + 1, dtype=torch.int64, device=self.device)
-        counts.scatter_add_(0, flat + 1, torch.ones_like(flat))
-        mine = counts[1:].expand(self.num_ranks, -1).contiguous()
+        # Counted apart: below -1, -1, then the experts, then what is too high.
+        counts = torch.zeros(num_experts + 3, dtype=torch.int64, device=self.device)
+        counts.scatter_add_(0, flat.clamp(-2, num_experts) + 2, torch.ones_like(flat))
+        mine = counts.expand(self.num_ranks, -1).contiguous()
         every = torch.empty_like(mine)
         work = dist.all_to_all_single(every, mine, group=self._group, async_op=True)
-        where = None if self._tables.is_replicated else slot_ids(expert_ids, self._tables)
+        # A table read past its end would stop the device before the host can say why.
+        known = flat.clamp(max=num_experts - 1).view(expert_ids.shape)
+        where = None if self._tables.is_replicated else slot_ids(known, self._tables)
         work.wait()
         if where is None:
-            where = slot_ids(expert_ids, self._tables, every[: self.rank].sum(dim=0))
-        return rank_plan(every.cpu().numpy(), self.layout, self.rank), where
+            where = slot_ids(known, self._tables, every[: self.rank, 2:-1].sum(dim=0))
+        rows = every.cpu().numpy()
+        self._refuse_unknown(rows[:, 0] + rows[:, -1])
+        return rank_plan(rows[:, 2:-1], self.layout, self.rank), where
+
+    def _refuse_unknown(self, num_unknown: Ints) -> None:
+        """Refuses ids that are of no expert.
+
+        Args:
+            num_unknown: [ranks] how many each rank has.
+        """
+        ranks = np.flatnonzero(num_unknown)
+        if len(ranks):
+            raise UsageError(
+                f"{int(num_unknown.sum())} ids on rank {', '.join(map(str, ranks))} are of no"
+                f" expert: the layer has {self.layout.num_experts}",
+                hint=f"ids run from 0 to {self.layout.num_experts - 1}; -1 is not executed",
+            )
 
     def run(self, sent: Sent) -> torch.Tensor:
         """Returns [received, d_model] what the own experts make of the rows that came."""

@@ -9,6 +9,8 @@ out means nothing as text. Leaves out runners that call layers themselves (`rout
 from __future__ import annotations
 
 import functools
+import os
+import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from types import TracebackType
@@ -24,7 +26,7 @@ from moeprof.recording import forced as forced_sites
 from moeprof.recording.anatomy import anatomy
 from moeprof.recording.calls import compiles_by_itself
 from moeprof.recording.sites import FoundSite, declared_top_k, find_sites
-from moeprof.trace.reader import Trace
+from moeprof.trace.reader import Trace, open_trace
 
 ROWS = ("exact", "crop", "tile")
 TOP_K = ("model", "trace")
@@ -33,7 +35,7 @@ EXPERTS = ("same", "subset")
 
 def force_routing(
     model_or_layers: nn.Module | Iterable[nn.Module],
-    routing: Trace | Routing,
+    routing: Trace | Routing | str | os.PathLike[str],
     *,
     rows: str = "exact",
     loop: bool = False,
@@ -52,14 +54,16 @@ def force_routing(
     pass of the decoder. Rows of the batch that the recording left out keep the model's own choice:
     padding, sequences that had ended, tokens that the recorded engine did not run in its last
     layer. Everything is brought to the model's devices on entering; a pass waits for no copy, but
-    every site costs some host time more; to time small passes, run layers with `routing_of`. On
-    leaving, whatever happened, the model is as it was.
+    every site costs some host time more; to time small passes, run layers with `routing_of`. A
+    forward pass that an error ended gives its recorded pass back. What gradient checkpointing runs
+    again in a backward pass computes with the pass it repeats. On leaving, whatever happened, the
+    model is as it was.
 
     Args:
         model_or_layers: A model of transformers, `paper_lm.PaperLm`, or a torch module whose
             experts were given to `moeprof.register`; or layers that the caller runs in order, for
             which a pass begins whenever a site is called again.
-        routing: A trace; or what `read_routing` took of one, or a control.
+        routing: A trace, or where it lies; or what `read_routing` took of one, or a control.
         rows: What to do where a batch has another number of rows than the pass recorded: refuse
             (``exact``), take the first of them and refuse larger batches (``crop``), or repeat
             them to the length needed (``tile``).
@@ -80,6 +84,13 @@ def force_routing(
     ):
         if value not in known:
             raise UsageError(f"unknown {name} {value!r}", hint=f"choose one of: {', '.join(known)}")
+    if isinstance(routing, (str, os.PathLike)):
+        routing = open_trace(routing)
+    if not isinstance(routing, (Trace, Routing)):
+        raise UsageError(
+            f"routing is a {type(routing).__name__}, expected a trace or a Routing",
+            hint="pass moeprof.open(path), or what moeprof.live.read_routing returns",
+        )
     host = routing if isinstance(routing, Routing) else read_routing(routing)
     if isinstance(model_or_layers, nn.Module):
         model, is_whole = model_or_layers, True
@@ -110,6 +121,24 @@ class _Options:
         return [*said, *(["begun again when used up"] if self.loop else [])]
 
 
+@dataclass(frozen=True)
+class _Progress:
+    """How far a stack has come.
+
+    Attributes:
+        passes: Passes begun since `seek`.
+        called: Sites that ran in the last of them.
+        repeatable: Recorded passes that a backward pass may run again, and whether gradients were
+            enabled as each began: the last two of either kind, since one is told from several.
+        was_repeated: True once one was run again: the next pass leaves all before it behind.
+    """
+
+    passes: int = 0
+    called: frozenset[int] = frozenset()
+    repeatable: tuple[tuple[int, bool], ...] = ()
+    was_repeated: bool = False
+
+
 @dataclass
 class _Cursor:
     """Which recorded pass a stack computes with.
@@ -118,19 +147,42 @@ class _Cursor:
         stack: The stack.
         num_passes: Recorded passes.
         loop: Begin again after the last.
-        passes: Passes begun since `seek`.
+        passes: See `_Progress`.
+        called: See there.
+        repeatable: See there.
+        was_repeated: See there.
         start: Pass that `seek` asked for.
-        inside: True while a module around all sites of the stack runs.
-        called: Sites that ran in this pass.
+        by_module: True once a module around all sites of the stack told that a pass began.
+        inside: True while that module runs.
+        before: How far the stack had come when this pass began.
     """
 
     stack: str
     num_passes: int
     loop: bool
     passes: int = 0
-    start: int = 0
-    inside: bool = False
     called: set[int] = field(default_factory=set)
+    repeatable: tuple[tuple[int, bool], ...] = ()
+    was_repeated: bool = False
+    start: int = 0
+    by_module: bool = False
+    inside: bool = False
+    before: _Progress = field(default_factory=_Progress)
+
+    def progress(self) -> _Progress:
+        """Returns how far the stack has come."""
+        return _Progress(self.passes, frozenset(self.called), self.repeatable, self.was_repeated)
+
+    def return_to(self, progress: _Progress) -> None:
+        """Gives back the passes begun since."""
+        self.passes, self.called = progress.passes, set(progress.called)
+        self.repeatable, self.was_repeated = progress.repeatable, progress.was_repeated
+        self.inside = False
+
+    def seek(self, step: int) -> None:
+        """Makes ``step`` the pass that comes next."""
+        self.start, self.by_module = step, False
+        self.return_to(_Progress())
 
     def begin(self) -> None:
         """Goes on to the next pass.
@@ -143,20 +195,54 @@ class _Cursor:
                 f"the routing of the {self.stack} is used up after {self.num_passes} passes",
                 hint="run fewer, record more, or begin again: force_routing(..., loop=True)",
             )
+        if self.was_repeated:
+            self.repeatable, self.was_repeated = (), False
+        self.before = self.progress()
         self.passes += 1
         self.called.clear()
+        enabled = torch.is_grad_enabled()
+        alike = [one for one in self.repeatable if one[1] == enabled]
+        others = [one for one in self.repeatable if one[1] != enabled]
+        self.repeatable = (*others, *alike[-1:], (self.current, enabled))
 
     def at(self, site: int) -> int:
-        """Returns the pass that a site called now belongs to."""
-        if not self.inside and (self.passes == 0 or site in self.called):
+        """Returns the pass that a site called now computes with.
+
+        Raises:
+            UsageError: There is none, or which it is cannot be told.
+        """
+        if _in_backward():
+            return self._repeated()
+        # Where a module tells, a site that is called outside of it belongs to the last pass.
+        if self.passes == 0 or (not self.by_module and site in self.called):
             self.begin()
         self.called.add(site)
         return self.current
+
+    def _repeated(self) -> int:
+        """Returns the pass that gradient checkpointing runs a part of again."""
+        self.was_repeated = True
+        # Where all of a stack is run again, its own first call may have had gradients disabled.
+        any_kind = self.inside or not self.by_module
+        found = {step for step, enabled in self.repeatable if enabled or any_kind}
+        if len(found) != 1:
+            raise UsageError(
+                f"a backward pass runs the {self.stack} again, and which recorded pass that "
+                "belongs to is not known",
+                hint="call backward() after each forward pass; for passes without one use "
+                "torch.no_grad(), or seek() after them",
+            )
+        return found.pop()
 
     @property
     def current(self) -> int:
         """The pass that runs, or ran last."""
         return (self.start + self.passes - 1) % self.num_passes
+
+
+def _in_backward() -> bool:
+    """Returns True where autograd calls: what runs there was run before (checkpointing)."""
+    return torch._C._current_graph_task_id() != -1
 
 
 @dataclass(frozen=True, eq=False)
@@ -229,6 +315,8 @@ class ForcedRouting:
         self._cursors = {
             name: _Cursor(name, len(stack), options.loop) for name, stack in routing.stacks.items()
         }
+        self._before_call: dict[str, _Progress] = {}
+        self._handled: dict[str, BaseException | None] = {}
         self.source: RoutingSource = routing.source.changed(*changes, *options.said())
         self.num_passes: Mapping[str, int] = {
             name: len(stack) for name, stack in routing.stacks.items()
@@ -295,8 +383,8 @@ class ForcedRouting:
                 raise UsageError(
                     f"the routing of the {name} has {cursor.num_passes} passes, no pass {step}"
                 )
-            cursor.start, cursor.passes = step, 0
-            cursor.called.clear()
+            cursor.seek(step)
+            self._before_call.pop(name, None)
 
     def _attach(self) -> None:
         for stack, cursor in self._cursors.items():
@@ -308,6 +396,12 @@ class ForcedRouting:
             self._handles += [
                 module.register_forward_pre_hook(begin, prepend=True),
                 module.register_forward_hook(end, always_call=True),
+            ]
+        if self._stacks:
+            # Before a stack that is the model itself; and last at the end.
+            self._handles += [
+                self._model.register_forward_pre_hook(self._call_begins, prepend=True),
+                self._model.register_forward_hook(self._call_ends, always_call=True),
             ]
         for site in self._sites:
             site.on(_device_of(site.found))
@@ -349,16 +443,52 @@ class ForcedRouting:
             self._undo_generate = None
         for cursor in self._cursors.values():
             cursor.inside = False
+        self._before_call.clear()
+        self._handled.clear()
         for site in self._sites:
             site.tensors.clear()
 
+    def _call_begins(self, module: nn.Module, args: Any) -> None:
+        if _in_backward():
+            return
+        self._give_back()
+        self._before_call = {name: cursor.progress() for name, cursor in self._cursors.items()}
+        self._handled[""] = sys.exception()
+
+    def _call_ends(self, module: nn.Module, args: Any, output: Any) -> None:
+        if _in_backward():
+            return
+        if self._has_failed("", output):
+            self._give_back()
+        self._before_call.clear()
+
+    def _give_back(self) -> None:
+        """Gives back the passes of a call of the model that did not end, of all stacks."""
+        for name, progress in self._before_call.items():
+            self._cursors[name].return_to(progress)
+        self._before_call.clear()
+
+    def _has_failed(self, stack: str, output: Any) -> bool:
+        """Returns True where a hook is called for an error, not for what a module returned."""
+        handled = self._handled.pop(stack, None)
+        return output is None and sys.exception() is not handled
+
     def _pass_begins(self, cursor: _Cursor, module: nn.Module, args: Any) -> None:
-        cursor.begin()
+        if not _in_backward():
+            if cursor.inside:
+                # An interruption calls no hooks.
+                cursor.return_to(cursor.before)
+            cursor.begin()
+            cursor.by_module = True
+            self._handled[cursor.stack] = sys.exception()
         cursor.inside = True
 
     def _pass_ends(self, cursor: _Cursor, module: nn.Module, args: Any, output: Any) -> None:
         was_inside, cursor.inside = cursor.inside, False
-        if output is None or not was_inside:
+        if not was_inside or _in_backward():
+            return
+        if self._has_failed(cursor.stack, output):
+            cursor.return_to(cursor.before)
             return
         for site in self._sites:
             if site.found.stack != cursor.stack or site.index in cursor.called:
@@ -374,9 +504,28 @@ class ForcedRouting:
         self, site: _DrivenSite, num_rows: int, top_k: int, device: torch.device
     ) -> Placed | None:
         """Returns what a site computes with in the pass that runs; see `routing_drivers.Choose`."""
-        routing = site.routing
-        step = self._cursors[site.found.stack].at(site.index)
+        cursor = self._cursors[site.found.stack]
+        passes = cursor.passes
+        step = cursor.at(site.index)
+        try:
+            placed = self._placed(site, step, num_rows, top_k, device)
+        except UsageError:
+            if cursor.passes != passes:
+                # Who calls layers one by one has no call of a model that ends.
+                cursor.return_to(cursor.before)
+            raise
         self._num_driven += 1
+        return placed
+
+    def _placed(
+        self, site: _DrivenSite, step: int, num_rows: int, top_k: int, device: torch.device
+    ) -> Placed | None:
+        """Returns the routing of a recorded pass for a batch; None where none was recorded.
+
+        Raises:
+            UsageError: It does not fit the batch.
+        """
+        routing = site.routing
         start, end = int(routing.starts[step]), int(routing.starts[step + 1])
         num_tokens, recorded_rows = end - start, int(routing.num_rows[step])
         where = f"pass {step} of {site.found.name}"

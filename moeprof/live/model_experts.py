@@ -140,24 +140,10 @@ def _check_model(
                 )
 
 
-def replace_forward(module: nn.Module, forward: Callable[..., Any]) -> Callable[[], None]:
-    """Gives one instance another forward and returns what takes it back."""
-    own = vars(module).get("forward")
-    module.forward = forward
-
-    def restore() -> None:
-        if own is None:
-            vars(module).pop("forward", None)
-        else:
-            module.forward = own
-
-    return restore
-
-
-def standing_forward(
+def standing_forwards(
     site: FoundSite, num_experts: int, run: RunExperts
-) -> tuple[nn.Module, Callable[..., Any]]:
-    """Returns the module whose forward ``run`` stands in for, and the forward to give it.
+) -> list[tuple[nn.Module, Callable[..., Any]]]:
+    """Returns the modules whose forward changes so that ``run`` stands in, and those forwards.
 
     Args:
         site: The site.
@@ -166,16 +152,19 @@ def standing_forward(
     """
     experts = experts_module(site)
     if site.adapter is adapters.NLLB:
-        return site.modules.block, functools.partial(_nllb_forward, site, run)
+        return [(site.modules.block, functools.partial(_nllb_forward, site, run))]
     if site.adapter is adapters.SWITCH:
-        return experts, functools.partial(_switch_forward, run)
+        return [(experts, functools.partial(_switch_forward, run))]
     if isinstance(experts, PaperExperts):
         block = site.modules.block
         assert isinstance(block, PaperMoe)
-        return block, functools.partial(_paper_forward, block, run)
+        return [
+            (block, functools.partial(_paper_forward, block)),
+            (experts, functools.partial(_paper_experts_forward, run)),
+        ]
     names = _argument_names(experts)
     every = _all_names(experts)
-    return experts, functools.partial(_arguments_forward, run, num_experts, names, every)
+    return [(experts, functools.partial(_arguments_forward, run, num_experts, names, every))]
 
 
 def _all_names(module: nn.Module) -> tuple[str, ...]:
@@ -194,7 +183,8 @@ def _arguments_forward(
     hidden, ids, weights = (given[name] for name in names)
     top_k = ids.shape[-1]
     ids = ids.reshape(-1, top_k)
-    gates = weights.reshape(ids.shape[0], -1)
+    # Not (tokens, -1): there may be no token.
+    gates = weights.reshape(-1, weights.shape[-1])
     if gates.shape != ids.shape:
         # Some blocks hand over weights for all experts.
         gates = gates.gather(1, ids.long().clamp(min=0, max=num_experts - 1))
@@ -204,10 +194,18 @@ def _arguments_forward(
     return out.view(hidden.shape)
 
 
-def _paper_forward(block: PaperMoe, run: RunExperts, hidden_states: torch.Tensor) -> torch.Tensor:
+def _paper_forward(block: PaperMoe, hidden_states: torch.Tensor) -> torch.Tensor:
     flat = hidden_states.reshape(-1, hidden_states.shape[-1])
     ids, weights = block.gate(flat)
-    return run(flat, ids, weights).view_as(hidden_states)
+    # By their module: a recorder watches its calls.
+    out: torch.Tensor = block.experts(flat, ids, weights)
+    return out.view_as(hidden_states)
+
+
+def _paper_experts_forward(
+    run: RunExperts, rows: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+) -> torch.Tensor:
+    return run(rows, top_k_index, top_k_weights)
 
 
 def _nllb_forward(
@@ -231,6 +229,6 @@ def _switch_forward(
     selected_experts: torch.Tensor,
     routing_weights: torch.Tensor,
 ) -> torch.Tensor:
-    chosen = selected_experts.reshape(hidden_states.shape[0], -1)
+    chosen = selected_experts.reshape(-1, selected_experts.shape[-1])
     ids = torch.where(chosen.amax(dim=1, keepdim=True) > 0, chosen.argmax(dim=1, keepdim=True), -1)
     return run(hidden_states, ids, routing_weights.reshape(-1, 1))

@@ -1,8 +1,9 @@
 """What a step would take on devices that are not there: every share in turn on one device.
 
 An estimate, never a measurement: the slowest share of the experts, the exchange from a line or a
-curve through exchanges between the devices there are, and the work on a rank's own tokens. Its
-error bar is how far the same arithmetic was off where it could be measured.
+curve through exchanges between the devices there are, and the work on a rank's own tokens. It is
+corrected by how far the same arithmetic was off where it could be measured
+(`parallel_corrections`); the range of that is its error bar.
 """
 
 from __future__ import annotations
@@ -20,8 +21,10 @@ from moeprof.live.expert_parallel import DEFAULT_KERNEL, SlotTables, slot_ids
 from moeprof.live.experts import ExpertWeights
 from moeprof.live.kernels import kernel_named
 from moeprof.live.kernels.slots import combine_rows, rows_by_expert
+from moeprof.live.parallel_corrections import CorrectedStep, corrected_step
 from moeprof.live.parallel_plans import (
     busiest_rows,
+    check_layout,
     rows_between,
     rows_to_slots,
     shard_counts,
@@ -180,17 +183,20 @@ class StepEstimate:
 
     @property
     def step_ms(self) -> float:
-        """All parts together."""
+        """All parts together, uncorrected."""
         exchanges_ms = self.size_exchange_ms + self.token_exchange_ms + self.return_ms
         return exchanges_ms + self.experts_ms + self.combine_ms
 
-    def band_ms(self, ratios: Sequence[float]) -> tuple[float, float]:
-        """Returns the error bar: the estimate times the least and the largest of ``ratios``.
+    def corrected(self, ratios: Sequence[float]) -> CorrectedStep:
+        """Returns the step times the median of ``ratios``, and their range as its error bar.
 
         Args:
             ratios: Measured over estimated, of steps that were both.
+
+        Raises:
+            UsageError: There are no ratios.
         """
-        return self.step_ms * min(ratios), self.step_ms * max(ratios)
+        return corrected_step(self.step_ms, ratios)
 
 
 def estimated_step(
@@ -217,8 +223,17 @@ def estimated_step(
         size_exchange_ms: Of a size exchange.
         kernel: Name of a gating kernel.
         repeats: Timed repetitions of each share.
+
+    Raises:
+        UsageError: The placement does not fit the weights or the ids, or cannot be carried out.
     """
     num_devices = layout.num_devices
+    check_layout(layout, num_experts=layout.num_experts, num_ranks=num_devices)
+    if slots.num_experts != len(layout.expert):
+        raise UsageError(
+            f"the placement has {len(layout.expert)} slots, the weights {slots.num_experts}",
+            hint="take them by experts.select(expert), of every slot of the placement",
+        )
     starts = shard_starts(len(experts), num_devices)
     counts = shard_counts(experts, starts, layout.num_experts)
     shares = share_times(

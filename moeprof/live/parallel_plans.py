@@ -126,7 +126,12 @@ def shard_counts(experts: NDArray[Any], starts: ArrayLike, num_experts: int) -> 
         experts: [tokens, top_k]; negative ids count nowhere.
         starts: [ranks + 1] first token of each rank.
         num_experts: Experts of the layer.
+
+    Raises:
+        UsageError: An id is of no expert.
     """
+    if experts.size and experts.max() >= num_experts:
+        raise UsageError(f"there is no expert {experts.max()} in a layer of {num_experts}")
     bounds = np.asarray(starts, np.int64)
     rank = np.repeat(np.arange(len(bounds) - 1), np.diff(bounds))
     chosen = experts >= 0

@@ -139,7 +139,7 @@ def _arguments(site: FoundSite, arguments: RoutingArguments) -> Driver:
             own, forced = weights.reshape(-1, top_k), placed.weights
             shape = (*ids.shape[:-1], slots)
         else:  # Weights of all experts, of which the module takes those it needs.
-            own = weights.reshape(own_ids.shape[0], -1)
+            own = weights.reshape(-1, weights.shape[-1])
             forced, shape = placed.dense(own.shape[1]), tuple(weights.shape)
         return arguments.replaced(
             args,

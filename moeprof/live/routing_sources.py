@@ -124,6 +124,25 @@ class SiteRouting:
     stack_places: Ints
     num_stack_rows: Ints
 
+    def __post_init__(self) -> None:
+        """Refuses what is no routing of that many experts and slots."""
+        expected = (len(self.places), self.top_k)
+        if self.experts.shape != expected or self.weights.shape != expected:
+            raise UsageError(
+                f"site {self.site}: experts {self.experts.shape} and weights {self.weights.shape} "
+                f"are not of {expected[0]} tokens in {expected[1]} slots",
+                hint="both are [rows, top_k], as places is [rows]",
+            )
+        if not self.experts.size:
+            return
+        low, high = int(self.experts.min()), int(self.experts.max())
+        if low < NO_EXPERT or high >= self.num_experts:
+            raise UsageError(
+                f"site {self.site}: expert {high if high >= self.num_experts else low} is none of "
+                f"the {self.num_experts} that it has",
+                hint=f"ids go from 0 to {self.num_experts - 1}, {NO_EXPERT} in an empty slot",
+            )
+
     @property
     def has_empty_slots(self) -> bool:
         """True where some token has a slot without an expert."""

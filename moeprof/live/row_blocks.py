@@ -148,7 +148,7 @@ class Workspace:
         inverse = torch.empty_like(slots)
         inverse[slots] = self._places[: slots.numel()]
         precise = torch.promote_types(rows.dtype, torch.float32)
-        parts = rows.index_select(0, inverse).view(num_tokens, top_k, -1).to(precise)
+        parts = rows.index_select(0, inverse).view(num_tokens, top_k, rows.shape[1]).to(precise)
         parts = parts * weights[..., None].to(precise)
         if num_executed < slots.numel():
             executed = (inverse < num_executed).view(num_tokens, top_k, 1)

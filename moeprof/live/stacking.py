@@ -94,6 +94,11 @@ class ExpertLayout:
         return self.parts[0].parameter.device
 
     @property
+    def is_stacked(self) -> bool:
+        """True where every tensor is one parameter, stacked over experts."""
+        return all(part.expert is None for part in self.parts)
+
+    @property
     def expert_bytes(self) -> int:
         """Bytes of one expert."""
         sizes = (torch.Size(shape).numel() for shape in self.shapes.values())
@@ -141,19 +146,20 @@ def stack_experts(module: nn.Module) -> ExpertWeights:
             tied.
     """
     layout = expert_layout(module)
-    shared = {part.tensor: part for part in layout.parts if part.expert is None}
-    if len(shared) == len(layout.shapes):
+    if layout.is_stacked:
+        shared = {part.tensor: part for part in layout.parts}
         views = {
             name: part.parameter.detach().mT if part.transposed else part.parameter.detach()
             for name, part in shared.items()
         }
         return layout.weights(views)
-    stacked = {
-        name: torch.empty(layout.num_experts, *shape, dtype=layout.dtype, device=layout.device)
-        for name, shape in layout.shapes.items()
-    }
-    for expert in range(layout.num_experts):
-        layout.write(expert, {name: tensor[expert] for name, tensor in stacked.items()})
+    with torch.inference_mode(False), torch.no_grad():
+        stacked = {
+            name: torch.empty(layout.num_experts, *shape, dtype=layout.dtype, device=layout.device)
+            for name, shape in layout.shapes.items()
+        }
+        for expert in range(layout.num_experts):
+            layout.write(expert, {name: tensor[expert] for name, tensor in stacked.items()})
     return layout.weights(stacked)
 
 
@@ -198,7 +204,8 @@ def check_layout(module: nn.Module, layout: ExpertLayout, call: ExpertsCall | No
     generator = torch.Generator().manual_seed(0)
     rows = torch.randn(len(chosen), width, generator=generator, dtype=torch.float64)
     rows = rows.to(layout.device, layout.dtype)
-    with torch.no_grad():
+    # Autocast would round what is called, and not what is held against it.
+    with torch.no_grad(), torch.autocast(layout.device.type, enabled=False):
         # Inner values well away from zero, where clamps and other activations show.
         inner = rows.float() @ _first_matrix(layout, chosen[0]).float().t()
         rows = (rows.float() * (_INNER_SPREAD / inner.std().clamp(min=1e-12))).to(rows.dtype)

@@ -131,6 +131,11 @@ def spread_of(times: Floats, percentile: int, visits: Numbers | None = None) -> 
     width is widened for both. It is infinite for one visit and for fewer than three repetitions of
     some step.
 
+    A high percentile of medians that are not exact lies above that of exact ones: where steps are
+    nearly alike, the slowest is the one that chance slowed most. What is drawn again is shifted
+    again. Where the percentile is outside the middle half of the draws, the distance from their
+    median is added to half the width.
+
     Args:
         times: [repetitions, steps]; NaN where one is set aside.
         percentile: Which, of the steps' medians over repetitions.
@@ -156,7 +161,7 @@ def spreads_of(
         if fewest < 2:  # noqa: PLR2004
             return (math.inf,) * len(percentiles)
         medians = _medians(times, [_drawn(members, generator) for _ in range(_NUM_DRAWS)])
-        widened = _widening(fewest)
+        widened = widening(fewest)
     # A draw may have no time of a step that was seldom quiet.
     medians = medians[np.isfinite(medians).all(axis=1)]
     if len(medians) < _NUM_DRAWS / 2:
@@ -164,8 +169,11 @@ def spreads_of(
     spreads = []
     for percentile in percentiles:
         found = np.percentile(medians, percentile, axis=1)
-        low, high = np.quantile(found, (_TAIL, 1 - _TAIL)).tolist()
-        spreads.append(float(widened * (high - low) / 2 / measured_ms(times, percentile)))
+        own = measured_ms(times, percentile)
+        ends = (_TAIL, 0.25, 0.5, 0.75, 1 - _TAIL)
+        low, left, middle, right, high = np.quantile(found, ends).tolist()
+        shift = 0.0 if left <= own <= right else abs(middle - own)
+        spreads.append(float((widened * (high - low) / 2 + shift) / own))
     return tuple(spreads)
 
 
@@ -257,10 +265,15 @@ def _known_medians(times: Floats) -> Floats:
 
 
 def _relative_width(num_visits: int) -> float:
-    return _widening(num_visits) / math.sqrt(num_visits)
+    return widening(num_visits) / math.sqrt(num_visits)
 
 
-def _widening(num_visits: int) -> float:
+def widening(num_visits: int) -> float:
+    """Returns how many times as wide draws of so few, which vary too little, are taken to be.
+
+    Args:
+        num_visits: Visits, or whatever else is drawn whole; at least 2.
+    """
     return float(np.sqrt(num_visits / (num_visits - 1)) * _t_quantile(num_visits - 1) / _Z)
 
 

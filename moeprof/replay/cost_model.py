@@ -83,7 +83,6 @@ class Question:
         routed: The routing of one stack.
         shape: Of its experts.
         judged: [judged steps] indices of the steps that percentiles are taken over.
-        repetitions: Times that a measurement would run the steps.
         rows: What policies that look ahead see.
         seed: Of the draws.
         percentiles: Of the step times that are predicted.
@@ -93,7 +92,6 @@ class Question:
     routed: RoutedRows
     shape: ExpertShape
     judged: NDArray[np.int64]
-    repetitions: int
     rows: Any
     seed: int
     percentiles: tuple[int, ...] = PERCENTILES
@@ -109,7 +107,9 @@ class Prediction:
         step_ms: [steps] corrected by the trials.
         copied_bytes: [steps] bytes copied to the device.
         device_bytes: Bytes of experts on the device.
-        hit_rate: Hits over lookups; None where nothing is buffered.
+        judged_hit_rate: Hits over lookups of the judged steps, so that what other steps miss, as
+            those of a prompt into an empty buffer, is not in it; None where nothing is buffered or
+            looked up.
         percentiles_ms: Percentile -> (value, low, high); low and high None without an interval.
         naive_bandwidth_ms: Percentile -> bytes over bandwidth: bytes copied over the link's, plus
             bytes of active experts over the device's.
@@ -121,7 +121,7 @@ class Prediction:
     step_ms: Floats
     copied_bytes: NDArray[np.int64]
     device_bytes: int
-    hit_rate: float | None
+    judged_hit_rate: float | None
     percentiles_ms: dict[int, tuple[float, float | None, float | None]]
     naive_bandwidth_ms: dict[int, float]
     naive_mean_ms: float
@@ -134,7 +134,6 @@ def question_of(
     shape: ExpertShape | None = None,
     phase: str | None = None,
     max_steps: int | None = None,
-    repetitions: int = 5,
     seed: int = 0,
     percentiles: Sequence[int] = PERCENTILES,
 ) -> Question:
@@ -147,7 +146,6 @@ def question_of(
         phase: Steps of this phase are judged, ``all`` for every step; when None decode where there
             are such steps, else all.
         max_steps: At most so many steps are run.
-        repetitions: Times that a measurement runs them.
         seed: Of the draws.
         percentiles: Of the step times.
 
@@ -167,7 +165,6 @@ def question_of(
         routed=routed,
         shape=shape or shape_of_trace(trace, chosen),
         judged=judged,
-        repetitions=repetitions,
         rows=streams.read_rows(trace),
         seed=seed,
         percentiles=tuple(percentiles),
@@ -218,7 +215,7 @@ def predict(
         step_ms=corrected,
         copied_bytes=copied,
         device_bytes=(plan.num_slots + plan.num_staging) * question.shape.expert_bytes,
-        hit_rate=float(plan.hit.mean()) if is_buffered else None,
+        judged_hit_rate=_judged_hit_rate(question, plan) if is_buffered else None,
         percentiles_ms=percentiles,
         naive_bandwidth_ms={
             each: float(np.percentile(by_bytes[question.judged], each)) * _MS
@@ -226,6 +223,14 @@ def predict(
         },
         naive_mean_ms=float(work.unoverlapped_s()[question.judged].mean()) * _MS,
     )
+
+
+def _judged_hit_rate(question: Question, plan: BufferPlan) -> float | None:
+    lookups, hits = (
+        int(question.routed.per_step(each)[question.judged].sum())
+        for each in (np.ones_like(plan.hit, np.int64), plan.hit.astype(np.int64))
+    )
+    return hits / lookups if lookups else None
 
 
 def _link_bytes_per_s(machine: Calibration) -> float:
@@ -542,13 +547,13 @@ def cost(
     shape: ExpertShape | None = None,
     phase: str | None = None,
     max_steps: int | None = None,
-    repetitions: int = 5,
     seed: int = 0,
 ) -> Result:
     """Returns what settings would cost on a calibrated machine; every figure is an estimate.
 
     The table has one row per setting and percentile: predicted time with a 90 % interval, both
-    naive models, hit rate, bytes copied per step and bytes of experts on the device.
+    naive models, bytes of experts on the device, and of the judged steps the hit rate and the mean
+    of bytes copied.
 
     Args:
         trace: The trace.
@@ -558,7 +563,6 @@ def cost(
         shape: See there.
         phase: See there.
         max_steps: See there.
-        repetitions: See there.
         seed: See there.
 
     Raises:
@@ -572,7 +576,6 @@ def cost(
         shape=shape,
         phase=phase,
         max_steps=max_steps,
-        repetitions=repetitions,
         seed=seed,
     )
     predictions = [predict(question, setting, machine) for setting in settings]
@@ -583,8 +586,8 @@ def cost(
         table=pd.DataFrame(rows),
         notes=(
             f"estimate on {machine.name}, calibrated {machine.date}",
-            f"{len(question.judged)} of {len(question.routed.steps)} steps judged, "
-            f"{question.repetitions} repetitions of each assumed",
+            f"{len(question.judged)} of {len(question.routed.steps)} steps judged, to which hit "
+            "rates and bytes copied belong as well",
             "a step is all experts of the stack, without what lies between them",
         ),
     )
@@ -601,7 +604,7 @@ def prediction_rows(prediction: Prediction, question: Question) -> list[dict[str
             "high_ms": high,
             "naive_bandwidth_ms": prediction.naive_bandwidth_ms[percentile],
             "naive_mean_ms": prediction.naive_mean_ms,
-            "hit_rate": prediction.hit_rate,
+            "judged_hit_rate": prediction.judged_hit_rate,
             "copied_bytes_per_step": float(prediction.copied_bytes[question.judged].mean()),
             "device_bytes": prediction.device_bytes,
             "figure_class": "estimate",

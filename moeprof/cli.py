@@ -790,10 +790,9 @@ def calibrate(
 
         from moeprof.live.calibration import calibrate as measure
         from moeprof.live.calibration import device_named, sizes_for
+        from moeprof.live.calibration_sizes import asked_sizes
         from moeprof.live.exchange_times import visible_ranks
-    from moeprof.replay.cache.sizes import byte_count
     from moeprof.replay.calibration_file import read_calibration, write_calibration
-    from moeprof.replay.expert_shapes import parse_shape
 
     if pooled_files:
         measured = ("device", "expert_bytes", "dtype", "policies", "kernels", "ranks",
@@ -809,17 +808,8 @@ def calibrate(
         sizes = replace(sizes, dtype=dtype)
     given: dict[str, Any] = {"policies": policies, "kernels": kernels}
     if expert_bytes is not None:
-        shapes = [
-            parse_shape(text, dtype=sizes.dtype) if "x" in text.lower() else None
-            for text in expert_bytes
-        ]
-        if any(shape is not None and (shape.bias or not shape.gated) for shape in shapes):
-            raise click.UsageError("experts are measured gated and without bias", context)
-        given["expert_bytes"] = [
-            byte_count(text) if shape is None else shape.expert_bytes
-            for text, shape in zip(expert_bytes, shapes, strict=True)
-        ]
-        given["widths"] = {shape.expert_bytes: shape.d_model for shape in shapes if shape}
+        expert_sizes, widths = asked_sizes(expert_bytes, dtype=sizes.dtype)
+        given |= {"expert_bytes": expert_sizes, "widths": dict(widths)}
     if trials_from is not None:
         given["trials_from"] = read_calibration(trials_from)
     num_ranks = visible_ranks(place) if ranks is None else ranks
@@ -951,6 +941,14 @@ def verify(context: click.Context, /, trace: str, **options: Any) -> int:
             talk.say(f"Next: moeprof verify {trace} --predictions {output}")
             click.echo(output)
             return 0
+        command = shlex.join(["moeprof", *sys.argv[1:]])
+
+        def write(found: Any, *, replace: bool = force) -> None:
+            if output is not None:
+                verification_files.write_verification(
+                    found, output, command=command, earlier=earlier, force=replace
+                )
+
         result = verification.verify(
             opened,
             predictions=made,
@@ -961,13 +959,12 @@ def verify(context: click.Context, /, trace: str, **options: Any) -> int:
             most_s=options["most_seconds"],
             quiet_core=options["quiet_core"],
             earlier=earlier,
+            # What took the time is on disk before anything else is made of it.
+            keep=write,
             progress=lambda item, done, total: show("measuring", done, total, item),
         )
+    write(result, replace=True)
     if output is not None:
-        command = shlex.join(["moeprof", *sys.argv[1:]])
-        verification_files.write_verification(
-            result, output, command=command, earlier=earlier, force=force
-        )
         talk.say(f"Wrote {output}")
     shown = result.table.reindex(columns=list(_VERIFY_COLUMNS))
     click.echo(shown.to_string(index=False, float_format="{:.4g}".format, na_rep=""))

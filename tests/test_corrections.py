@@ -226,6 +226,69 @@ def test_left_out_is_left_out(works: list[Work]) -> None:
     assert np.median(np.log(measured / fitted)) < 0.5 * whole
 
 
+def placed(buffers: Sequence[TriedBuffer], first: int = 0) -> list[TriedBuffer]:
+    """Trials that each try something else, as every calibration tries it."""
+    return [dataclasses.replace(each, place=first + n) for n, each in enumerate(buffers)]
+
+
+def test_trials_of_one_calibration_are_left_out_one_by_one(works: list[Work]) -> None:
+    given = tried(works, {"copy": 1.2}, between=0.05, noise=0.02)
+    assert fit_corrections(placed(given), {}) == fit_corrections(given, {})
+    assert fit_by_size(placed(given)) == fit_by_size(given)
+    kernels = {
+        name: [trial_of([np.full(3, 2.0 * ratio)], [2.0] * 3, "gating") for ratio in ratios]
+        for name, ratios in {"dynamic": (1.0, 1.2, 1.5), "static_mask": (0.8, 0.9)}.items()
+    }
+    places = {"dynamic": [("a", 0), ("a", 1), None], "static_mask": [("a", 0), ("a", 1)]}
+    assert fit_corrections(given, kernels, places) == fit_corrections(given, kernels)
+
+
+def test_the_same_at_several_times_is_left_out_together(works: list[Work]) -> None:
+    # Every setting is off by something of its own, the same whenever it is tried.
+    given = placed(tried(works, {"copy": 1.1}, between=0.1))
+    once, twice = fit_corrections(given, {}), fit_corrections([*given, *given], {})
+    believed = fit_corrections(
+        [dataclasses.replace(each, place=None) for each in [*given, *given]], {}
+    )
+    assert once is not None and twice is not None and believed is not None
+    for kind in ("buffering", "host"):
+        own, pooled, alone = (getattr(each, kind) for each in (once, twice, believed))
+        count = len(own.residuals)
+        assert pooled.residuals[:count] == pytest.approx(pooled.residuals[count:])
+        # A second time says nothing new of settings that were not tried: not less is left over.
+        assert pooled.spread > max(0.9 * own.spread, 1.03 * alone.spread)
+        assert pooled.freedom <= own.freedom + 0.5 and pooled.freedom <= count < alone.freedom
+    # By hand: what the others say of each is what they say without its second time.
+    every = [each for each in given if each.place != 0]
+    others = fit_corrections([*every, *every], {})
+    assert others is not None and twice.buffering is not None
+    fitted = step_times(given[0].work, np.exp(others.log_factors)[None])[0] * 1e3
+    left = np.median(np.log(given[0].trial.step_ms() / fitted)[1:])
+    assert twice.buffering.residuals[0] == pytest.approx(left, abs=0.02)
+
+
+def test_a_kernel_tried_at_several_times_is_left_out_together() -> None:
+    def at(ratio: float) -> Trial:
+        return trial_of([np.full(3, ratio)], [1.0] * 3, "gating")
+
+    trials = {"dynamic": [at(1.0), at(2.0), at(1.0), at(2.0)], "static_mask": [at(3.0), at(3.0)]}
+    places = {"dynamic": ["small", "large"] * 2, "static_mask": ["small", "small"]}
+    found = fit_corrections([], trials, places)
+    assert found is not None and found.gating is not None
+    # Each is judged by the other place alone; the kernel with one place by nothing.
+    log = float(np.log(2))
+    assert found.gating.residuals == pytest.approx(
+        [-log, log, -log, log, np.log(3), np.log(3)], abs=1e-12
+    )
+    # Three places less two factors; two places, not four trials, tell of the first.
+    assert found.gating.freedom == 1
+    spread = np.std([0.0, log, 0.0, log], ddof=1)
+    assert found.kernels["dynamic"].error == pytest.approx(1.2533 * spread / 2**0.5)
+    once = fit_corrections([], {"dynamic": trials["dynamic"][:2]})
+    assert once is not None and once.gating is not None
+    assert once.gating.residuals == pytest.approx([-log, log])
+
+
 def test_a_host_that_is_not_steady_does_not_blur_the_rest(works: list[Work]) -> None:
     factors = {"copy": 1.25}
     steady = fit_corrections(tried(works, factors), {})

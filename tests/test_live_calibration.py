@@ -19,9 +19,14 @@ torch = pytest.importorskip("torch")
 
 import moeprof  # noqa: E402
 from moeprof import live  # noqa: E402
-from moeprof.errors import UsageError  # noqa: E402
+from moeprof.errors import CalibrationError, UsageError  # noqa: E402
 from moeprof.live import calibration, calibration_trials, part_times, watched_steps  # noqa: E402
-from moeprof.live.calibration_sizes import Regime  # noqa: E402
+from moeprof.live.calibration_sizes import (  # noqa: E402
+    GPU_SIZES,
+    Regime,
+    asked_in,
+    asked_sizes,
+)
 from moeprof.live.calibration_trials import TrialBench, made_up, trial_question  # noqa: E402
 from moeprof.live.constant_bench import ConstantBench, ExpertParts, streamed_times  # noqa: E402
 from moeprof.live.decision_times import decision_times, foresee_time  # noqa: E402
@@ -60,6 +65,9 @@ TINY = dataclasses.replace(
     repeats=3,
     trial_repetitions=2,
 )
+
+
+LATER = "2999-01-01T00:00:00+00:00"
 
 
 def as_modelled(machine: Any, factor: float = 1.0) -> Any:
@@ -167,6 +175,10 @@ def test_refusals() -> None:
         live.calibrate("meta")
     with pytest.raises(UsageError, match="has to ascend"):
         dataclasses.replace(TINY, rows=(8, 1))
+    # 44 and 45 wide are both measured at 48: a file could not tell them apart.
+    near = [3 * 32 * width * 4 for width in (44, 45)]
+    with pytest.raises(UsageError, match="experts of the same bytes"):
+        live.calibrate("cpu", sizes=TINY, expert_bytes=near)
 
 
 def test_an_absent_gpu_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -513,7 +525,7 @@ def test_a_machine_whose_core_is_shared_is_calibrated(
     assert read == machine
     assert live.refitted(read, few) == machine
     shape = few.shape(few.expert_bytes[0])
-    question = trial_question(made_up(tmp_path, few, few.regimes[0]), shape, few)
+    question = trial_question(made_up(tmp_path, few, few.regimes[0]), shape)
     predicted = cost_model.predict(question, parse_setting("lru:50%"), machine)
     assert np.isfinite(predicted.step_ms).all() and (predicted.step_ms > 0).all()
 
@@ -579,7 +591,7 @@ def test_what_was_measured_decides_what_is_fitted_again(calibrated: Any, tmp_pat
 def step_sums(machines: Iterable[Any], folder: Path) -> Any:
     """[machines, settings] predicted sums of steps, without a buffer and with one."""
     shape = TINY.shape(TINY.expert_bytes[0])
-    question = trial_question(made_up(folder, TINY, TINY.regimes[0]), shape, TINY)
+    question = trial_question(made_up(folder, TINY, TINY.regimes[0]), shape)
     settings = [parse_setting(text) for text in ("unbuffered", "lru:50%")]
     return np.array(
         [
@@ -626,19 +638,29 @@ def test_calibrations_of_one_machine_are_pooled(calibrated: Any, tmp_path: Path)
     machine, _ = calibrated
     once = live.refitted(machine, TINY)
     # Nothing new is learned from the same twice, but of how sure it is.
-    same = live.pooled([machine, machine], TINY)
+    again = dataclasses.replace(machine, date=LATER)
+    with pytest.raises(CalibrationError, match="same measurement"):
+        live.pooled([machine, machine], TINY)
+    same = live.pooled([again, machine], TINY)
+    assert same.date == LATER and same.sizes == TINY
     assert len(same.trials) == 2 * len(once.trials)
     for trial, own in zip(same.trials, 2 * once.trials, strict=True):
         assert (trial.setting, trial.measured_ms) == (own.setting, own.measured_ms)
         np.testing.assert_allclose(trial.modelled_ms, own.modelled_ms)
     assert same.host_probes_ms == 2 * machine.host_probes_ms
     assert same.to_device.times_s[0].median == pytest.approx(machine.to_device.times_s[0].median)
+    # Nor are settings that were not tried more alike.
+    for kind in ("buffering", "host", "gating"):
+        both, own = getattr(same.corrections, kind), getattr(once.corrections, kind)
+        assert len(both.residuals) == 2 * len(own.residuals)
+        assert both.freedom <= len(own.residuals)
+        assert both.freedom == pytest.approx(own.freedom, abs=0.2 * len(own.residuals))
     # What trials of different times say counts alike.
     doubled = tuple(
         dataclasses.replace(trial, measured_ms=tuple((2 * np.array(trial.measured_ms)).tolist()))
         for trial in machine.trials
     )
-    later = dataclasses.replace(machine, trials=doubled)
+    later = dataclasses.replace(again, trials=doubled)
     found = live.pooled([machine, later], TINY)
     assert len(found.trials) == 2 * len(machine.trials)
     for name, own in found.corrections.kernels.items():
@@ -656,7 +678,86 @@ def test_pooled_predictions_lie_between_those_of_each(calibrated: Any, tmp_path:
     # At one time all took what the constants say, at another twice as long.
     measured, _ = calibrated
     earlier, later = as_modelled(measured), as_modelled(measured, 2.0)
+    later = dataclasses.replace(later, date=LATER)
     once, found = live.refitted(earlier, TINY), live.pooled([earlier, later], TINY)
     alone, both = step_sums((once, found), tmp_path)
     np.testing.assert_allclose(np.log(both / alone), np.log(2) / 2, atol=0.1)
     assert found.corrections.buffering.spread > once.corrections.buffering.spread
+
+
+def test_sizes_are_kept_so_that_trials_can_be_modelled_again(
+    calibrated: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    machine, _ = calibrated
+    assert machine.sizes == TINY
+    path = moeprof.replay.write_calibration(machine, tmp_path / "cpu.json")
+    read = moeprof.replay.read_calibration(path)
+    assert read.sizes == TINY and live.refitted(read) == machine
+    # What a caller says counts before what the file says.
+    with pytest.raises(UsageError, match="has other trials"):
+        live.refitted(read, dataclasses.replace(TINY, d_model=48))
+    # A file from before they were kept, by the usual sizes; what was used is known from then on.
+    old = dataclasses.replace(read, sizes=None)
+    with pytest.raises(UsageError, match="has other trials"):
+        live.refitted(old)
+    monkeypatch.setattr(calibration, "CPU_SIZES", TINY)
+    measured = machine.device_expert.expert_bytes
+    assert live.refitted(old) == dataclasses.replace(
+        machine, sizes=dataclasses.replace(TINY, expert_bytes=measured)
+    )
+
+
+def test_experts_as_large_and_of_other_width_are_not_pooled(calibrated: Any) -> None:
+    machine, _ = calibrated
+    wide = dataclasses.replace(TINY, d_model=64)
+    assert [wide.shape(size).expert_bytes for size in TINY.expert_bytes] == list(
+        machine.device_expert.expert_bytes
+    )
+    other = dataclasses.replace(machine, date=LATER, sizes=wide)
+    with pytest.raises(CalibrationError, match="other widths of the experts"):
+        live.pooled([machine, other])
+
+
+def test_sizes_that_are_asked_for() -> None:
+    found = asked_sizes(["64MiB", "256x48", "9MiB", "256x48"], dtype="bfloat16")
+    assert found == ((73728, 9 << 20, 64 << 20), ((73728, 256),))
+    assert asked_sizes(["256x48"], dtype="float32") == ((147456,), ((147456, 256),))
+    with pytest.raises(UsageError, match="gated and without bias"):
+        asked_sizes(["256x48:bias"], dtype="float32")
+    with pytest.raises(UsageError, match="73728 bytes are asked for at two widths"):
+        asked_sizes(["256x48", "128x96"], dtype="bfloat16")
+
+
+@pytest.mark.parametrize(
+    ("command", "found"),
+    [
+        ("moeprof calibrate -o x.json --expert-bytes 256x48,9MiB --quiet-core", ["256x48", "9MiB"]),
+        ("moeprof calibrate '--expert-bytes=3KiB, 12KiB'", ["3KiB", "12KiB"]),
+        ("moeprof calibrate --expert-bytes 1MiB --expert-bytes 2MiB", ["2MiB"]),
+        ("moeprof calibrate --expert-bytes", []),
+        ("moeprof calibrate", None),
+        ("it's no command", None),
+    ],
+)
+def test_sizes_of_a_command(command: str, found: list[str] | None) -> None:
+    assert asked_in(command) == found
+
+
+RESULTS = Path(__file__).resolve().parents[1] / "analysis" / "results"
+
+
+@pytest.mark.parametrize("name", ["h100", "h200", "h200-256x48"])
+def test_the_kept_calibrations_can_be_fitted_again_and_pooled(name: str) -> None:
+    path = RESULTS / f"calibration-{name}.json"
+    if not path.exists():
+        pytest.skip("it is not kept")
+    machine = moeprof.replay.read_calibration(path)
+    assert machine.sizes is None
+    # They were measured by one shape and two sizes, which their command says.
+    found = live.refitted(machine)
+    assert found.sizes is not None and found.sizes.widths == ((3 * 256 * 48 * 2, 256),)
+    assert found.sizes.regimes == GPU_SIZES.regimes
+    for own, kept in zip(found.trials, machine.trials, strict=True):
+        assert (own.setting, own.measured_ms) == (kept.setting, kept.measured_ms)
+    again = dataclasses.replace(machine, date=LATER)
+    assert len(live.pooled([machine, again]).trials) == 2 * len(machine.trials)

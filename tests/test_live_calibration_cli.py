@@ -19,7 +19,7 @@ from test_live_calibration import TINY  # noqa: E402
 
 from moeprof import cli  # noqa: E402
 from moeprof.errors import UsageError  # noqa: E402
-from moeprof.live import calibration  # noqa: E402
+from moeprof.live import calibration, verification  # noqa: E402
 from moeprof.recording.hardware import hardware  # noqa: E402
 from moeprof.replay.calibration_file import read_calibration  # noqa: E402
 from moeprof.trace.synthetic import synthetic_trace  # noqa: E402
@@ -56,6 +56,18 @@ def of_another_machine(tmp_path_factory: pytest.TempPathFactory) -> Path:
         patch.setattr(calibration, "CPU_SIZES", TINY)
         arguments = ("-o", str(path), "--expert-bytes", "3KiB")
         assert cli.main([*CALIBRATE, *arguments]) == 0
+    return path
+
+
+@pytest.fixture(scope="module")
+def small_experts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A calibration by the shapes of experts, narrower than those of other sizes."""
+    path = tmp_path_factory.mktemp("small") / "small.json"
+    arguments = ["moeprof", *CALIBRATE, "-o", str(path), "--expert-bytes", "16x24,16x44"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(calibration, "CPU_SIZES", TINY)
+        patch.setattr("sys.argv", arguments)
+        assert cli.main(arguments[1:]) == 0
     return path
 
 
@@ -180,12 +192,55 @@ def test_trials_are_refused_before_anything_is_measured(
     assert code == 3 and "experts of float32 there, bfloat16 here" in err
 
 
+def of_another_time(source: str, target: str, **changes: Any) -> None:
+    """Copies a calibration, as if it had been measured at another time."""
+    content = {**json.loads(Path(source).read_text()), "date": "2999-01-01T00:00:00+00:00"}
+    for name, value in changes.items():
+        if value is None:
+            del content[name]
+        else:
+            content[name] = value
+    Path(target).write_text(json.dumps(content))
+
+
+@pytest.mark.parametrize("knows_sizes", [True, False], ids=["sizes kept", "from before"])
+def test_calibrations_of_small_experts_are_pooled(
+    run: Run, tmp_path: Path, small_experts: Path, knows_sizes: bool
+) -> None:
+    shutil.copy(small_experts, "one.json")
+    one = read_calibration(tmp_path / "one.json")
+    # 44 is no multiple of 8: it is measured at the nearest, 48.
+    assert one.device_expert.expert_bytes == (3 * 16 * 24 * 4, 3 * 16 * 48 * 4)
+    assert one.sizes is not None
+    assert one.sizes.widths == ((3 * 16 * 24 * 4, 16), (3 * 16 * 44 * 4, 16))
+    if not knows_sizes:
+        of_another_time("one.json", "one.json", sizes=None, date=one.date)
+        assert read_calibration(tmp_path / "one.json").sizes is None
+    of_another_time("one.json", "two.json")
+    code, out, err = run("calibrate", "--pool", "two.json", "--pool", "one.json", "-o", "both.json")
+    assert (code, out) == (0, "both.json\n"), err
+    both = read_calibration(tmp_path / "both.json")
+    assert both.sizes == one.sizes and both.date.startswith("2999")
+    assert [trial.measured_ms for trial in both.trials] == 2 * [
+        trial.measured_ms for trial in one.trials
+    ]
+    # By another command it is not known how wide they were.
+    if not knows_sizes:
+        of_another_time("two.json", "two.json", command="by hand")
+        code, _, err = run("calibrate", "--pool", "two.json", "-o", "none.json")
+        assert code == 2 and "has other trials than these sizes ask for" in err
+
+
 def test_calibrations_of_other_weights_are_pooled(run: Run, tmp_path: Path) -> None:
     arguments = ("--dtype", "bfloat16", "--expert-bytes", "3KiB")
     code, _, err = calibrated(run, "-o", "one.json", *arguments)
     assert code == 0, err
     one = read_calibration(tmp_path / "one.json")
-    pooling = ("calibrate", "--pool", "one.json", "--pool", "one.json", "-o", "both.json")
+    code, _, err = run("calibrate", "--pool", "one.json", "--pool", "one.json", "-o", "both.json")
+    assert code == 3 and "two of the calibrations are the same measurement" in err
+    assert not (tmp_path / "both.json").exists()
+    of_another_time("one.json", "two.json")
+    pooling = ("calibrate", "--pool", "one.json", "--pool", "two.json", "-o", "both.json")
     code, out, err = run(*pooling)
     assert (code, out) == (0, "both.json\n"), err
     both = read_calibration(tmp_path / "both.json")
@@ -220,6 +275,41 @@ def test_mistakes_are_one_line(
     assert found == code and not out
     assert message in err.splitlines()[0]
     assert err.splitlines()[1].startswith("hint: ") and len(err.splitlines()) == 2
+
+
+def test_what_was_measured_is_on_disk_before_it_is_judged(
+    run: Run, tmp_path: Path, of_another_machine: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copy(of_another_machine, "calibration.json")
+    asked = ("verify", "t.moeprof", "--calibration", "calibration.json", *SHAPE, "--settings")
+    code, out, err = run(*asked, "lru:2,min:2,lru:2", "--predict-only", "-o", "p.json")
+    assert code == 2 and not out and not (tmp_path / "p.json").exists()
+    assert err.splitlines() == ["error: lru:2 is given twice", "hint: name every setting once"]
+    code, _, err = run(*asked, "lru:2,min:2", "--predict-only", "-o", "p.json")
+    assert code == 0, err
+
+    def broken(_: Any) -> Any:
+        raise ZeroDivisionError
+
+    judged = ("verify", "t.moeprof", "--predictions", "p.json", "--device", "cpu")
+    with monkeypatch.context() as patch:
+        patch.setattr(verification, "summary", broken)
+        code, _, err = run(*judged, "-o", "v.json")
+    assert code == 1 and "ZeroDivisionError" in err
+    kept = json.loads((tmp_path / "v.json").read_text())
+    assert set(kept["step_times"]) == {"lru:2", "min:2"} and not kept["findings"]
+    assert kept["command"].endswith("-o v.json")
+    # It is judged later; and added to one setting at a time, which loses no other.
+    more = ("--continue", "v.json", "-o", "v.json", "--force")
+    code, _, err = run(*judged, *more, "--most-seconds", "0")
+    assert code == 0, err
+    content = json.loads((tmp_path / "v.json").read_text())
+    assert content["step_times"] == kept["step_times"] and content["findings"]
+    code, out, err = run(*judged, *more, "--only", "min:2")
+    assert code == 0 and out.count("lru:2") == 2, err
+    content = json.loads((tmp_path / "v.json").read_text())
+    assert content["step_times"]["lru:2"] == kept["step_times"]["lru:2"]
+    assert "2 of 2 predicted settings run" in content["notes"]
 
 
 def test_settings_of_predictions_cannot_be_changed(run: Run, of_another_machine: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 from pathlib import Path
 from typing import Any
@@ -517,6 +518,267 @@ def test_damaged_predictions(tmp_path: Path, content: str, message: str) -> None
     path.write_text(content)
     with pytest.raises(TraceError, match=message):
         verification_files.read_predictions(path)
+
+
+@pytest.fixture(scope="module")
+def made(trace: Any, machine: Any) -> Any:
+    return verification.make_predictions(trace, machine, SETTINGS, OPTIONS)
+
+
+def test_a_setting_counts_once(trace: Any, machine: Any, made: Any) -> None:
+    twice = [parse_setting(text) for text in ("lru:2", "min:2", "lru: 2")]
+    for settings in (twice, twice[::2]):
+        with pytest.raises(UsageError, match="lru:2 is given twice") as caught:
+            verification.make_predictions(trace, machine, settings, OPTIONS)
+        assert "\n" not in caught.value.message and caught.value.hint
+    with pytest.raises(UsageError, match="min:2 is given twice"):
+        live.verify(trace, predictions=made, device="cpu", only=["min:2", "min:2"])
+
+
+def test_what_an_earlier_run_measured_is_not_lost(
+    trace: Any, machine: Any, made: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = [setting.name for setting in SETTINGS]
+    real = verification.SettingRun
+
+    def run(stack: Any, setting: Any, **more: Any) -> Any:
+        if setting.name == "lru:4:host":
+            raise torch.cuda.OutOfMemoryError("too much")
+        return real(stack, setting, **more)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(verification, "SettingRun", run)
+        once = live.verify(trace, predictions=made, device="cpu", only=names[:3])
+    file = verification_files.write_verification(once, tmp_path / "once.json", command="first")
+    earlier = verification_files.read_verification(file)
+    assert set(earlier.visited) == {"lru:2", "min:2"} and earlier.without_room == ("lru:4:host",)
+    # One that it knows, then one that it does not: all others are as they were.
+    for only in ("min:2", "gating:dynamic"):
+        more = live.verify(trace, predictions=made, device="cpu", only=[only], earlier=earlier)
+        wanted = [name for name in names if name in (*names[:3], only)]
+        assert more.table["setting"].tolist() == [name for name in wanted for _ in (50, 99)]
+        assert any(f"{len(wanted)} of 4 predicted settings run" in note for note in more.notes)
+        assert any("No room on the device for lru:4:host" in each.text for each in more.findings)
+        path = verification_files.write_verification(
+            more, tmp_path / f"{only[:3]}.json", command="second", earlier=earlier
+        )
+        old, new = (json.loads(each.read_text()) for each in (file, path))
+        for name in {"lru:2", "min:2"} - {only}:
+            assert new["step_times"][name] == old["step_times"][name]
+            kept = [[row for row in each["rows"] if row["setting"] == name] for each in (old, new)]
+            assert kept[0] == kept[1] and len(kept[0]) == 2
+        visits = sum(len(times["visits"]) for times in new["step_times"].values())
+        assert any(note.startswith(f"{visits} visits in ") for note in more.notes)
+        count = len(old["step_times"].get(only, {"visits": ()})["visits"])
+        assert len(new["step_times"][only]["visits"]) > count
+        again = verification_files.read_verification(path)
+        assert set(again.visited) == {"lru:2", "min:2", only} and len(again.runs) == 2
+        assert again.without_room == ("lru:4:host",)
+
+
+def test_what_was_measured_is_kept_before_it_is_judged(
+    trace: Any, made: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "v.json"
+
+    def keep(found: Any) -> None:
+        verification_files.write_verification(found, path, command="first")
+
+    def broken(*_: Any) -> Any:
+        raise ZeroDivisionError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(verification, "summary", broken)
+        with pytest.raises(ZeroDivisionError):
+            live.verify(trace, predictions=made, device="cpu", only=["lru:2", "min:2"], keep=keep)
+    written = json.loads(path.read_text())
+    assert set(written["step_times"]) == {"lru:2", "min:2"} and not written["findings"]
+    assert not any("measured_ms" in row for row in written["rows"])
+    # It is judged as if it had been at once, without another visit.
+    earlier = verification_files.read_verification(path)
+    judged = live.verify(trace, predictions=made, device="cpu", earlier=earlier, most_s=0.0)
+    assert set(judged.table["setting"]) == {"lru:2", "min:2"}
+    for row in judged.table.to_dict(orient="records"):
+        times = np.median(written["step_times"][row["setting"]]["measured_ms"], axis=0)
+        assert row["measured_ms"] == pytest.approx(np.percentile(times, row["percentile"]))
+
+
+def put(place: str, value: Any) -> Any:
+    """Replaces what lies at a place of a file: keys apart by dots."""
+
+    def change(content: Any) -> None:
+        *way, last = (int(key) if key.isdecimal() else key for key in place.split("."))
+        for key in way:
+            content = content[key]
+        content[last] = value
+
+    return change
+
+
+def without(place: str) -> Any:
+    def change(content: Any) -> None:
+        *way, last = (int(key) if key.isdecimal() else key for key in place.split("."))
+        for key in way:
+            content = content[key]
+        del content[last]
+
+    return change
+
+
+def turned(content: Any) -> None:
+    for row in content["rows"]:
+        row.update(low_ms=row["high_ms"], high_ms=row["low_ms"])
+
+
+DAMAGED_PREDICTIONS = [
+    *((put(f"rows.0.{name}", value), said) for name in (
+        "predicted_ms", "low_ms", "high_ms", "naive_bandwidth_ms", "naive_mean_ms", "device_bytes",
+    ) for value, said in (
+        (None, f"{name} of lru:2 p50 is no finite number"),
+        ("1.0", f"{name} of lru:2 p50 is no finite number"),
+        (True, f"{name} of lru:2 p50 is no finite number"),
+        (math.nan, f"{name} of lru:2 p50 is no finite number"),
+        (math.inf, f"{name} of lru:2 p50 is no finite number"),
+        (-1.0, f"{name} of lru:2 p50 is not positive"),
+        (0.0, f"{name} of lru:2 p50 is not positive"),
+    )),
+    *((without(f"rows.0.{name}"), f"it lacks '{name}'") for name in (
+        "setting", "percentile", "predicted_ms", "low_ms", "high_ms", "naive_bandwidth_ms",
+        "naive_mean_ms", "copied_bytes_per_step", "device_bytes",
+    )),
+    *((without(f"facts.{name}"), f"it lacks '{name}'") for name in (
+        "num_lookups", "trace", "model", "calibrated_on", "calibrated", "date", "shape",
+    )),
+    (turned, "is outside of its interval"),
+    (put("rows.0.copied_bytes_per_step", -1), "is negative"),
+    (put("rows.0.judged_hit_rate", 1.5), "is no share"),
+    (put("rows.0.percentile", "50"), "no whole number"),
+    (put("rows.0.percentile", 500), "a percentile of 500"),
+    (put("rows.0.setting", 2), "is no text"),
+    (without("rows.0"), "it lacks p50 of lru:2"),
+    (lambda c: c["rows"].append(c["rows"][0]), "it has 2 rows of lru:2 p50"),
+    (lambda c: c.update(rows=c["rows"][2:]), "rows are not those of its settings"),
+    (lambda c: c.update(settings=[*c["settings"], "lru:2"]), "rows are not those of its settings"),
+    (lambda c: c.update(settings=[], rows=[]), "rows are not those of its settings"),
+    (lambda c: c.update(settings=["lru"], rows=[{**r, "setting": "lru"} for r in c["rows"][:2]]),
+     "'lru' is no setting"),
+    (put("rows", [None]), "a row is no table"),
+    (put("rows", {}), "rows is no list"),
+    (put("settings", "lru:2"), "settings is no list"),
+    (put("facts", None), "facts is no table"),
+    (put("facts.num_lookups", 1.5), "no whole number"),
+    (put("facts.calibration_version", "3"), "no whole number"),
+    (put("facts.shape.d_ff", 0), "is less than 1"),
+    (put("facts.shape.dtype", "int3"), "there is no dtype"),
+    (put("options", None), "options is no table"),
+    (put("options.rounds", "x"), "no whole number"),
+    (put("options.repetitions", 0), "make no sense"),
+    (put("options.max_steps", 0), "is less than 1"),
+    (without("options.shape"), "it lacks 'shape'"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("change", "said"), DAMAGED_PREDICTIONS)
+def test_predictions_that_cannot_be_judged_are_refused_when_read(
+    made: Any, tmp_path: Path, change: Any, said: str
+) -> None:
+    path = verification_files.write_predictions(made, tmp_path / "p.json")
+    assert verification_files.read_predictions(path) == dataclasses.replace(
+        made, facts=json.loads(json.dumps(made.facts))
+    )
+    content = json.loads(path.read_text())
+    change(content)
+    path.write_text(json.dumps(content))
+    with pytest.raises(TraceError, match=r"p\.json is damaged") as caught:
+        verification_files.read_predictions(path)
+    assert said in caught.value.message and "\n" not in caught.value.message
+    assert "--predict-only" in caught.value.hint
+
+
+def test_predictions_without_intervals_are_read(made: Any, tmp_path: Path) -> None:
+    rows = tuple({**row, "low_ms": None, "high_ms": None} for row in made.rows)
+    path = verification_files.write_predictions(
+        dataclasses.replace(made, rows=rows), tmp_path / "p.json"
+    )
+    assert verification_files.read_predictions(path).rows == rows
+
+
+TIMES = "step_times.lru:2"
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (put(f"{TIMES}.measured_ms.0.1", -1.0), "a time of lru:2 is not positive"),
+        (put(f"{TIMES}.measured_ms.0.1", 0.0), "a time of lru:2 is not positive"),
+        (put(f"{TIMES}.measured_ms.0.1", math.nan), "a time of lru:2 is no finite number"),
+        (put(f"{TIMES}.measured_ms.0.1", "1.0"), "a time of lru:2 is no finite number"),
+        (put(f"{TIMES}.measured_ms.0.1", True), "a time of lru:2 is no finite number"),
+        (put(f"{TIMES}.measured_ms.0", None), "measured_ms of lru:2 is no list"),
+        (put(f"{TIMES}.visits.0.repetitions", 1.0), "no whole number"),
+        (put(f"{TIMES}.visits.0.round", 0), "is less than 1"),
+        (put(f"{TIMES}.visits.1.round", 1), "the rounds of lru:2 do not ascend"),
+        (put(f"{TIMES}.visits.0.begun_s", math.nan), "no finite number"),
+        (put(f"{TIMES}.visits.0.probe_ms", 0.0), "is not positive"),
+        (put(f"{TIMES}.visits", []), "lru:2 has no visits"),
+        (without(f"{TIMES}.visits"), "lru:2 has no visits"),
+        (put(f"{TIMES}.steps", [0.5]), "a step is no whole number"),
+        (put(TIMES, None), "is damaged"),
+        (lambda c: c["step_times"].update({"lru:3": c["step_times"]["lru:2"]}), "not predicted"),
+        (lambda c: c["step_times"].pop("lru:2"), "has a time and no steps, or steps and no time"),
+        (put("rows.0.measured_ms", None), "has a time and no steps, or steps and no time"),
+        (put("rows", []), "was measured and not predicted"),
+        (put("rows.0.predicted_ms", None), "predicted_ms of lru:2 p50 is no finite number"),
+        (lambda c: c["rows"].append(c["rows"][0]), "it has 2 rows of lru:2 p50"),
+        (lambda c: c.update(rows=[{**r, "setting": "x"} for r in c["rows"][:2]], step_times={}),
+         "'x' is no setting"),
+        (put("step_times", []), "step_times is no table"),
+        (put("step_times", {}), "is damaged"),
+        (lambda c: c["notes"].append(verification.QUIET_CORE_NOTE) or c["step_times"]["lru:2"].pop(
+            "set_aside"), "it is not said which"),
+        (put("notes", None), "notes is no list"),
+        (put("hardware", None), "hardware is no table"),
+        (put("date", None), "date is no text"),
+        (put("earlier_runs", [{"command": "x"}]), "it lacks 'date'"),
+    ],
+)  # fmt: skip
+def test_an_earlier_run_that_cannot_be_added_to_is_refused_when_read(
+    verified: Any, tmp_path: Path, change: Any, said: str
+) -> None:
+    path = verification_files.write_verification(verified, tmp_path / "v.json", command="a test")
+    content = json.loads(path.read_text())
+    change(content)
+    path.write_text(json.dumps(content))
+    with pytest.raises(TraceError, match=r"v\.json is damaged") as caught:
+        verification_files.read_verification(path)
+    assert said in caught.value.message and "\n" not in caught.value.message
+    assert caught.value.hint
+
+
+RESULTS = Path(__file__).resolve().parents[1] / "analysis" / "results"
+
+
+@pytest.mark.parametrize("path", sorted(RESULTS.glob("predicted-*.json")), ids=lambda p: p.stem)
+def test_the_kept_predictions_are_read(path: Path) -> None:
+    content = json.loads(path.read_text())
+    found = verification_files.read_predictions(path)
+    assert list(found.rows) == content["rows"] and list(found.settings) == content["settings"]
+    verified = RESULTS / path.name.replace("predicted", "verified")
+    if not verified.exists():
+        return
+    written = json.loads(verified.read_text())
+    earlier = verification_files.read_verification(verified)
+    assert list(earlier.rows) == written["rows"]
+    assert set(earlier.visited) | set(earlier.without_room) == set(found.settings)
+    for name, visited in earlier.visited.items():
+        np.testing.assert_array_equal(
+            visited.times_ms, np.array(written["step_times"][name]["measured_ms"])
+        )
+    # Visits could be added: it judges these predictions.
+    predicted = {(row["setting"], row["percentile"]): row["predicted_ms"] for row in found.rows}
+    for row in earlier.rows:
+        wanted = predicted[row["setting"], row["percentile"]]
+        assert row["predicted_ms"] == pytest.approx(wanted, rel=1e-9)
 
 
 def test_default_settings(machine: Any) -> None:

@@ -12,6 +12,7 @@ import dataclasses
 import functools
 import itertools
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
@@ -19,8 +20,14 @@ from pathlib import Path
 
 import torch
 
-from moeprof.errors import MoeprofError, UsageError
-from moeprof.live.calibration_sizes import CPU_SIZES, GPU_SIZES, CalibrationSizes
+from moeprof.errors import CalibrationError, MoeprofError, UsageError
+from moeprof.live.calibration_sizes import (
+    CPU_SIZES,
+    GPU_SIZES,
+    CalibrationSizes,
+    asked_in,
+    asked_sizes,
+)
 from moeprof.live.calibration_trials import (
     MadeUp,
     TrialBench,
@@ -50,7 +57,8 @@ from moeprof.replay.corrections import (
     fit_corrections,
     with_trials_of,
 )
-from moeprof.replay.pooled_constants import pooled_constants
+from moeprof.replay.expert_shapes import ExpertShape
+from moeprof.replay.pooled_constants import in_time_order, pooled_constants
 from moeprof.replay.serving_settings import BufferingSetting
 from moeprof.trace.schema import Hardware
 
@@ -105,6 +113,12 @@ def calibrate(
         chosen = dataclasses.replace(chosen, expert_bytes=tuple(sorted(set(expert_bytes))))
     if widths is not None:
         chosen = dataclasses.replace(chosen, widths=tuple(sorted(widths.items())))
+    ran = [shape.expert_bytes for shape in _shapes(chosen)]
+    if ran != sorted(set(ran)):
+        raise UsageError(
+            "two of these sizes are measured by experts of the same bytes, or in another order",
+            hint="widths are rounded to multiples of 8: name sizes that are further apart",
+        )
     unknown = [name for name in kernels if name not in KERNELS]
     if unknown:
         raise UsageError(
@@ -135,7 +149,9 @@ def calibrate(
         else:
             machine, tried = measure(Unwatched())
     found = (
-        _corrected(machine, tried) if trials_from is None else with_trials_of(machine, trials_from)
+        _corrected(machine, [tried])
+        if trials_from is None
+        else with_trials_of(machine, trials_from)
     )
     return dataclasses.replace(found, all_to_all=exchange, exchange_ranks=num_ranks)
 
@@ -214,6 +230,7 @@ def _measured(
         date=datetime.now(UTC).isoformat(timespec="seconds"),
         command=command,
         dtype=sizes.dtype,
+        sizes=sizes,
         is_serial=bench.times.is_serial,
         device_copy_bytes_per_s=Measured.of([moved / each for each in copy_ms]),
         matrix_flops_per_s=Measured.of([computed / each for each in matrix_ms]),
@@ -250,20 +267,50 @@ def _measured(
     return dataclasses.replace(machine, host_probes_ms=tuple(probes)), tried
 
 
-def _corrected(machine: Calibration, tried: Sequence[TriedSetting]) -> Calibration:
-    """Returns a calibration with its trials, and what they say."""
+def _corrected(machine: Calibration, runs: Sequence[Sequence[TriedSetting]]) -> Calibration:
+    """Returns a calibration with its trials, and what they say.
+
+    Args:
+        machine: Its constants.
+        runs: The trials of each calibration whose trials these are.
+    """
+    tried = [one for run in runs for one in run]
+    places = [place for run in runs for place in _places(run)]
     buffers = [
-        TriedBuffer(trial=one.trial, work=one.work, expert_bytes=one.expert_bytes)
-        for one in tried
+        TriedBuffer(trial=one.trial, work=one.work, expert_bytes=one.expert_bytes, place=place)
+        for one, place in zip(tried, places, strict=True)
         if one.whole is None
     ]
-    kernels = {name: [one.trial for one in tried if one.whole == name] for name in machine.gating}
+    of_kernels = {
+        name: [
+            (one.trial, place)
+            for one, place in zip(tried, places, strict=True)
+            if one.whole == name
+        ]
+        for name in machine.gating
+    }
     return dataclasses.replace(
         machine,
         trials=tuple(one.trial for one in tried),
-        corrections=fit_corrections(buffers, kernels),
+        corrections=fit_corrections(
+            buffers,
+            {name: [trial for trial, _ in own] for name, own in of_kernels.items()},
+            {name: [place for _, place in own] for name, own in of_kernels.items()},
+        ),
         by_size=fit_by_size(buffers),
     )
+
+
+def _places(run: Sequence[TriedSetting]) -> list[tuple[str, str, int, int]]:
+    """Returns setting, routing, bytes of an expert and number of the regime of each trial."""
+    counts: Counter[tuple[str, str, int]] = Counter()
+    found = []
+    for one in run:
+        tried = one.trial.setting, one.trial.routing, one.expert_bytes
+        # In every regime once, in their order.
+        found.append((*tried, counts[tried]))
+        counts[tried] += 1
+    return found
 
 
 def refitted(machine: Calibration, sizes: CalibrationSizes | None = None) -> Calibration:
@@ -271,12 +318,14 @@ def refitted(machine: Calibration, sizes: CalibrationSizes | None = None) -> Cal
 
     Args:
         machine: A calibration.
-        sizes: Those that it was measured with; of its device and weights when None.
+        sizes: Those that it was measured with; as it says itself when None.
 
     Raises:
         UsageError: These are not its trials.
     """
-    return _corrected(machine, _tried_again(machine, machine, sizes))
+    chosen = _sizes_of(machine, sizes)
+    known = dataclasses.replace(machine, sizes=chosen)
+    return _corrected(known, [_tried_again(machine, known, chosen)])
 
 
 def pooled(
@@ -288,22 +337,78 @@ def pooled(
     So predictions know how far such machines, and the same one at other times, are apart.
 
     Args:
-        calibrations: In order of time.
-        sizes: Those that they were measured with; of their device and weights when None.
+        calibrations: Each measured at a time of its own; they are put in order of time.
+        sizes: Those that they were measured with; as each says itself when None.
 
     Raises:
-        CalibrationError: They are of different machines or sizes.
+        CalibrationError: They are of different machines or sizes, or two of them are one.
         UsageError: There is none, or one has other trials than these sizes ask for.
     """
     if not calibrations:
         raise UsageError("there are no calibrations to pool", hint="give two or more")
-    machine = pooled_constants(calibrations)
-    tried = [one for each in calibrations for one in _tried_again(each, machine, sizes)]
-    return _corrected(machine, tried)
+    ordered = in_time_order(calibrations)
+    machine = pooled_constants(ordered)
+    chosen = [_sizes_of(each, sizes) for each in ordered]
+    if any(_shapes(each) != _shapes(chosen[-1]) for each in chosen):
+        raise CalibrationError(
+            "the calibrations were measured at other widths of the experts",
+            hint="pool calibrations measured with the same sizes",
+        )
+    machine = dataclasses.replace(machine, sizes=chosen[-1])
+    runs = [_tried_again(each, machine, own) for each, own in zip(ordered, chosen, strict=True)]
+    return _corrected(machine, runs)
+
+
+def _shapes(sizes: CalibrationSizes) -> list[ExpertShape]:
+    return [sizes.shape(size) for size in sizes.expert_bytes]
+
+
+def _sizes_of(source: Calibration, given: CalibrationSizes | None) -> CalibrationSizes:
+    """Returns the sizes that a calibration was measured with.
+
+    Those that are given, else those that it keeps. Files from before it kept them say what was
+    asked for in their command; all else was as it is for a device of that kind.
+
+    Raises:
+        UsageError: It was measured with others.
+    """
+    known = source.sizes if given is None else given
+    sizes = known or dataclasses.replace(
+        CPU_SIZES if source.is_serial else GPU_SIZES, dtype=source.dtype
+    )
+    measured = source.device_expert.expert_bytes
+    candidates = [sizes, dataclasses.replace(sizes, expert_bytes=measured)]
+    if known is None:
+        candidates = [*_asked_of(source, sizes), candidates[1]]
+    for each in candidates:
+        ran = tuple(shape.expert_bytes for shape in _shapes(each))
+        if each.dtype == source.dtype and ran == measured:
+            return each
+    raise _other_trials()
+
+
+def _asked_of(source: Calibration, sizes: CalibrationSizes) -> list[CalibrationSizes]:
+    """Returns the sizes that the command of a calibration asked for, where it is one."""
+    texts = asked_in(source.command)
+    try:
+        if not texts:
+            return []
+        expert_bytes, widths = asked_sizes(texts, dtype=source.dtype)
+        return [dataclasses.replace(sizes, expert_bytes=expert_bytes, widths=widths)]
+    except UsageError:
+        # What wrote the file took other words for sizes.
+        return []
+
+
+def _other_trials() -> UsageError:
+    return UsageError(
+        "the calibration has other trials than these sizes ask for",
+        hint="give the sizes that it was measured with",
+    )
 
 
 def _tried_again(
-    source: Calibration, machine: Calibration, sizes: CalibrationSizes | None
+    source: Calibration, machine: Calibration, sizes: CalibrationSizes
 ) -> list[TriedSetting]:
     """Returns the trials of ``source``, modelled by the constants of ``machine``."""
     if source.trials_of is not None:
@@ -311,30 +416,19 @@ def _tried_again(
             f"the trials are those of {source.trials_of.machine}, by other constants",
             hint="fit the calibration of that machine again",
         )
-    given = sizes or dataclasses.replace(
-        CPU_SIZES if source.is_serial else GPU_SIZES, dtype=source.dtype
-    )
-    others = UsageError(
-        "the calibration has other trials than these sizes ask for",
-        hint="give the sizes that it was measured with",
-    )
-    shapes = [given.shape(size) for size in source.device_expert.expert_bytes]
-    ran = tuple(shape.expert_bytes for shape in shapes)
-    if given.dtype != source.dtype or ran != source.device_expert.expert_bytes:
-        raise others
     trials = iter(source.trials)
     tried: list[TriedSetting] = []
     with tempfile.TemporaryDirectory() as folder:
-        regimes = [made_up(Path(folder), given, regime) for regime in given.regimes]
-        for shape, made in itertools.product(shapes, regimes):
-            question = trial_question(made, shape, given)
+        regimes = [made_up(Path(folder), sizes, regime) for regime in sizes.regimes]
+        for shape, made in itertools.product(_shapes(sizes), regimes):
+            question = trial_question(made, shape)
             for setting in trial_settings(source):
                 trial = next(trials, None)
                 if trial is None or trial.setting != setting.name:
-                    raise others
+                    raise _other_trials()
                 if len(trial.modelled_ms) != len(question.routed.steps):
-                    raise others
+                    raise _other_trials()
                 tried.append(tried_setting(trial.measured_ms, question, setting, machine))
     if next(trials, None) is not None:
-        raise others
+        raise _other_trials()
     return tried

@@ -1,88 +1,78 @@
-"""How large the things are that a calibration measures."""
+"""Which sizes a calibration measures: those that suit a device, or those that are asked for."""
 
 from __future__ import annotations
 
-import dataclasses
-from dataclasses import dataclass
+import shlex
+from collections.abc import Sequence
 
 from moeprof.errors import UsageError
-from moeprof.replay.expert_shapes import ExpertShape
+from moeprof.replay.cache.sizes import byte_count
+from moeprof.replay.calibration_sizes import CalibrationSizes, Regime
+from moeprof.replay.expert_shapes import parse_shape
 
-_WIDTH_MULTIPLE = 8
+__all__ = [
+    "CPU_SIZES",
+    "GPU_SIZES",
+    "CalibrationSizes",
+    "Regime",
+    "asked_in",
+    "asked_sizes",
+]
 
-
-@dataclass(frozen=True, kw_only=True)
-class Regime:
-    """How trials are run.
-
-    Attributes:
-        batch: Requests at a time.
-        num_layers: Layers.
-        num_steps: Steps.
-    """
-
-    batch: int
-    num_layers: int
-    num_steps: int
+_OPTION = "--expert-bytes"
 
 
-@dataclass(frozen=True, kw_only=True)
-class CalibrationSizes:
-    """How large the things are that are measured.
+def asked_sizes(
+    texts: Sequence[str], *, dtype: str
+) -> tuple[tuple[int, ...], tuple[tuple[int, int], ...]]:
+    """Returns sizes of experts, and the widths of the rows of those that are given as shapes.
 
-    Attributes:
-        expert_bytes: Sizes of experts, ascending.
-        d_model: Width of a row, where ``widths`` does not say.
-        widths: (size of an expert, width of a row) of sizes whose rows are wider or narrower: small
-            experts on the device take as long as their rows are wide, whatever their bytes.
-        gated: Experts of three matrices, not two.
+    Args:
+        texts: Bytes, or a shape where small: ``9MiB``, ``256x48``.
         dtype: Of weights and rows.
-        num_experts: Experts per layer of trials.
-        top_k: Slots per token of trials.
-        regimes: What trials run.
-        rows: Rows of an expert on the device.
-        host_rows: Rows of an expert on the host.
-        slots: (token, slot) rows of a dispatch.
-        tokens: Tokens of a dispatch, for gating kernels.
-        pieces: Experts of a piece.
-        cold_bytes: Experts that take turns take so much at least, so that no cache of the device
-            holds them.
-        repeats: Repetitions of each part.
-        trial_repetitions: Repetitions of each trial, in two turns: two where that would take
-            seconds, more where they are quick.
+
+    Returns:
+        ``expert_bytes`` and ``widths`` as `CalibrationSizes` has them, both ascending.
+
+    Raises:
+        UsageError: One is neither, cannot be measured, or is as large as another of other width.
     """
+    sizes: set[int] = set()
+    widths: dict[int, int] = {}
+    for text in texts:
+        if "x" not in text.lower():
+            sizes.add(byte_count(text))
+            continue
+        shape = parse_shape(text, dtype=dtype)
+        if shape.bias or not shape.gated:
+            raise UsageError(
+                "experts are measured gated and without bias", hint="D_MODELxD_FF, as in 256x48"
+            )
+        if widths.setdefault(shape.expert_bytes, shape.d_model) != shape.d_model:
+            raise UsageError(
+                f"experts of {shape.expert_bytes} bytes are asked for at two widths",
+                hint="calibrate twice: a calibration knows one width for each size",
+            )
+        sizes.add(shape.expert_bytes)
+    return tuple(sorted(sizes)), tuple(sorted(widths.items()))
 
-    expert_bytes: tuple[int, ...]
-    d_model: int
-    widths: tuple[tuple[int, int], ...] = ()
-    gated: bool = True
-    dtype: str
-    num_experts: int
-    top_k: int
-    regimes: tuple[Regime, ...]
-    rows: tuple[int, ...]
-    host_rows: tuple[int, ...]
-    slots: tuple[int, ...]
-    tokens: tuple[int, ...]
-    pieces: tuple[int, ...]
-    cold_bytes: int
-    repeats: int
-    trial_repetitions: int
 
-    def __post_init__(self) -> None:
-        """Refuses what cannot be measured."""
-        for name in ("expert_bytes", "rows", "host_rows", "slots", "tokens", "pieces"):
-            values = getattr(self, name)
-            if not values or min(values) < 1 or list(values) != sorted(set(values)):
-                raise UsageError(f"{name} has to ascend from 1 or more, not {values}")
+def asked_in(command: str) -> list[str] | None:
+    """Returns the sizes of experts that a ``moeprof calibrate`` asked for; None where it did not.
 
-    def shape(self, expert_bytes: int) -> ExpertShape:
-        """Returns the shape of experts of about that size, of widths as models have them."""
-        width = dict(self.widths).get(expert_bytes, self.d_model)
-        base = ExpertShape(d_model=width, d_ff=1, gated=self.gated, dtype=self.dtype)
-        near = base.with_bytes(expert_bytes)
-        d_ff = max(1, round(near.d_ff / _WIDTH_MULTIPLE)) * _WIDTH_MULTIPLE
-        return dataclasses.replace(near, d_ff=d_ff)
+    Args:
+        command: As a calibration's file has it.
+    """
+    try:
+        words = shlex.split(command)
+    except ValueError:
+        return None
+    found = None
+    for word, following in zip(words, [*words[1:], ""], strict=True):
+        name, _, value = word.partition("=")
+        if name == _OPTION:
+            found = value or following
+    return None if found is None else [part.strip() for part in found.split(",") if part.strip()]
 
 
 GPU_SIZES = CalibrationSizes(

@@ -128,7 +128,7 @@ class TrialBench(Bench):
         between: Callable[[], None],
     ) -> list[TriedSetting]:
         stack = self._stack_of(whole, made)
-        question = trial_question(made, whole.shape, self.sizes)
+        question = trial_question(made, whole.shape)
         settings = trial_settings(machine)
         measured: dict[str, tuple[StepTimes, ...]] = {each.name: () for each in settings}
         # Each setting at two moments: a slow stretch of the machine is no setting's own.
@@ -209,16 +209,10 @@ class TrialBench(Bench):
         )
 
 
-def trial_question(
-    made: MadeUp, shape: ExpertShape, sizes: CalibrationSizes
-) -> cost_model.Question:
+def trial_question(made: MadeUp, shape: ExpertShape) -> cost_model.Question:
     """Returns what is asked of trials of a regime."""
     return cost_model.question_of(
-        made.trace,
-        shape=shape,
-        phase="all",
-        max_steps=made.regime.num_steps,
-        repetitions=sizes.trial_repetitions,
+        made.trace, shape=shape, phase="all", max_steps=made.regime.num_steps
     )
 
 

@@ -153,7 +153,8 @@ class Rounds:
     """What was measured.
 
     Attributes:
-        measured: By setting, in the order given; None where memory did not suffice.
+        measured: By setting, in the order given, then those that only an earlier run measured; None
+            where memory did not suffice.
         late: Settings for which there was no time.
     """
 
@@ -191,7 +192,7 @@ def run_in_rounds(
         settle: Called before each visit, with what it is to find the machine ready.
         earlier: Visits of an earlier run, which these are added to: whoever is known from them is
             not visited again, all others at least once more, time permitting. They do not count as
-            repetitions of this run.
+            repetitions of this run. Those of settings that are not named stay as they are.
         empty: Gives memory that torch keeps back to the driver. Called only where memory ran out:
             visits build out of what the last ones left, and the driver is slow to give as much
             again.
@@ -269,7 +270,7 @@ class _Schedule:
             gc.unfreeze()
         measured = {
             name: Visited(visits=tuple(self.visits[name])) if name in self.visits else None
-            for name in self.names
+            for name in dict.fromkeys((*self.names, *self.earlier))
             if name in self.visits or name in self.without_room
         }
         late = tuple(name for name in self.names if name not in measured)

@@ -17,6 +17,7 @@ from __future__ import annotations
 import functools
 import math
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
@@ -113,11 +114,13 @@ def make_predictions(
         progress: Called with (setting, done, all).
 
     Raises:
-        UsageError: A setting cannot be predicted, or its name does not say how to run it.
+        UsageError: A setting cannot be predicted, its name does not say how to run it, or it is
+            given twice.
     """
     chosen = list(default_settings(calibration) if settings is None else settings)
     if not chosen:
         raise UsageError("there is nothing to predict", hint="name a setting, as in lru:32")
+    _check_once([setting.name for setting in chosen])
     for setting in chosen:
         _check_name(setting)
     given = options or VerifyOptions()
@@ -157,6 +160,13 @@ def _check_name(setting: Setting) -> None:
         ) from None
 
 
+def _check_once(names: Sequence[str]) -> None:
+    """Refuses a setting that is named twice: it would count twice in all that is said of them."""
+    twice = [name for name, count in Counter(names).items() if count > 1]
+    if twice:
+        raise UsageError(f"{twice[0]} is given twice", hint="name every setting once")
+
+
 def _whose_trials(calibration: Calibration) -> dict[str, str]:
     """Returns whose trials correct the constants, where they are another machine's."""
     source = calibration.trials_of
@@ -177,6 +187,7 @@ def verify(
     most_s: float | None = None,
     quiet_core: bool = False,
     earlier: EarlierRun | None = None,
+    keep: Callable[[Result], object] | None = None,
     progress: Progress | None = None,
 ) -> Result:
     """Predicts settings, runs them on this machine, and says how far off the predictions were.
@@ -204,7 +215,10 @@ def verify(
             and set steps aside during which it was not (`moeprof.live.watched_steps`). Machines
             should be calibrated likewise.
         earlier: A run of the same predictions on such a machine, which visits are added to: of
-            those settings first that it does not know to `TOLERANCE`.
+            those settings first that it does not know to `TOLERANCE`. All that it measured is in
+            the result, of settings that are not run now as well.
+        keep: Called with what was measured before it is judged: the rows as they were predicted,
+            and every step. What fails afterwards loses nothing.
         progress: Called with (setting and round, visits done, visits planned).
 
     Raises:
@@ -221,6 +235,7 @@ def verify(
     elif settings is not None or options is not None:
         raise UsageError("settings and options are those of the predictions")
     names = predictions.settings if only is None else tuple(only)
+    _check_once(names)
     unknown = [name for name in names if name not in predictions.settings]
     if unknown:
         raise UsageError(
@@ -278,36 +293,62 @@ def verify(
             found = measure(Unwatched())
     finally:
         stack.close()
-    measured, late = found.measured, found.late
+    measured = _in_order(predictions.settings, found.measured, earlier)
     rows = [row for row in predictions.rows if row["setting"] in measured]
-    table = _table(rows, measured)
-    visits = _visit_table(measured)
     num_steps = len(question.routed.steps)
+    late = [name for name in found.late if name not in measured]
+    ran = (
+        f"measured on {here}, predicted for {predictions.facts['calibrated_on']} as calibrated "
+        f"{predictions.facts['calibrated']}",
+        f"routing of {Path(trace.path).name} ({trace.model.name}), {stack.weights_source}",
+        f"{len(question.judged)} of {num_steps} steps judged, each by its "
+        "median over repetitions"
+        + ("; the others without their copies" if len(question.judged) < num_steps else ""),
+        f"{len(measured)} of {len(predictions.settings)} predicted settings run"
+        + (f", no time for {', '.join(late)}" if late else ""),
+    )
+    added = (
+        *(
+            ()
+            if earlier is None
+            else (f"visits were added to those of a run of {earlier.runs[-1]['date']}",)
+        ),
+        "versions: " + ", ".join(f"{name} {one}" for name, one in versions().items()),
+    )
+    tables = {"step_times": _step_table(measured, question), "visits": _visit_table(measured)}
+    if keep is not None:
+        keep(
+            Result(
+                name=NAME,
+                title="Measured, not judged",
+                table=pd.DataFrame(rows),
+                notes=(*ran, *((QUIET_CORE_NOTE,) if quiet_core else ()), *added),
+                tables=tables,
+            )
+        )
+    table = _table(rows, measured)
     return Result(
         name=NAME,
         title="Predicted against measured",
         table=table,
         **summary(table),
         notes=(
-            f"measured on {here}, predicted for {predictions.facts['calibrated_on']} as calibrated "
-            f"{predictions.facts['calibrated']}",
-            f"routing of {Path(trace.path).name} ({trace.model.name}), {stack.weights_source}",
-            f"{len(question.judged)} of {num_steps} steps judged, each by its "
-            "median over repetitions"
-            + ("; the others without their copies" if len(question.judged) < num_steps else ""),
-            f"{len(measured)} of {len(predictions.settings)} predicted settings run"
-            + (f", no time for {', '.join(late)}" if late else ""),
-            *_visit_notes(visits),
+            *ran,
+            *_visit_notes(tables["visits"]),
             *(_quiet_notes(measured) if quiet_core else ()),
-            *(
-                ()
-                if earlier is None
-                else (f"visits were added to those of a run of {earlier.runs[-1]['date']}",)
-            ),
-            "versions: " + ", ".join(f"{name} {one}" for name, one in versions().items()),
+            *added,
         ),
-        tables={"step_times": _step_table(measured, question), "visits": visits},
+        tables=tables,
     )
+
+
+def _in_order(
+    settings: Sequence[str], measured: Mapping[str, Visited | None], earlier: EarlierRun | None
+) -> dict[str, Visited | None]:
+    """Returns what was measured, in an earlier run as well, in the order of the predictions."""
+    known = {} if earlier is None else dict.fromkeys(earlier.without_room)
+    known |= measured
+    return {name: known[name] for name in settings if name in known}
 
 
 def _measured(
@@ -353,7 +394,7 @@ def _measured(
             limits,
             spread=spread,
             settle=watch.settle,
-            earlier={name: earlier[name] for name in names if name in earlier},
+            earlier=earlier,
             progress=progress,
         )
     finally:

@@ -70,7 +70,6 @@ class VerifyOptions:
             shape=self.shape or shape_of_trace(trace, stack, dtype=self.dtype),
             phase=self.phase,
             max_steps=self.max_steps,
-            repetitions=self.repetitions,
             seed=self.seed,
         )
 

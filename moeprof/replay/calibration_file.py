@@ -6,10 +6,11 @@ needs the machine (`moeprof.live.calibrate`), and predicting (`cost_model`).
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from moeprof.errors import CalibrationError
+from moeprof.errors import CalibrationError, UsageError
+from moeprof.replay import json_values as checked
+from moeprof.replay.calibration_sizes import CalibrationSizes, Regime
 from moeprof.replay.json_files import write_json
 
 # 3 has the fields of 2: what changed is that compiled code asks for a buffer's small dispatches, so
@@ -373,6 +376,8 @@ class Calibration:
         by_size: What those of buffers, and of none, say at each size, by the bytes of an expert;
             what a size does not tell is as in ``corrections``.
         trials_of: Where trials and what they say come from; None where from this machine.
+        sizes: How large the things were that were measured; None in files from before they were
+            kept.
     """
 
     device: Mapping[str, Any]
@@ -411,6 +416,7 @@ class Calibration:
     corrections: Corrections | None = None
     by_size: Mapping[int, Corrections] = field(default_factory=dict)
     trials_of: TrialSource | None = None
+    sizes: CalibrationSizes | None = None
 
     @property
     def name(self) -> str:
@@ -425,7 +431,10 @@ _CONSTANTS = (
 )  # fmt: skip
 _CURVES = ("to_device", "sort_device", "combine_device")
 _SURFACES = ("device_expert", "host_expert")
-_PLAIN = ("device", "versions", "date", "command", "dtype", "is_serial")
+_TEXTS = ("date", "command", "dtype")
+_TABLES = ("device", "versions")
+# Symmetric but for what rounding leaves.
+_ASYMMETRY = 1e-9
 
 
 def write_calibration(
@@ -451,7 +460,7 @@ def read_calibration(path: str | os.PathLike[str]) -> Calibration:
         content = json.loads(source.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise CalibrationError(f"there is no calibration file {source}", hint=_HINT) from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CalibrationError(
             f"{source} cannot be read as a calibration file: {error}", hint=_HINT
         ) from None
@@ -465,26 +474,20 @@ def read_calibration(path: str | os.PathLike[str]) -> Calibration:
         )
     try:
         return _calibration(content)
-    except (KeyError, TypeError, ValueError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         what = f"it lacks {error}" if isinstance(error, KeyError) else str(error)
         raise CalibrationError(f"{source} is damaged: {what}", hint=_HINT) from None
-
-
-def _probes(content: Sequence[float]) -> tuple[float, ...]:
-    found = tuple(float(each) for each in content)
-    if not all(math.isfinite(each) and each > 0 for each in found):
-        raise ValueError("a probe of the host took no time")
-    return found
 
 
 def _calibration(content: Mapping[str, Any]) -> Calibration:
     exchange, streamed, fitted = (
         content[name] for name in ("all_to_all", "streamed", "corrections")
     )
-    parts: dict[str, Any] = {name: content[name] for name in _PLAIN}
-    parts |= {name: _measured(content[name]) for name in _CONSTANTS}
-    parts |= {name: _curve(content[name]) for name in _CURVES}
-    parts |= {name: _surface(content[name]) for name in _SURFACES}
+    parts: dict[str, Any] = {name: checked.text(content[name], name) for name in _TEXTS}
+    parts |= {name: checked.table(content[name], name) for name in _TABLES}
+    parts |= {name: _measured(content[name], name) for name in _CONSTANTS}
+    parts |= {name: _curve(content[name], name) for name in _CURVES}
+    parts |= {name: _surface(content[name], name) for name in _SURFACES}
     rates = [parts["device_copy_bytes_per_s"], parts["matrix_flops_per_s"]]
     if min(one.median for one in [*rates, *parts["to_device"].times_s]) <= 0:
         raise ValueError("a rate, or the time of a copy, is zero")
@@ -493,130 +496,261 @@ def _calibration(content: Mapping[str, Any]) -> Calibration:
     source = content.get("trials_of")
     return Calibration(
         **parts,
-        foresee_s=_measured_or_none(content.get("foresee_s")),
+        is_serial=checked.flag(content["is_serial"], "is_serial"),
+        foresee_s=_measured_or_none(content.get("foresee_s"), "foresee_s"),
         # Nor do files from before the host was probed have that.
-        host_probes_ms=_probes(content.get("host_probes_ms", ())),
+        host_probes_ms=_numbers(
+            content.get("host_probes_ms", []), "host_probes_ms", checked.positive
+        ),
         # Nor those from before cores were watched.
-        num_disturbed=content.get("num_disturbed"),
+        num_disturbed=_whole_or_none(content.get("num_disturbed"), "num_disturbed"),
         streamed=None if streamed is None else _streamed(streamed),
-        decisions={name: DecisionTimes(**one) for name, one in content["decisions"].items()},
-        gating={name: GatingTimes(**one) for name, one in content["gating"].items()},
-        all_to_all=None if exchange is None else _curve(exchange),
+        decisions={
+            name: _decision(one, f"decisions.{name}")
+            for name, one in checked.table(content["decisions"], "decisions").items()
+        },
+        gating={
+            name: _gating(one, f"gating.{name}")
+            for name, one in checked.table(content["gating"], "gating").items()
+        },
+        all_to_all=None if exchange is None else _curve(exchange, "all_to_all"),
         # Files from before exchanges were measured do not have it.
-        exchange_ranks=content.get("exchange_ranks"),
-        trials=tuple(_trial(one) for one in content["trials"]),
-        corrections=None if fitted is None else _corrections(fitted),
+        exchange_ranks=_whole_or_none(content.get("exchange_ranks"), "exchange_ranks", least=1),
+        trials=tuple(
+            _trial(one, f"trials[{index}]")
+            for index, one in enumerate(checked.listed(content["trials"], "trials"))
+        ),
+        corrections=None if fitted is None else _corrections(fitted, "corrections"),
         by_size=_by_size(content["by_size"]),
-        trials_of=None if source is None else TrialSource(**source),
+        trials_of=None if source is None else _source(source),
+        # Nor do files from before sizes were kept have them.
+        sizes=None if content.get("sizes") is None else _sizes(content["sizes"]),
     )
 
 
-def _measured(content: Mapping[str, Any]) -> Measured:
-    found = Measured(**content)
-    if not all(math.isfinite(one) for one in (found.median, found.low, found.high, found.error)):
-        raise ValueError("a constant is no finite number")
-    if found.median < 0 or found.error < 0:
-        raise ValueError("a constant is negative")
+def _only(content: Any, kind: type, what: str) -> Mapping[str, Any]:
+    """Returns a table of the fields of a dataclass, and of no others."""
+    known = {field.name for field in dataclasses.fields(kind)}
+    unknown = sorted(set(checked.table(content, what)) - known)
+    if unknown:
+        raise ValueError(f"{what} has {unknown[0]}, which is not known")
+    found: Mapping[str, Any] = content
     return found
 
 
-def _curve(content: Mapping[str, Any]) -> Curve:
-    sizes = tuple(float(one) for one in content["sizes"])
-    times = tuple(_measured(one) for one in content["times_s"])
-    _check_ascending(sizes, len(times))
+def _numbers(
+    values: Any, what: str, check: Callable[[Any, str], float] = checked.number
+) -> tuple[float, ...]:
+    return tuple(check(one, what) for one in checked.listed(values, what))
+
+
+def _whole_or_none(value: Any, what: str, *, least: int = 0) -> int | None:
+    return None if value is None else checked.whole(value, what, least=least)
+
+
+def _measured(content: Any, what: str) -> Measured:
+    given = _only(content, Measured, what)
+    median, low, high, error = (
+        checked.not_negative(given[name], f"{what}.{name}")
+        for name in ("median", "low", "high", "error")
+    )
+    if low > high:
+        raise ValueError(f"{what}.low is above {what}.high")
+    count = checked.whole(given["num_repetitions"], f"{what}.num_repetitions")
+    return Measured(median=median, low=low, high=high, error=error, num_repetitions=count)
+
+
+def _measured_or_none(content: Any, what: str) -> Measured | None:
+    return None if content is None else _measured(content, what)
+
+
+def _decision(content: Any, what: str) -> DecisionTimes:
+    given = _only(content, DecisionTimes, what)
+    return DecisionTimes(
+        **{
+            field.name: checked.not_negative(given[field.name], f"{what}.{field.name}")
+            for field in dataclasses.fields(DecisionTimes)
+        }
+    )
+
+
+def _gating(content: Any, what: str) -> GatingTimes:
+    given = _only(content, GatingTimes, what)
+    times = {
+        field.name: checked.not_negative(given[field.name], f"{what}.{field.name}")
+        for field in dataclasses.fields(GatingTimes)
+        if field.name != "waits"
+    }
+    return GatingTimes(**times, waits=checked.flag(given["waits"], f"{what}.waits"))
+
+
+def _curve(content: Any, what: str) -> Curve:
+    given = _only(content, Curve, what)
+    sizes = _numbers(given["sizes"], f"{what}.sizes")
+    times = tuple(
+        _measured(one, f"{what}.times_s") for one in checked.listed(given["times_s"], what)
+    )
+    _check_ascending(sizes, len(times), what)
     return Curve(sizes=sizes, times_s=times)
 
 
-def _surface(content: Mapping[str, Any]) -> ExpertTimes:
-    sizes = tuple(int(one) for one in content["expert_bytes"])
-    curves = tuple(_curve(one) for one in content["by_rows"])
-    _check_ascending(sizes, len(curves))
+def _surface(content: Any, what: str) -> ExpertTimes:
+    given = _only(content, ExpertTimes, what)
+    sizes = tuple(
+        checked.whole(one, f"{what}.expert_bytes")
+        for one in checked.listed(given["expert_bytes"], what)
+    )
+    curves = tuple(_curve(one, f"{what}.by_rows") for one in checked.listed(given["by_rows"], what))
+    _check_ascending(sizes, len(curves), what)
     return ExpertTimes(expert_bytes=sizes, by_rows=curves)
 
 
-def _check_ascending(sizes: Sequence[float], count: int) -> None:
+def _check_ascending(sizes: Sequence[float], count: int, what: str) -> None:
     if not sizes or len(sizes) != count or any(np.diff(sizes) <= 0) or sizes[0] <= 0:
-        raise ValueError("the sizes of a curve do not ascend, or do not match its times")
+        raise ValueError(f"the sizes of {what} do not ascend, or do not match its times")
 
 
-def _streamed(content: Mapping[str, Any]) -> StreamedTimes:
+def _streamed(content: Any) -> StreamedTimes:
+    given = _only(content, StreamedTimes, "streamed")
+    constants = ("known_s", "late_s", "slot_host_s", "load_host_s", "combine_host_s")
+    curves = ("piece_host", "combine_device")
+    parts: dict[str, Any] = {name: _measured(given[name], f"streamed.{name}") for name in constants}
+    parts |= {name: _curve(given[name], f"streamed.{name}") for name in curves}
+    parts |= {
+        name: checked.whole(given[name], f"streamed.{name}", least=1)
+        for name in ("most_tokens", "rows_at_once")
+    }
     return StreamedTimes(
-        most_tokens=int(content["most_tokens"]),
-        rows_at_once=int(content["rows_at_once"]),
-        known_s=_measured(content["known_s"]),
-        late_s=_measured(content["late_s"]),
-        piece_host=_curve(content["piece_host"]),
-        slot_host_s=_measured(content["slot_host_s"]),
-        load_host_s=_measured(content["load_host_s"]),
-        piece_device=_surface(content["piece_device"]),
-        combine_host_s=_measured(content["combine_host_s"]),
-        combine_device=_curve(content["combine_device"]),
-        rest_host_s=_measured_or_none(content.get("rest_host_s")),
+        **parts,
+        piece_device=_surface(given["piece_device"], "streamed.piece_device"),
+        rest_host_s=_measured_or_none(given.get("rest_host_s"), "streamed.rest_host_s"),
     )
 
 
-def _measured_or_none(content: Any) -> Measured | None:
-    return None if content is None else _measured(content)
-
-
 def _by_size(content: Any) -> dict[int, Corrections]:
-    if not isinstance(content, dict):
-        raise ValueError("the corrections by size are no table")
-    found = {int(size): _corrections(one) for size, one in content.items()}
-    if min(found, default=1) < 1:
-        raise ValueError("a size of experts is not positive")
+    found = {}
+    for size, one in checked.table(content, "by_size").items():
+        if not size.isdecimal() or int(size) < 1:
+            raise ValueError(f"a size of experts is not positive: {size!r}")
+        found[int(size)] = _corrections(one, f"by_size.{size}")
     return found
 
 
-def _corrections(content: Mapping[str, Any]) -> Corrections:
-    parts = tuple(str(one) for one in content["parts"])
-    factors = _finite(content["log_factors"])
-    covariance = tuple(_finite(row) for row in content["covariance"])
-    sizes = {len(covariance), *(len(row) for row in [factors, *covariance])}
-    if sizes != {len(parts)}:
-        raise ValueError("the corrections do not match their parts")
+def _corrections(content: Any, what: str) -> Corrections:
+    given = _only(content, Corrections, what)
+    parts = tuple(
+        checked.text(one, f"{what}.parts")
+        for one in checked.listed(given["parts"], f"{what}.parts")
+    )
+    factors = _numbers(given["log_factors"], f"{what}.log_factors")
+    covariance = tuple(
+        _numbers(own, f"{what}.covariance")
+        for own in checked.listed(given["covariance"], f"{what}.covariance")
+    )
+    sizes = {len(covariance), *(len(own) for own in [factors, *covariance])}
+    if sizes != {len(parts)} or not parts:
+        raise ValueError(f"{what} do not match their parts")
+    _check_covariance(np.array(covariance), f"{what}.covariance")
     left = {
-        kind: None if content[kind] is None else _leftovers(content[kind])
+        kind: None if given[kind] is None else _leftovers(given[kind], f"{what}.{kind}")
         for kind in ("buffering", "host", "gating")
     }
+    kernels = checked.table(given["kernels"], f"{what}.kernels")
     return Corrections(
         parts=parts,
         log_factors=factors,
         covariance=covariance,
-        kernels={name: KernelCorrection(**one) for name, one in content["kernels"].items()},
+        kernels={name: _kernel(one, f"{what}.kernels.{name}") for name, one in kernels.items()},
         **left,
     )
 
 
-def _leftovers(content: Mapping[str, Any]) -> Leftovers:
-    residuals, jitter = _finite(content["residuals"]), _finite(content["jitter"])
-    if not residuals or not jitter or not content["freedom"] > 0:
-        raise ValueError("trials leave nothing over")
-    return Leftovers(residuals=residuals, freedom=float(content["freedom"]), jitter=jitter)
+def _check_covariance(covariance: Floats, what: str) -> None:
+    """Raises ValueError where errors can have no such covariance."""
+    if np.abs(covariance - covariance.T).max() > _ASYMMETRY * np.abs(covariance).max():
+        raise ValueError(f"{what} is not symmetric")
+    try:
+        np.linalg.cholesky(covariance)
+    except np.linalg.LinAlgError:
+        raise ValueError(f"{what} is not positive definite") from None
 
 
-def _finite(values: Sequence[Any]) -> tuple[float, ...]:
-    found = tuple(float(one) for one in values)
-    if not all(map(math.isfinite, found)):
-        raise ValueError("a correction is no finite number")
-    return found
+def _kernel(content: Any, what: str) -> KernelCorrection:
+    given = _only(content, KernelCorrection, what)
+    return KernelCorrection(
+        log_factor=checked.number(given["log_factor"], f"{what}.log_factor"),
+        error=checked.not_negative(given["error"], f"{what}.error"),
+    )
 
 
-def _trial(content: Mapping[str, Any]) -> Trial:
-    modelled = tuple(float(one) for one in content["modelled_ms"])
+def _leftovers(content: Any, what: str) -> Leftovers:
+    given = _only(content, Leftovers, what)
+    residuals = _numbers(given["residuals"], f"{what}.residuals")
+    jitter = _numbers(given["jitter"], f"{what}.jitter", checked.positive)
+    freedom = checked.positive(given["freedom"], f"{what}.freedom")
+    if not residuals or not jitter:
+        raise ValueError(f"{what}: trials leave nothing over")
+    return Leftovers(residuals=residuals, freedom=freedom, jitter=jitter)
+
+
+def _trial(content: Any, what: str) -> Trial:
+    given = _only(content, Trial, what)
+    modelled = _numbers(given["modelled_ms"], f"{what}.modelled_ms", checked.positive)
     measured = tuple(
-        tuple(None if x is None else float(x) for x in run) for run in content["measured_ms"]
+        tuple(
+            None if x is None else checked.positive(x, f"{what}.measured_ms")
+            for x in checked.listed(run, f"{what}.measured_ms")
+        )
+        for run in checked.listed(given["measured_ms"], f"{what}.measured_ms")
     )
     if not modelled or not measured or any(len(run) != len(modelled) for run in measured):
-        raise ValueError("a trial has no steps, or not as many measured as modelled")
-    if not all(x is None or math.isfinite(x) for run in measured for x in run):
-        raise ValueError("a trial's time is no finite number")
+        raise ValueError(f"{what} has no steps, or not as many measured as modelled")
     if any(all(x is None for x in step) for step in zip(*measured, strict=True)):
-        raise ValueError("a trial has a step whose times are all set aside")
-    return Trial(
-        kind=content["kind"],
-        setting=content["setting"],
-        routing=content["routing"],
-        modelled_ms=modelled,
-        measured_ms=measured,
+        raise ValueError(f"{what} has a step whose times are all set aside")
+    named = {
+        name: checked.text(given[name], f"{what}.{name}") for name in ("kind", "setting", "routing")
+    }
+    return Trial(**named, modelled_ms=modelled, measured_ms=measured)
+
+
+def _source(content: Any) -> TrialSource:
+    given = _only(content, TrialSource, "trials_of")
+    return TrialSource(
+        machine=checked.text(given["machine"], "trials_of.machine"),
+        date=checked.text(given["date"], "trials_of.date"),
     )
+
+
+def _sizes(content: Any) -> CalibrationSizes:
+    given = _only(content, CalibrationSizes, "sizes")
+    lists = ("expert_bytes", "rows", "host_rows", "slots", "tokens", "pieces")
+    counts = ("d_model", "num_experts", "top_k", "cold_bytes", "repeats", "trial_repetitions")
+    every: dict[str, Any] = {name: _wholes(given[name], f"sizes.{name}") for name in lists}
+    every |= {name: checked.whole(given[name], f"sizes.{name}", least=1) for name in counts}
+    widths = []
+    for pair in checked.listed(given["widths"], "sizes.widths"):
+        size, width = _wholes(pair, "sizes.widths")
+        widths.append((size, width))
+    regimes = [
+        Regime(
+            **{
+                field.name: checked.whole(one[field.name], f"sizes.regimes.{field.name}", least=1)
+                for field in dataclasses.fields(Regime)
+            }
+        )
+        for one in checked.listed(given["regimes"], "sizes.regimes")
+    ]
+    try:
+        return CalibrationSizes(
+            **every,
+            widths=tuple(widths),
+            regimes=tuple(regimes),
+            gated=checked.flag(given["gated"], "sizes.gated"),
+            dtype=checked.text(given["dtype"], "sizes.dtype"),
+        )
+    except UsageError as error:
+        raise ValueError(f"sizes: {error.message}") from None
+
+
+def _wholes(values: Any, what: str) -> tuple[int, ...]:
+    return tuple(checked.whole(one, what, least=1) for one in checked.listed(values, what))

@@ -23,11 +23,13 @@ copies hide it in others. Trials of a gating kernel give one factor for that ker
 
 What remains is judged by leaving out one trial at a time: how far off is a setting that was not
 fitted to. At one size of experts it is left out there, not in the fit to all that it starts from.
+Several calibrations try the same at several times: such trials are left out together, and are one
+in the degrees of freedom, as a setting that is predicted was tried at no time.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -45,6 +47,7 @@ from moeprof.replay.calibration_file import (
 from moeprof.replay.pipeline import PARTS, Work, step_times
 
 Floats = NDArray[np.float64]
+Groups = Sequence[Sequence[int]]
 
 PRIOR = 0.3
 """Standard deviation of the log of a factor before any trial."""
@@ -82,11 +85,14 @@ class TriedBuffer:
         trial: What was measured.
         work: What is modelled.
         expert_bytes: Of an expert.
+        place: What was tried, the same in every calibration that tried it; None where no other
+            trial is of the same.
     """
 
     trial: Trial
     work: Work
     expert_bytes: int = 0
+    place: Hashable = None
 
     @property
     def uses_host(self) -> bool:
@@ -95,18 +101,24 @@ class TriedBuffer:
 
 
 def fit_corrections(
-    buffers: Sequence[TriedBuffer], kernels: Mapping[str, Sequence[Trial]]
+    buffers: Sequence[TriedBuffer],
+    kernels: Mapping[str, Sequence[Trial]],
+    places: Mapping[str, Sequence[Hashable]] | None = None,
 ) -> Corrections | None:
     """Returns what trials say; None without any.
 
     Args:
         buffers: Trials of expert buffers, and of none.
         kernels: Trials by gating kernel.
+        places: What each of them tried, as `TriedBuffer` has it; each something else when None.
     """
     known = {name: own for name, own in kernels.items() if own}
     if not buffers and not known:
         return None
-    return _corrections(_fit_all(buffers), known)
+    groups = {
+        name: _groups((places or {}).get(name, [None] * len(own))) for name, own in known.items()
+    }
+    return _corrections(_fit_all(buffers), known, groups)
 
 
 def fit_by_size(buffers: Sequence[TriedBuffer]) -> dict[int, Corrections]:
@@ -128,7 +140,7 @@ def fit_by_size(buffers: Sequence[TriedBuffer]) -> dict[int, Corrections]:
     near = every.covariance + BETWEEN_SIZES**2 * np.eye(len(PARTS))
     for size in sorted({each.expert_bytes for each in buffers}):
         own = [each for each in buffers if each.expert_bytes == size]
-        found[size] = _corrections(_fit_parts(own, every.log_factors, near), {})
+        found[size] = _corrections(_fit_parts(own, every.log_factors, near), {}, {})
     return found
 
 
@@ -198,7 +210,17 @@ class _PartFit:
     host_leftovers: Leftovers | None
 
 
-def _corrections(fit: _PartFit, known: Mapping[str, Sequence[Trial]]) -> Corrections:
+def _groups(places: Sequence[Hashable]) -> Groups:
+    """Returns the indices of trials of the same place together; those of None are alone."""
+    found: dict[Hashable, list[int]] = {}
+    for index, place in enumerate(places):
+        found.setdefault(index if place is None else (place,), []).append(index)
+    return list(found.values())
+
+
+def _corrections(
+    fit: _PartFit, known: Mapping[str, Sequence[Trial]], groups: Mapping[str, Groups]
+) -> Corrections:
     of_kernels = {name: [_middle(trial) for trial in own] for name, own in known.items()}
     return Corrections(
         parts=PARTS,
@@ -206,8 +228,8 @@ def _corrections(fit: _PartFit, known: Mapping[str, Sequence[Trial]]) -> Correct
         covariance=tuple(tuple(row) for row in fit.covariance.tolist()),
         buffering=fit.leftovers,
         host=fit.host_leftovers,
-        kernels={name: _correction(logs) for name, logs in of_kernels.items()},
-        gating=_kernel_leftovers(of_kernels, known) if known else None,
+        kernels={name: _correction(logs, len(groups[name])) for name, logs in of_kernels.items()},
+        gating=_kernel_leftovers(of_kernels, known, groups) if known else None,
     )
 
 
@@ -244,11 +266,18 @@ def _fit_parts(buffers: Sequence[TriedBuffer], start: Floats, known: Floats) -> 
     weighed = [j.T @ j / len(j) / s**2 for j, s in zip(slopes, sigmas, strict=True)]
     curvature = prior + sum(weighed)
     covariance = np.asarray(np.linalg.inv(curvature), np.float64)
-    left_out = []
-    for slope, residual, part, sigma in zip(slopes, residuals, weighed, sigmas, strict=True):
-        pull = slope.T @ residual / len(residual) / sigma**2
+    pulls = [
+        slope.T @ residual / len(residual) / sigma**2
+        for slope, residual, sigma in zip(slopes, residuals, sigmas, strict=True)
+    ]
+    groups = _groups([each.place for each in buffers])
+    left_out = np.zeros(len(buffers))
+    for group in groups:
+        part = np.sum([weighed[each] for each in group], axis=0)
+        pull = np.sum([pulls[each] for each in group], axis=0)
         moved = np.linalg.solve(curvature - part, -pull)
-        left_out.append(float(np.median(residual - slope @ moved)))
+        for each in group:
+            left_out[each] = np.median(residuals[each] - slopes[each] @ moved)
     jitter = [np.exp(residual - np.median(residual)) for residual in residuals]
 
     def leftovers(chosen: NDArray[np.bool_]) -> Leftovers | None:
@@ -256,9 +285,10 @@ def _fit_parts(buffers: Sequence[TriedBuffer], start: Floats, known: Floats) -> 
         if not len(picked):
             return None
         num_fitted = float(np.trace(covariance @ sum(weighed[each] for each in picked)))
+        num_places = sum(bool(chosen[list(group)].any()) for group in groups)
         return Leftovers(
-            residuals=tuple(left_out[each] for each in picked),
-            freedom=max(1.0, len(picked) - num_fitted),
+            residuals=tuple(left_out[picked].tolist()),
+            freedom=max(1.0, num_places - num_fitted),
             jitter=tuple(np.concatenate([jitter[each] for each in picked]).tolist()),
         )
 
@@ -345,25 +375,28 @@ def _middle(trial: Trial) -> float:
     return float(np.log(np.median(_settled(trial.ratios()))))
 
 
-def _correction(logs: Sequence[float]) -> KernelCorrection:
+def _correction(logs: Sequence[float], num_places: int) -> KernelCorrection:
     spread = float(np.std(logs, ddof=1)) if len(logs) > 1 else PRIOR
     return KernelCorrection(
-        log_factor=float(np.median(logs)), error=_MEDIAN_PENALTY * spread / len(logs) ** 0.5
+        log_factor=float(np.median(logs)), error=_MEDIAN_PENALTY * spread / num_places**0.5
     )
 
 
 def _kernel_leftovers(
-    logs: Mapping[str, Sequence[float]], trials: Mapping[str, Sequence[Trial]]
+    logs: Mapping[str, Sequence[float]],
+    trials: Mapping[str, Sequence[Trial]],
+    groups: Mapping[str, Groups],
 ) -> Leftovers:
     """Returns what each trial is off by from the others of its kernel; all of it where alone."""
     residuals = []
-    for own in logs.values():
+    for name, own in logs.items():
+        group_of = {each: group for group in groups[name] for each in group}
         for index, one in enumerate(own):
-            others = [*own[:index], *own[index + 1 :]]
+            others = [other for place, other in enumerate(own) if place not in group_of[index]]
             residuals.append(one - float(np.median(others)) if others else one)
     ratios = [_settled(trial.ratios()) for own in trials.values() for trial in own]
     return Leftovers(
         residuals=tuple(residuals),
-        freedom=max(1.0, float(len(residuals) - len(logs))),
+        freedom=max(1.0, float(sum(map(len, groups.values())) - len(logs))),
         jitter=tuple(np.concatenate([each / np.median(each) for each in ratios]).tolist()),
     )

@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
 from typing import Any
 
 import numpy as np
@@ -22,7 +23,37 @@ _SAME = ("dtype", "is_serial")
 _HINT = "pool calibrations of one kind of machine, measured with the same sizes"
 # What is told of one of them, or put together otherwise.
 _TOLD = ("device", "versions", "date", "command", "host_probes_ms", "num_disturbed", "trials",
-         "corrections", "by_size", "trials_of", "all_to_all", "exchange_ranks")  # fmt: skip
+         "corrections", "by_size", "trials_of", "all_to_all", "exchange_ranks",
+         "sizes")  # fmt: skip
+
+
+def in_time_order(calibrations: Sequence[Calibration]) -> list[Calibration]:
+    """Returns calibrations, the earliest first.
+
+    Raises:
+        CalibrationError: Two are one and the same, which would make what they say look surer than
+            it is, or one does not say when it was measured.
+    """
+    dated = [(_measured_at(one), one) for one in calibrations]
+    seen: set[tuple[str, datetime]] = set()
+    for at, one in dated:
+        if (one.name, at) in seen:
+            raise CalibrationError(
+                f"two of the calibrations are the same measurement: {one.name}, {one.date}",
+                hint="pool calibrations that were measured each at a time of its own",
+            )
+        seen.add((one.name, at))
+    return [one for _, one in sorted(dated, key=lambda each: each[0])]
+
+
+def _measured_at(calibration: Calibration) -> datetime:
+    try:
+        found = datetime.fromisoformat(calibration.date)
+    except ValueError:
+        raise CalibrationError(
+            f"a calibration of {calibration.name} says {calibration.date!r} for a date", hint=_HINT
+        ) from None
+    return found if found.tzinfo is not None else found.replace(tzinfo=UTC)
 
 
 def pooled_constants(calibrations: Sequence[Calibration]) -> Calibration:
@@ -32,11 +63,12 @@ def pooled_constants(calibrations: Sequence[Calibration]) -> Calibration:
     versions, date and exchange between ranks are those of the last one.
 
     Args:
-        calibrations: Of one kind of machine, in order of time; at least one.
+        calibrations: Of one kind of machine; at least one.
 
     Raises:
-        CalibrationError: They are of different machines or sizes.
+        CalibrationError: They are of different machines or sizes, or two of them are one.
     """
+    calibrations = in_time_order(calibrations)
     last = calibrations[-1]
     for one in calibrations:
         if one.name != last.name:

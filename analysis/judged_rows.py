@@ -21,6 +21,7 @@ from moeprof.live.step_percentiles import repetitions_of
 from moeprof.live.verdicts import (
     CLUSTER_DRAWS,
     CLUSTER_SEED,
+    LEAST_CLUSTERS,
     binomial_interval,
     clustered_interval,
     regrets,
@@ -170,7 +171,9 @@ def coverage_by_cluster(rows: pd.DataFrame) -> dict[str, Any] | None:
 
     Returns:
         The intervals of `CLUSTERS`, how they are made, and in how many cases all percentiles of a
-        setting on a machine are inside or all outside; None where no interval was stated.
+        setting on a machine are inside or all outside; None where no interval was stated. Of fewer
+        clusters than `LEAST_CLUSTERS` it is no interval, but the range of their shares, which are
+        there, too; one cluster says nothing.
     """
     stated = rows[rows["inside"].notna() & rows["measured_ms"].notna()]
     if stated.empty:
@@ -179,8 +182,16 @@ def coverage_by_cluster(rows: pd.DataFrame) -> dict[str, Any] | None:
     intervals = []
     for name, columns in CLUSTERS.items():
         clusters = list(stated[list(columns)].itertuples(index=False, name=None))
-        low, high = clustered_interval(inside.tolist(), clusters)
-        intervals.append({"by": name, "clusters": len(set(clusters)), "low": low, "high": high})
+        found: dict[str, Any] = {"by": name, "clusters": len(set(clusters))}
+        if found["clusters"] == 1:
+            continue
+        if found["clusters"] < LEAST_CLUSTERS:
+            own = pd.Series(clusters, index=inside.index, dtype=object)
+            shares = sorted(inside.groupby(own).mean().tolist())
+            found |= {"low": shares[0], "high": shares[-1], "shares": shares}
+        else:
+            found["low"], found["high"] = clustered_interval(inside.tolist(), clusters)
+        intervals.append(found)
     cases = inside.groupby([stated[key] for key in ("machine", "routing", "setting")])
     several = cases.nunique()[cases.size() > 1]
     return {

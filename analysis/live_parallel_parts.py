@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,16 @@ from moeprof.reporting.document import Described
 TOLERANCE = 1e-2
 """Largest relative error of the timed kernel against one device: roundings to bfloat16."""
 _COMMAND = "`-m analysis.gpu.expert_parallel`"
+# Some files say so of ranges that they took over one trace and number of tokens.
+_FORMER_BAR = "; error bar: the range of measured over predicted of all settings here"
+_HEADINGS: Mapping[str, str] = {
+    "error_share": "median_signed_error_share",
+    "size_of_error_share": "median_absolute_error_share",
+    "measured_over_predicted_share": "median_measured_over_predicted_share",
+    "measured_over_predicted_share_low": "median_measured_over_predicted_share_low",
+    "measured_over_predicted_share_high": "median_measured_over_predicted_share_high",
+}
+"""What columns of `error_rows` are medians of, as the page heads them."""
 
 
 def setting_of(row: Mapping[str, Any]) -> str:
@@ -134,19 +145,50 @@ def loads_equal(data: Mapping[str, Any]) -> tuple[int, int]:
     return equal, sum(row["num_dispatches"] for row in rows)
 
 
-def dispatches_checked(data: Mapping[str, Any]) -> tuple[int, int, int]:
-    """Returns dispatches whose loads were checked, all of the sites checked, and placements.
+@dataclass(frozen=True, kw_only=True)
+class CheckedDispatches:
+    """What the checks of loads were of; each dispatch counts once, however many its placements.
 
-    Each dispatch counts once, under however many placements; placements are the fewest of any site.
+    Attributes:
+        num_dispatches: Whose loads were checked.
+        num_of_layers: All dispatches of the layers checked.
+        num_layers: Of all traces together.
+        num_placements: The fewest of any layer.
     """
+
+    num_dispatches: int
+    num_of_layers: int
+    num_layers: int
+    num_placements: int
+
+    @property
+    def said(self) -> str:
+        """What was checked of how much, in words."""
+        return (
+            f"{self.num_dispatches:,} of {self.num_of_layers:,} dispatches at "
+            f"{_counted(self.num_layers, 'layer')}, {_counted(self.num_placements, 'placement')}"
+        )
+
+
+def dispatches_checked(data: Mapping[str, Any]) -> CheckedDispatches:
+    """Returns what the checks of loads were of, over all traces."""
     rows = pd.DataFrame(
         {"trace": each["trace"], **row} for each in data["traces"] for row in each["loads"]
     )
     if not len(rows):
-        return 0, 0, 0
+        return CheckedDispatches(num_dispatches=0, num_of_layers=0, num_layers=0, num_placements=0)
     by_site = rows.groupby(["trace", "site"])
     checked, whole = by_site["num_dispatches"].max(), by_site["num_dispatches_of_trace"].max()
-    return int(checked.sum()), int(whole.sum()), int(by_site["setting"].nunique().min())
+    return CheckedDispatches(
+        num_dispatches=int(checked.sum()),
+        num_of_layers=int(whole.sum()),
+        num_layers=len(checked),
+        num_placements=int(by_site["setting"].nunique().min()),
+    )
+
+
+def _counted(number: int, name: str) -> str:
+    return f"{number} {name}" + ("" if number == 1 else "s")
 
 
 def outputs_equal(data: Mapping[str, Any]) -> tuple[int, int]:
@@ -181,18 +223,18 @@ def parallel_goals(data: Mapping[str, Any] | None) -> list[Goal]:
     num_held, num_outputs = outputs_equal(data)
     rows = step_rows(data)
     found = (
-        (loads, "the replay's, exactly", num_equal, num_loads),
-        (outputs, "the same", num_held, num_outputs),
+        (loads, "the replay's, exactly", num_equal, num_loads, dispatches_checked(data).said),
+        (outputs, "the same", num_held, num_outputs, ""),
     )
     made = [
         Goal(
             quantity=quantity,
             goal=goal,
-            found=f"{held:,} of {checked:,}",
+            found=f"{held:,} of {checked:,}" + (f" ({of})" if of else ""),
             met=held == checked,
             section="parallel",
         )
-        for quantity, goal, held, checked in found
+        for quantity, goal, held, checked, of in found
     ]
     if len(rows):
         made.append(
@@ -214,14 +256,13 @@ def parallel_readme_rows(data: Mapping[str, Any]) -> list[tuple[str, str, str, s
         return []
     num_equal, num_loads = loads_equal(data)
     num_held, num_outputs = outputs_equal(data)
-    num_dispatches, _, num_placements = dispatches_checked(data)
     by_trace = rows["error_share"].abs().groupby(rows["trace"]).median()
     return [
         (
             f"Expert parallelism over {data['num_ranks']} GPUs: loads as replayed; outputs as on "
             "one device; step times predicted",
-            f"{num_equal:,} of {num_loads:,} ({num_dispatches:,} dispatches, {num_placements} "
-            f"placements); {num_held} of {num_outputs} checks; "
+            f"{num_equal:,} of {num_loads:,} ({dispatches_checked(data).said}); "
+            f"{num_held} of {num_outputs} checks; "
             f"off by {percent(rows['error_share'].abs().median())} (median of {len(rows)}), "
             f"{percent(by_trace.min())} to {percent(by_trace.max())} by trace",
             "all; all",
@@ -274,7 +315,9 @@ def parallel_part(data: Mapping[str, Any]) -> Described:
         metrics=tuple(metrics),
         findings=tuple(findings),
         notes=(
-            *data.get("notes", ()),
+            *(note.replace(_FORMER_BAR, "") for note in data.get("notes", ())),
+            "A step is of consecutive dispatches of the trace (num passes joined), joined to so "
+            "many tokens. Max over mean: rows of its busiest device over those of a mean device.",
             f"All-to-all: {1e3 * line['latency_ms']:.0f} us plus bytes over "
             f"{line['bytes_per_s'] / 1e9:.1f} GB/s, off by at most "
             f"{percent(line['largest_error'])}.",
@@ -286,7 +329,7 @@ def parallel_part(data: Mapping[str, Any]) -> Described:
     tables = (
         [
             rows_table("Steps measured", rows),
-            rows_table("How far off predictions were", error_rows(data)),
+            rows_table("How far off predictions were", error_rows(data).rename(columns=_HEADINGS)),
         ]
         if len(rows)
         else []
@@ -305,8 +348,7 @@ def parallel_part(data: Mapping[str, Any]) -> Described:
         "parallel",
         data,
         title="Expert parallelism",
-        verdict=f"Over {data['num_ranks']} devices rows arrive as replayed in "
-        f"{num_equal:,} of {num_loads:,} checks.",
+        verdict=f"Over {data['num_ranks']} devices rows arrive as replayed {_loads_said(data)}.",
         routing=[str(each["routing"]["description"]) for each in data["traces"]] or ["none"],
         facts={
             "Devices": f"{data['num_ranks']}, {data.get('backend', 'unknown backend')}",
@@ -324,11 +366,7 @@ def parallel_part(data: Mapping[str, Any]) -> Described:
 def _loads_said(data: Mapping[str, Any]) -> str:
     """Returns how many dispatches reached every device as replayed, in words."""
     num_equal, num_loads = loads_equal(data)
-    num_dispatches, num_of_sites, num_placements = dispatches_checked(data)
-    return (
-        f"in {num_equal:,} of {num_loads:,} checks ({num_dispatches:,} of {num_of_sites:,} "
-        f"dispatches of the sites checked, each under {num_placements} placements)"
-    )
+    return f"in {num_equal:,} of {num_loads:,} checks ({dispatches_checked(data).said})"
 
 
 def _errors_by_trace(rows: pd.DataFrame) -> str:

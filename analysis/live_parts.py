@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+from pandas.api.types import is_float_dtype, is_integer_dtype
 
 from analysis.live_evidence import ADDITIONAL_FILES, FILES
 from analysis.live_goals import Goal
@@ -38,6 +39,7 @@ _NUMBERS = ("batch", "num_tokens", "mean_active_experts", "tokens_per_s", "copie
 _COUNTS = ("batch", "num_tokens", "tokens_per_s", "copies", "lookups", "capacity",
            "num_repetitions", "num_bytes", "allocations_in_steady_state",
            "slots_broken", "active_experts")  # fmt: skip
+# Columns of neither are shown by what they hold: counts as such, others with three digits.
 
 
 Draw = Callable[[Mapping[str, Any], Path], None]
@@ -278,7 +280,9 @@ def _unit(key: str, rows: pd.DataFrame) -> str:
     for end, unit in _UNITS:
         if key.endswith(end) and key != "num_bytes":
             return unit
-    return "number" if key in _NUMBERS else "text"
+    if key in _NUMBERS or is_float_dtype(rows[key]):
+        return "number"
+    return "count" if is_integer_dtype(rows[key]) else "text"
 
 
 def repetitions_said(counts: pd.Series[int]) -> str:

@@ -50,11 +50,15 @@ _WANTED = (
     ("Regret of the setting recommended at equal memory", "median at most 2%, worst 10%"),
 )  # fmt: skip
 _MOST_NAMED = 6
-_LISTED = (
-    "machine", "trace", "setting", "percentile", "predicted_ms", "low_ms", "high_ms",
-    "measured_ms", "raw_ms", "measured_spread", "error", "inside", "naive_bandwidth_error",
-    "naive_mean_error",
-)  # fmt: skip
+_LISTED: Mapping[str, str] = {
+    "machine": "machine", "trace": "trace", "setting": "setting", "percentile": "percentile",
+    "predicted_ms": "predicted_ms", "low_ms": "predicted_ms_low", "high_ms": "predicted_ms_high",
+    "measured_ms": "measured_ms", "raw_ms": "raw_ms", "measured_spread": "measured_spread_share",
+    "error": "error_share", "inside": "inside",
+    "naive_bandwidth_error": "naive_bandwidth_error_share",
+    "naive_mean_error": "naive_mean_error_share",
+}  # fmt: skip
+"""Columns of a prediction that the page shows, and what they are named there by what they hold."""
 
 
 def prediction_goals(data: Mapping[str, Any] | None) -> list[Goal]:
@@ -192,7 +196,7 @@ def predictions_part(data: Mapping[str, Any]) -> Described:
                 "Every choice at equal memory",
                 pd.DataFrame(regret["rows"]).rename(columns={"regret": "regret_share"}),
             ),
-            rows_table("Every prediction", rows[list(_LISTED)]),
+            rows_table("Every prediction", rows[list(_LISTED)].rename(columns=_LISTED)),
         ],
         headline=[
             metric.name
@@ -281,6 +285,17 @@ def _slower(data: Mapping[str, Any], machine: str) -> str:
         and each["measured_ms"] > each["high_ms"]
     )
     return f" ({', '.join(own)})" if 0 < len(own) <= _MOST_NAMED else ""
+
+
+def _own_regret(regret: Mapping[str, Any]) -> str:
+    """Returns the regret among what can be run, as a part of a row."""
+    own = regret["without_future"]
+    if not own["choices"] or own == {key: regret.get(key) for key in own}:
+        return ""
+    return (
+        f"; of policies that do not know the future {100 * own['median']:.1f}%, "
+        f"{100 * own['worst']:.1f}%"
+    )
 
 
 def _without_future(regret: Mapping[str, Any]) -> str:
@@ -423,7 +438,8 @@ def prediction_readme_rows(data: Mapping[str, Any]) -> list[tuple[str, str, str,
         rows.append(
             (
                 f"regret of what is recommended at equal memory, {regret['choices']} choices",
-                f"median {100 * regret['median']:.1f}%, worst {100 * regret['worst']:.1f}%",
+                f"median {100 * regret['median']:.1f}%, worst {100 * regret['worst']:.1f}%"
+                + _own_regret(regret),
                 "2%, 10%" + _missed(goals, "Regret"),
                 _COMMAND,
             )

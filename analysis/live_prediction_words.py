@@ -39,6 +39,7 @@ def cluster_words(data: Mapping[str, Any]) -> str:
     found = data.get("coverage_by_cluster") or {"intervals": ()}
     return ", ".join(
         f"by {each['by']} {percent(each['low'])} to {percent(each['high'])}"
+        + (f" (the {each['clusters']} shares)" if "shares" in each else "")
         for each in found["intervals"]
     )
 
@@ -48,17 +49,14 @@ def coverage_findings(data: Mapping[str, Any]) -> list[Finding]:
     whole, found = data["all"], data.get("coverage_by_cluster")
     if found is None:
         return []
-    drawn = " and ".join(
-        f"{percent(each['low'])} to {percent(each['high'])} where each {each['by']} "
-        f"({each['clusters']}) is drawn whole"
-        for each in found["intervals"]
-    )
+    drawn = ", and ".join(map(_drawn_whole, found["intervals"]))
     outside = whole["stated"] - whole["inside"]
     text = (
         f"The exact interval of {coverage_words(whole)} takes each prediction for one of its own. "
         f"They go together: in {found['cases_alike']} of {found['cases']} cases all percentiles of "
-        "a setting on a machine are inside or all outside. The interval is "
-        f"{drawn} (bootstrap, {found['draws']:,} draws, widened for few). Of the {outside} outside "
+        "a setting on a machine are inside or all outside. "
+        f"{drawn[:1].upper()}{drawn[1:]} (bootstraps have {found['draws']:,} draws, widened for "
+        f"few). Of the {outside} outside "
         f"{whole['below']} were measured faster than the stated interval and {whole['above']} "
         "slower. "
     )
@@ -76,6 +74,19 @@ def coverage_findings(data: Mapping[str, Any]) -> list[Finding]:
             + f": {whole['raw_below']} faster, {whole['raw_above']} slower."
         )
     return [Finding(text=text, severity=SEVERITY_FACT + 4, section="predictions")]
+
+
+def _drawn_whole(each: Mapping[str, Any]) -> str:
+    """Returns what an interval by clusters is, or what the shares of too few of them are."""
+    if "shares" in each:
+        shares = ", ".join(percent(share) for share in each["shares"])
+        return (
+            f"by {each['by']} the {each['clusters']} shares are {shares}: too few for an interval"
+        )
+    return (
+        f"drawing each {each['by']} ({each['clusters']}) whole, the interval is "
+        f"{percent(each['low'])} to {percent(each['high'])}"
+    )
 
 
 def median_error(each: Mapping[str, Any], name: str = "model") -> float:

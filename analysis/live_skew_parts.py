@@ -47,9 +47,10 @@ KERNELS: Mapping[str, str] = {
 RESTED, LOADED = "rested", "loaded"
 """States of the device: after a pause; after the kernel has run without one for a while."""
 REFERENCE_ACTIVE = 95
-"""Active experts of 512 under the skewed routing of the feasibility measurement."""
+"""Active experts of 512, about a fifth, near which a share is named beside the range of all."""
 _NEEDED = ("exponent", "active_experts", "kernel", "bytes_ms", "flops_ms", "times_ms")
-# A fastest repetition so much faster than the median says that there are two ways it goes.
+# A fastest repetition, or one under load, so much faster than the median of the rested device says
+# that there are two ways it goes.
 _FAR = 1.15
 _AS_LONG = 0.05
 """How far two times may be apart, relative, that are said to be as long as each other."""
@@ -330,8 +331,8 @@ def _found(skew: Skew) -> str:
     """Returns the range of shares, what it is near the reference, and the least, in words."""
     return (
         f"{_range(skew)}; {_said(skew.nearest)} at {skew.nearest['active_experts']} active "
-        f"experts; least at {skew.least['exponent']:g} ({skew.least['active_experts']} active"
-        f"{varied(skew.least)})"
+        f"experts (Zipf {skew.nearest['exponent']:g}); least at {skew.least['exponent']:g} "
+        f"({skew.least['active_experts']} active{varied(skew.least)})"
     )
 
 
@@ -404,8 +405,8 @@ def skew_part(data: Mapping[str, Any]) -> Described:
             "The floor is the longer of two times: reading every active expert once, which is "
             "shorter the more skewed routing is, and multiplying, which is the same for all. "
             "Where they are equally long, whatever of one is not done during the other adds to it.",
-            f"A feasibility measurement before the goals were set had {REFERENCE_ACTIVE} of 512 "
-            "experts active under skewed routing.",
+            "Beside the least and the most the share is named at the exponent that leaves nearest "
+            f"to {REFERENCE_ACTIVE} experts active.",
             *(
                 f"Measured rates, {_waits(data, state)}: {_rates(data, state)}."
                 for state in (RESTED, LOADED)
@@ -475,8 +476,19 @@ def _loaded_said(data: Mapping[str, Any], rows: pd.DataFrame, loaded: pd.DataFra
         "routing take, at most, "
         + ", ".join(f"{percent(more)} longer ({label})" for label, more in slower.items())
         + f". Against the floor of the rested device moeprof's is then "
-        f"{percent(skew.least['share'])} to {percent(skew.most['share'])}."
+        f"{percent(skew.least['share'])} to {percent(skew.most['share'])}.{_higher(rows, loaded)}"
     )
+
+
+def _higher(rows: pd.DataFrame, loaded: pd.DataFrame) -> str:
+    """Returns where moeprof's share is far higher under load than after a rest, else nothing."""
+    pairs = zip(skew_of(rows).rows.iloc, skew_of(loaded).rows.iloc, strict=True)
+    said = ", ".join(
+        f"at {own['exponent']:g} ({percent(other['share'])}, after a rest {_said(own)})"
+        for own, other in pairs
+        if other["share"] > _FAR * own["share"]
+    )
+    return f" Its share is higher under load {said}." if said else ""
 
 
 def _slowed(rows: pd.DataFrame, loaded: pd.DataFrame, kernel: str) -> float:
@@ -495,7 +507,7 @@ def _named(rows: pd.DataFrame) -> pd.DataFrame:
         exponent=rows["exponent"].map("{:g}".format),
         kernel=rows["kernel"].map(KERNELS),
         goal_share=goals,
-    ).rename(columns={"goal_share": "goal"})
+    ).rename(columns={"goal_share": "goal", "share_fastest": "fastest_repetition_share"})
 
 
 def _verdict(skew: Skew) -> str:
@@ -513,12 +525,10 @@ def _verdict(skew: Skew) -> str:
         )
     return (
         f"Under skewed routing ({skew.span}), device rested, moeprof's kernel {reached}; the least "
-        f"is {_said(skew.least)} at {skew.least['exponent']:g}, where "
+        f"is {_said(skew.least)} at {skew.least['exponent']:g}{varied(skew.least)}, where "
         f"{skew.least['active_experts']} experts are active and "
-        f"{beside_multiplying(skew.least)}{varied(skew.least)}; at "
-        f"{skew.nearest['exponent']:g}, with {skew.nearest['active_experts']} active, the nearest "
-        f"to {REFERENCE_ACTIVE} active experts, as in the feasibility measurement, it is "
-        f"{_said(skew.nearest)}."
+        f"{beside_multiplying(skew.least)}; at {skew.nearest['exponent']:g}, with "
+        f"{skew.nearest['active_experts']} active, it is {_said(skew.nearest)}."
     )
 
 
@@ -528,8 +538,9 @@ def _uniform_findings(row: pd.Series[Any] | None) -> list[Finding]:
     goal = percent(GOAL_MANY_UNIFORM)
     return [
         Finding(
-            text=f"On uniform routing, device rested, in the same run, it is {_said(row)} "
-            f"(goal {goal}: {'reached' if row['reached'] else 'missed'}).",
+            text=f"On uniform routing, device rested, in the same run, moeprof's kernel is at "
+            f"{_said(row)} of the floor (goal {goal}: "
+            f"{'reached' if row['reached'] else 'missed'}).",
             severity=SEVERITY_FACT if row["reached"] else SEVERITY_COST - 2,
             section="skew",
             metric="skew/uniform",

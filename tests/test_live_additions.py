@@ -19,12 +19,20 @@ from analysis import live_prediction_drawings
 from analysis import live_results as analysis
 from analysis import prediction_quality as quality
 from analysis.earlier_predictions import reduced
+from analysis.gpu import expert_parallel
 from analysis.live_evidence import ADDITIONAL_FILES, FILES, RESULTS, read_evidence
-from analysis.live_parallel_parts import error_rows, scaling_rows, step_rows
+from analysis.live_parallel_parts import (
+    dispatches_checked,
+    error_rows,
+    scaling_rows,
+    step_rows,
+)
+from analysis.live_parts import rows_table
 from analysis.live_prediction_drawings import draw_memory_latency, draw_predictions
 from analysis.live_prediction_parts import latency_part, latency_rows
 from analysis.live_prediction_words import carried_findings, earlier_findings
 from moeprof.errors import MoeprofError
+from moeprof.reporting.numbers import formatted
 
 HEAD = {
     "command": "python -m x", "date": "2026-01-05T00:00:00+00:00",
@@ -175,7 +183,7 @@ def test_the_page_says_what_was_found(evidence):
     assert "0.0% by the cost model, 10.0% by a token-flattened replay, 50.0% by a hit rate" in said
     assert "2.00x with eplb (t.moeprof, 32 tokens; 0.83x predicted)" in said
     assert "off by 35% (median of 2): t 35% (signed -15.0%, 1 of 2 too short)" in said
-    assert "in 10 of 10 checks (5 of 9 dispatches of the sites checked, each under 2 plac" in said
+    assert "in 10 of 10 checks (5 of 9 dispatches at 1 layer, 2 placements); outputs" in said
     assert "at most 100% over the best measured" in said
     for part in parts.values():
         labels = {fact["label"] for fact in part["facts"]}
@@ -221,6 +229,87 @@ def test_the_page_says_how_estimates_were_corrected(additions):
     assert section["tables"][2]["figure_class"] == "estimate"
 
 
+def test_layers_whose_dispatches_were_checked_are_counted_over_all_traces():
+    data = parallel_result()
+    (trace,) = data["traces"]
+    # Two layers of one trace, and one of another with the same number; one placement is missing.
+    other = {"site": 3, "num_dispatches": 2, "num_equal": 2}
+    trace["loads"] += [{**each, **other} for each in trace["loads"]]
+    data["traces"].append({**trace, "trace": "u.moeprof", "loads": trace["loads"][:1]})
+    found = dispatches_checked(data)
+    assert (found.num_dispatches, found.num_of_layers) == (5 + 2 + 5, 9 + 9 + 9)
+    assert (found.num_layers, found.num_placements) == (3, 1)
+    assert found.said == "12 of 27 dispatches at 3 layers, 1 placement"
+    loads, *_ = (goal.found for goal in analysis.ADDITIONS["parallel"].goals(data))
+    assert loads == "19 of 19 (12 of 27 dispatches at 3 layers, 1 placement)"
+    assert dispatches_checked({"traces": []}).num_layers == 0
+
+
+def test_the_bar_of_an_estimate_is_said_to_be_that_of_its_number_of_tokens(additions):
+    """Some files say otherwise of what they computed so; the script does not any more."""
+    former = (
+        "size exchange as measured here; error bar: the range of measured over predicted of all "
+        "settings here; no network between hosts is in it"
+    )
+    data = {**additions["parallel"], "notes": ["a note", former]}
+    (section,) = analysis.ADDITIONS["parallel"].part(data).data["sections"]
+    assert section["notes"][:2] == [
+        "a note", "size exchange as measured here; no network between hosts is in it",
+    ]  # fmt: skip
+    assert "of the same trace and number of tokens" in " ".join(section["notes"])
+    (scaling,) = [note for note in expert_parallel.NOTES if note.startswith("scaling")]
+    assert "the same trace and number of tokens" in scaling and "all settings" not in scaling
+
+
+def cells(table):
+    """Returns the rows of a table as its reader sees them, by the names of columns."""
+    return [
+        {key: formatted(row.get(key), row["unit"] if unit == "row" else unit)
+         for key, _, unit in table["columns"]}
+        for row in table["rows"]
+    ]  # fmt: skip
+
+
+def test_columns_are_shown_by_their_suffix_else_by_what_they_hold():
+    rows = pd.DataFrame(
+        {"name": ["a"], "num_devices": [2000], "num_late": [0], "max_over_mean": [1.3603683897],
+         "error_share": [-0.7324], "step_ms": [2.0663], "held": [True]}
+    )  # fmt: skip
+    table = rows_table("a table", rows)
+    assert cells(table) == [
+        {"name": "a", "num_devices": "2,000", "num_late": "0", "max_over_mean": "1.36",
+         "error_share": "-73%", "step_ms": "2.07 ms", "held": "yes"}
+    ]  # fmt: skip
+    # What is read by programs stays whole.
+    assert table["rows"][0]["max_over_mean"] == 1.3603683897
+
+
+def test_every_prediction_is_shown_in_percent_and_with_what_was_stated(additions):
+    (section,) = analysis.ADDITIONS["predictions"].part(additions["predictions"]).data["sections"]
+    (table,) = [each for each in section["tables"] if each["title"] == "Every prediction"]
+    data, shown = additions["predictions"]["rows"], cells(table)
+    assert len(shown) == len(data)
+    for row, said, drawn in zip(data, shown, table["rows"], strict=True):
+        for key in ("error", "measured_spread", "naive_bandwidth_error", "naive_mean_error"):
+            assert row[key] is None or re.fullmatch(r"-?[\d.]{1,5}%", said[f"{key}_share"])
+            assert drawn[f"{key}_share"] == row[key]
+        stated = (drawn["predicted_ms_low"], drawn["predicted_ms_high"])
+        assert stated == (row["low_ms"], row["high_ms"])
+
+
+def test_the_parallel_tables_say_what_they_are_medians_of(additions):
+    (section,) = analysis.ADDITIONS["parallel"].part(additions["parallel"]).data["sections"]
+    steps, errors, scaled = map(cells, section["tables"])
+    assert steps[0]["max_over_mean"] == scaled[0]["max_over_mean"] == "1.50"
+    assert steps[0]["error_share"] == "-50%"
+    (row,) = errors
+    assert row["median_signed_error_share"] == "-15%"
+    assert row["median_absolute_error_share"] == "35%" and row["num_too_short"] == "1"
+    kept = section["tables"][1]["rows"][0]
+    bar = [kept[f"median_measured_over_predicted_share{end}"] for end in ("_low", "", "_high")]
+    assert bar == pytest.approx([1 / 1.2, (2 + 1 / 1.2) / 2, 2])
+
+
 KEPT_PARALLEL = RESULTS / ADDITIONAL_FILES["parallel"]
 
 
@@ -235,7 +324,8 @@ def test_estimates_that_are_kept_lie_in_their_bars():
 @pytest.mark.skipif(not KEPT_PARALLEL.exists(), reason="it is not kept yet")
 def test_what_the_readme_says_of_expert_parallelism():
     """Recomputed from the repetitions, by other code than that which wrote the table."""
-    text = " ".join(Path(__file__).resolve().parents[1].joinpath("README.md").read_text().split())
+    notes = Path(__file__).resolve().parents[1] / "docs" / "measurements.md"
+    text = " ".join(notes.read_text().split())
     ratios, gains = {}, []
     for each in json.loads(KEPT_PARALLEL.read_text())["traces"]:
         name = each["trace"].removeprefix("sample:").removesuffix(".moeprof")
@@ -256,7 +346,16 @@ def test_what_the_readme_says_of_expert_parallelism():
     assert "of the 16 placements of the same trace" in text
     lm, mt, qwen = (" and ".join(ratios[name]) for name in ("twin-lm", "twin-mt", "qwen3"))
     assert f"{lm} (twin-lm), {mt} (twin-mt), {qwen} (Qwen3's 65 tokens)" in text
-    *little, _ = sorted(map(tuple, gains))
+    *little, most = sorted(map(tuple, gains))
+    assert f"it gains {most[0]:.2f}x, as predicted" in text
+    assert f"{most[0]:.2f}" == f"{most[1]:.2f}"
+    sites = {
+        (each["trace"], row["site"]): (row["num_dispatches"], row["num_dispatches_of_trace"])
+        for each in json.loads(KEPT_PARALLEL.read_text())["traces"]
+        for row in each["loads"]
+    }
+    run, every = np.sum(list(sites.values()), axis=0)
+    assert f"Of {every:,} dispatches at {len(sites)} layers {run:,} were run" in text
     assert len(little) == 4 and "at four of the five batch sizes the fastest" in text
     (low, least), (high, most) = np.min(little, axis=0), np.max(little, axis=0)
     assert f"gains {low:.2f}x to {high:.2f}x over experts in order" in text
@@ -336,8 +435,8 @@ def test_rows_of_the_readme(evidence, bare, additions):
     assert added[0][1].startswith(f"100% of {whole['predictions']} (")
     assert added[0][2] == "85% to 95%, missed" and added[1][2] == "5%"
     assert added[3][1] == (
-        "10 of 10 (5 dispatches, 2 placements); 2 of 2 checks; off by 35% (median of 2), "
-        "35% to 35% by trace"
+        "10 of 10 (5 of 9 dispatches at 1 layer, 2 placements); 2 of 2 checks; off by 35% (median "
+        "of 2), 35% to 35% by trace"
     )
     text = f"# a\n\n{analysis.SECTION}\n\n| old |\n| --- |\n| row |\n\nafter\n\n## b\n\n| kept |\n"
     changed = analysis.with_table(text, "| new |\n")
@@ -470,4 +569,7 @@ def test_what_is_kept_can_be_shown():
     assert set(evidence.additions) == {
         name for name, file in ADDITIONAL_FILES.items() if (RESULTS / file).exists()
     }
-    assert analysis.results_page(evidence).html
+    page = analysis.results_page(evidence)
+    assert page.html
+    # No number is shown with digits that nobody reads.
+    assert re.findall(r"\d\.\d{4,}", page.markdown) == []

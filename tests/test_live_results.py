@@ -56,6 +56,12 @@ def readme_section():
     return text.split(f"{SECTION}\n", maxsplit=1)[1].split("\n## ", maxsplit=1)[0]
 
 
+def measured_text():
+    """What the README and its notes say of measurements, in one line."""
+    notes = (ROOT / "docs" / "measurements.md").read_text(encoding="utf-8")
+    return " ".join(f"{readme_section()} {notes}".split())
+
+
 def readme_table_rows():
     rows = [line for line in readme_section().splitlines() if line.startswith("|")]
     return [tuple(cell.strip() for cell in line.strip("|").split("|")) for line in rows]
@@ -296,7 +302,7 @@ def test_every_picture_has_words(page, evidence):
 
 def test_what_the_readme_says_of_memory_and_latency(raw):
     data = json.loads((RESULTS / "memory_latency.json").read_text())
-    text = " ".join(readme_section().split())
+    text = measured_text()
     measured = {row["setting"]: row["p95_ms"] for row in data["measured"]}
     copying = {row["setting"] for row in data["hit_rate_alone"]} & set(measured)
     for series, words in (
@@ -311,6 +317,48 @@ def test_what_the_readme_says_of_memory_and_latency(raw):
     assert (
         f"(circled, {data['recommended']}) took {measured[data['recommended']]:.1f} ms, "
         f"{circled['low_ms']:.1f} to {circled['high_ms']:.1f} were predicted" in text
+    )
+    assert f"over {len(copying)} buffers that copy what they miss" in text
+    assert f"over the medians of {data['judged_steps']} steps" in text
+    assert data["budget_bytes"] == data["all_expert_bytes"] / 2
+    assert "Within half of the experts' memory the recommended" in text
+    for each in (data, *data["others"]):
+        (plain,) = [row for row in each["measured"] if row["setting"] == "unbuffered"]
+        assert f"on the GPU a step takes {plain['p95_ms']:.1f} ms" in text
+    (lru,) = [row for row in data["predicted"] if row["setting"] == "lru:25%"]
+    judged = json.loads((RESULTS / "verified-qwen3-h100.json").read_text())["rows"]
+    (median,) = [
+        row["measured_ms"] for row in judged
+        if (row["setting"], row["percentile"]) == ("lru:25%", 50)
+    ]  # fmt: skip
+    assert (
+        f"on the first {data['judged_steps']} of them, by which predictions are judged, the same "
+        f"setting hits in {lru['judged_hit_rate']:.0%} and takes {median:.1f} ms" in text
+    )
+
+
+def test_what_the_notes_say_of_the_steps_that_are_judged():
+    text = measured_text()
+    counts = []
+    for name in ("qwen3", "twin-mt", "zoo-lm"):
+        for machine in ("h100", "h200"):
+            data = json.loads((RESULTS / f"verified-{name}-{machine}.json").read_text())
+            counts.append({len(times["steps"]) for times in data["step_times"].values()})
+    qwen, other, mt, same, zoo, too = (min(each) for each in counts)
+    assert (qwen, mt, zoo) == (other, same, too) and all(len(each) == 1 for each in counts)
+    assert f"{qwen} of Qwen3's, {mt} of the translation model's, {zoo} of the zoo's" in text
+    rows = json.loads((RESULTS / "prediction_quality.json").read_text())["rows"]
+    longer = [
+        np.median([
+            row["raw_ms"] / row["measured_ms"] for row in rows
+            if row["percentile"] == 99 and row["machine"] == machine
+        ])
+        for machine in ("NVIDIA H100 80GB HBM3", "NVIDIA H200")
+    ]  # fmt: skip
+    assert (
+        "on the H100 p99 of all repetitions is {:.2f} times as long as the p99 here (median), on "
+        "the H200 {:.2f} times".format(*longer)
+        in text
     )
 
 
@@ -328,7 +376,7 @@ def slow_visits(machine, model):
 
 def test_what_the_readme_says_of_the_other_machine():
     (data,) = json.loads((RESULTS / "memory_latency.json").read_text())["others"]
-    text = " ".join(readme_section().split())
+    text = measured_text()
     measured = {row["setting"]: row["p95_ms"] for row in data["measured"]}
     copying = {row["setting"] for row in data["hit_rate_alone"]} & set(measured)
     errors = []
@@ -344,8 +392,19 @@ def test_what_the_readme_says_of_the_other_machine():
     )
 
 
+def every_step_times():
+    """Yields the times of every setting that was verified."""
+    for path in sorted(RESULTS.glob("verified-*.json")):
+        yield from json.loads(path.read_text())["step_times"].values()
+
+
+def aside_share(times):
+    """Returns the share of a setting's times that is set aside."""
+    return sum(map(len, times.get("set_aside", ()))) / np.size(times["measured_ms"])
+
+
 def test_what_the_readme_says_of_the_hosts():
-    text = " ".join(readme_section().split())
+    text = measured_text()
     quality = json.loads((RESULTS / "prediction_quality.json").read_text())
     model = json.loads((RESULTS / "memory_latency.json").read_text())["routing"]["model"]
     slow, visits = slow_visits("NVIDIA H100 80GB HBM3", model)
@@ -365,7 +424,8 @@ def test_what_the_readme_says_of_the_hosts():
     assert (most["trace"], most["machine"]) == ("twin-mt", "NVIDIA H100 80GB HBM3")
     assert (
         f"are set aside: {first:.0%} and {second:.0%} of Qwen3's, at most "
-        f"{most['aside_share']:.0%} (the translation model on the H100)" in text
+        f"{most['aside_share']:.0%} of a model's on a GPU (the translation model on the H100) and "
+        f"{max(map(aside_share, every_step_times())):.0%} of one setting's" in text
     )
     whole = quality["all"]
     assert (
@@ -377,10 +437,10 @@ def test_what_the_readme_says_of_the_hosts():
 
 
 def test_what_the_readme_says_of_how_well_it_was_measured():
-    text = " ".join(readme_section().split())
+    text = measured_text()
     rows = json.loads((RESULTS / "prediction_quality.json").read_text())["rows"]
     known = [row for row in rows if (row["measured_spread"] or np.inf) <= 0.02]
-    assert f"until {len(known)} of {len(rows)} percentiles are measured to 2%" in text
+    assert f"measuring every percentile to 2% is missed: {len(known)} of {len(rows)} are" in text
     rough = Counter(
         (row["trace"], row["machine"]) for row in rows if (row["measured_spread"] or np.inf) > 0.02
     )
@@ -389,7 +449,7 @@ def test_what_the_readme_says_of_how_well_it_was_measured():
         ("twin-mt", first), ("zoo-lm", first), ("qwen3", first), ("qwen3", other),
     }  # fmt: skip
     assert (
-        f"the others are {rough['twin-mt', first]} of the translation model, "
+        f"The others are {rough['twin-mt', first]} of the translation model, "
         f"{rough['zoo-lm', first]} of the zoo's and {rough['qwen3', first]} of Qwen3 on the H100"
         in text
     )
@@ -397,7 +457,7 @@ def test_what_the_readme_says_of_how_well_it_was_measured():
 
 
 def test_what_the_readme_says_of_the_state_of_the_device():
-    text = " ".join(readme_section().split())
+    text = measured_text()
     data = json.loads((RESULTS / "gating_skew.json").read_text())
     rested, loaded = data["states"]["rested"], data["states"]["loaded"]
     rates = [each["ceilings"]["matrix_flops_per_s"] / 1e12 for each in (loaded, rested)]
@@ -420,7 +480,7 @@ def test_what_the_readme_says_of_the_state_of_the_device():
 
 
 def test_what_the_readme_says_of_who_is_predicted_well():
-    text = " ".join(readme_section().split())
+    text = measured_text()
     groups = {
         each["of"]: each
         for each in json.loads((RESULTS / "prediction_quality.json").read_text())["groups"]
@@ -436,14 +496,23 @@ def test_what_the_readme_says_of_who_is_predicted_well():
     error = worst["absolute_errors"]["model"]["0.5"]
     signed = worst["median_signed_error"]
     assert (
-        f"it is predicted to take {100 * signed:.1f}% too long (median; {100 * error:.1f}% off "
-        "without regard to sign)" in text
+        f"the {worst['inside'] / worst['stated']:.0%}, are predicted to take {100 * signed:.1f}% "
+        f"too long (median; {100 * error:.1f}% off without regard to sign)" in text
+    )
+    (mt,) = [
+        each["absolute_errors"]
+        for each in json.loads((RESULTS / "prediction_quality.json").read_text())["groups"]
+        if (each["by"], each["of"]) == ("model", "twin-mt")
+    ]
+    assert (
+        f"as good: {100 * mt['bytes over bandwidth']['0.5']:.1f}% off (median), the cost model "
+        f"{100 * mt['model']['0.5']:.1f}%" in text
     )
 
 
 def test_what_the_readme_says_of_how_well_the_coverage_is_known():
     """Recomputed from the rows, but for the bootstrap."""
-    text = " ".join(readme_section().split())
+    text = measured_text()
     quality = json.loads((RESULTS / "prediction_quality.json").read_text())
     rows = pd.DataFrame(quality["rows"])
     inside = rows["inside"].astype(bool)
@@ -462,10 +531,17 @@ def test_what_the_readme_says_of_how_well_the_coverage_is_known():
     assert group["clusters"] == len(rows[["machine", "trace"]].drop_duplicates())
     assert (
         f"Drawing settings whole ({setting['clusters']}), the interval is {setting['low']:.0%} to "
-        f"{setting['high']:.0%}; drawing everything of a GPU and trace whole, {group['low']:.0%} "
-        f"to {group['high']:.0%}, of {group['clusters']} groups (bootstrap of "
-        f"{clusters['draws']:,} draws" in text
+        f"{setting['high']:.0%} (bootstrap of {clusters['draws']:,} draws)" in text
     )
+    *shares, most = sorted(inside.groupby([rows["machine"], rows["trace"]]).mean())
+    said = ", ".join(f"{share:.0%}" for share in shares)
+    assert (
+        f"there are {group['clusters']}, too few for an interval; their shares are {said}" in text
+    )
+    assert f"{said} and {most:.0%}" in text
+    choices = quality["regret"]["rows"]
+    seen = sum(row["recommended"].startswith("min:") for row in choices)
+    assert f"In {seen} of {len(choices)} choices it is MIN" in text
     below, above = (
         (rows["measured_ms"] < rows["low_ms"]).sum(), (rows["measured_ms"] > rows["high_ms"]).sum()
     )  # fmt: skip
@@ -484,7 +560,7 @@ def test_what_the_readme_says_of_how_well_the_coverage_is_known():
 
 
 def test_what_the_readme_says_of_the_model_before():
-    text = " ".join(readme_section().split())
+    text = measured_text()
     errors, inside, count = [], 0, 0
     for name in ("qwen3", "zoo-lm"):
         before, now = (
@@ -496,13 +572,29 @@ def test_what_the_readme_says_of_the_model_before():
         inside += sum(row["inside"] for row in before["rows"])
         count += len(before["rows"])
     assert "they were {} and {} off".format(*errors) in text
-    assert f"{inside} of {count} intervals held" in text
+    assert f"and {inside} of {count} intervals held" in text
+
+
+def test_what_the_notes_say_of_the_first_round():
+    data, text = json.loads((RESULTS / "earlier_predictions.json").read_text()), measured_text()
+    whole = data["all"]
+    shares = {
+        each["of"]: each["inside"] / each["stated"]
+        for each in data["groups"] if each["by"] == "machine"
+    }  # fmt: skip
+    assert len({each["calibrated"] for each in data["sources"]}) == 1
+    assert (
+        f"from the calibration of one H100, held {whole['inside']} of {whole['stated']} intervals "
+        f"({whole['coverage']:.0%}; on the H100 {shares['NVIDIA H100 80GB HBM3']:.0%}, on the H200 "
+        f"{shares['NVIDIA H200']:.0%}), was {100 * whole['absolute_errors']['model']['0.5']:.1f}% "
+        f"off and recommended a setting that took {100 * data['regret']['worst']:.1f}% longer"
+    ) in text
 
 
 def test_what_the_readme_says_of_the_first_calibration_of_small_experts():
     first = json.loads((RESULTS / "zoo-lm-h200-from-wider-experts.json").read_text())
     errors = [abs(row["error"]) for row in first["rows"] if row["error"] is not None]
-    assert f"were {100 * np.median(errors):.0f}% off" in " ".join(readme_section().split())
+    assert f"were {100 * np.median(errors):.0f}% off" in measured_text()
     later = json.loads((RESULTS / "verified-zoo-lm-h200.json").read_text())
     assert first["date"] < later["date"]
 

@@ -94,19 +94,20 @@ def test_coverage_and_regret_by_hand(tmp_path):
     assert found["all"]["above"] == 2
     low, high = found["all"]["coverage_low"], found["all"]["coverage_high"]
     assert (low, high) == binomial_interval(9, 12)
-    # Of six settings one has both percentiles outside, one a single one; one machine and trace.
+    # Of six settings one has both percentiles outside, one a single one; one machine and trace,
+    # which says nothing. Six are too few for an interval.
     known = found["coverage_by_cluster"]
     assert (known["cases"], known["cases_alike"]) == (6, 5)
-    assert [(each["by"], each["clusters"]) for each in known["intervals"]] == [
-        ("setting", 6), ("GPU and trace", 1),
-    ]  # fmt: skip
-    assert known["intervals"][0]["low"] < low
-    assert (known["intervals"][1]["low"], known["intervals"][1]["high"]) == (0, 1)
+    (by_setting,) = known["intervals"]
+    assert (by_setting["by"], by_setting["clusters"]) == ("setting", 6)
+    assert by_setting["shares"] == [0, 0.5, 1, 1, 1, 1]
+    assert (by_setting["low"], by_setting["high"]) == (0, 1)
     said = coverage_findings(json.loads(json.dumps(found)))[0].text
-    assert "in 5 of 6 cases all percentiles" in said and "0% to 100% where each GPU and" in said
+    assert "in 5 of 6 cases all percentiles" in said
+    assert "By setting the 6 shares are 0%, 50%, 100%, 100%, 100%, 100%: too few for an" in said
     assert "Of the 3 outside 1 were measured faster than the stated interval and 2 slower" in said
     (row, *_) = parts.prediction_readme_rows({"command": "python", **found})
-    assert row[1].endswith(", by GPU and trace 0% to 100%") and "); by setting " in row[1]
+    assert row[1].endswith("); by setting 0% to 100% (the 6 shares)")
     assert found["regret"]["choices"] == 2 * 3
     assert found["regret"]["worst"] == pytest.approx(0.2) and found["regret"]["median"] == 0
     worst = [row for row in found["regret"]["rows"] if row["regret"] > 0]

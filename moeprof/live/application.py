@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from types import TracebackType
@@ -112,7 +113,8 @@ def apply_gating(
             )
     found, layouts = readable_experts(model)
     technique = f"apply_gating(model, {gating!r})"
-    undo = [claim_experts(map(experts_module, found), technique)]
+    claim = claim_experts(map(experts_module, found), technique)
+    undo = [claim.release]
     try:
         forwards = []
         for site, layout in zip(found, layouts, strict=True):
@@ -127,7 +129,9 @@ def apply_gating(
     except BaseException:
         _take_back(undo)
         raise
-    return AppliedGating(gating, token_fraction, len(found), undo)
+    applied = AppliedGating(gating, token_fraction, len(found), undo)
+    claim.hand_out(applied, functools.partial(_take_back, undo))
+    return applied
 
 
 def _take_back(undo: list[Callable[[], None]]) -> None:

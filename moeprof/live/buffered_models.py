@@ -104,7 +104,7 @@ def buffer_experts(
     found, layouts = readable_experts(model)
     target = _target(model, layouts) if device is None else torch.device(device)
     stores: list[ExpertStore] = []
-    undo = [claim_experts(map(experts_module, found), TECHNIQUE)]
+    undo = [claim_experts(map(experts_module, found), TECHNIQUE).release]
     try:
         for layout in layouts:
             store = store_of_layout(layout, pinned=target.type == "cuda")
@@ -176,31 +176,45 @@ def _target(model: nn.Module, layouts: Sequence[ExpertLayout]) -> torch.device:
 
 def _move_out(layout: ExpertLayout, store: ExpertStore) -> None:
     """Lets a module's parameters lie in the store, so that nothing of them stays on the device."""
-    # Parameters must not become inference tensors, which could never be trained again.
-    with torch.inference_mode(False):
-        stacked = store.shape.stacked_views(store.memory, store.num_experts)
-        for part in layout.parts:
-            if part.expert is None:
-                view = stacked[part.tensor]
-                part.parameter.data = view.mT if part.transposed else view
-                continue
-            view = store.shape.views(store.block(part.expert))[part.tensor]
-            rows = part.matrix(part.expert).shape[0]
-            own = view[part.start : part.start + rows]
-            part.parameter.data = own.t() if part.transposed else own
+    stacked = store.shape.stacked_views(store.memory, store.num_experts)
+    for part in layout.parts:
+        if part.expert is None:
+            view = stacked[part.tensor]
+            _lay_in(part.parameter, view.mT if part.transposed else view)
+            continue
+        view = store.shape.views(store.block(part.expert))[part.tensor]
+        rows = part.matrix(part.expert).shape[0]
+        own = view[part.start : part.start + rows]
+        _lay_in(part.parameter, own.t() if part.transposed else own)
+
+
+def _lay_in(parameter: torch.Tensor, memory: torch.Tensor) -> None:
+    """Lets a parameter lie in memory of the same shape, and stay the kind of tensor it is.
+
+    An inference tensor could never be trained again; and one made normal, having no version, could
+    not even be read.
+    """
+    with torch.inference_mode(parameter.is_inference()), torch.no_grad():
+        own = torch.empty(0, dtype=memory.dtype, device=memory.device)
+        own.set_(
+            memory.untyped_storage(),  # type: ignore[call-overload]
+            memory.storage_offset(),
+            memory.shape,
+            memory.stride(),
+        )
+        parameter.data = own
 
 
 def _take_home(layout: ExpertLayout, device: torch.device, store: ExpertStore) -> None:
     """Brings a module's parameters back and closes the store that they lay in."""
     left: list[torch.Tensor] = []
     errors = []
-    with torch.inference_mode(False):
-        for part in layout.parts:
-            try:
-                _bring_back(part.parameter, device)
-            except BaseException as error:  # There may be room for the others.
-                left.append(part.parameter)
-                errors.append(error)
+    for part in layout.parts:
+        try:
+            _bring_back(part.parameter, device)
+        except BaseException as error:  # There may be room for the others.
+            left.append(part.parameter)
+            errors.append(error)
     if errors:
         # What lies in the store has to be gone first.
         weakref.finalize(left[0], store.close).atexit = False
@@ -214,7 +228,9 @@ def _take_home(layout: ExpertLayout, device: torch.device, store: ExpertStore) -
 def _bring_back(parameter: torch.Tensor, device: torch.device) -> None:
     """Gives a parameter memory of its own on the device again."""
     source = parameter.data
-    parameter.data = torch.empty(source.shape, dtype=source.dtype, device=device).copy_(source)
+    with torch.no_grad():
+        home = torch.empty(source.shape, dtype=source.dtype, device=device).copy_(source)
+    _lay_in(parameter, home)
 
 
 def _module_runner(

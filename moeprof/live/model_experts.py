@@ -9,6 +9,7 @@ import functools
 import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
+from weakref import ReferenceType, ref
 
 import torch
 from torch import nn
@@ -145,6 +146,8 @@ def standing_forwards(
 ) -> list[tuple[nn.Module, Callable[..., Any]]]:
     """Returns the modules whose forward changes so that ``run`` stands in, and those forwards.
 
+    The forwards hold none of these modules.
+
     Args:
         site: The site.
         num_experts: Its experts.
@@ -152,14 +155,14 @@ def standing_forwards(
     """
     experts = experts_module(site)
     if site.adapter is adapters.NLLB:
-        return [(site.modules.block, functools.partial(_nllb_forward, site, run))]
+        return [(site.modules.block, functools.partial(_nllb_forward, ref(site.modules.block), run))]
     if site.adapter is adapters.SWITCH:
         return [(experts, functools.partial(_switch_forward, run))]
     if isinstance(experts, PaperExperts):
         block = site.modules.block
         assert isinstance(block, PaperMoe)
         return [
-            (block, functools.partial(_paper_forward, block)),
+            (block, functools.partial(_paper_forward, ref(block))),
             (experts, functools.partial(_paper_experts_forward, run)),
         ]
     names = _argument_names(experts)
@@ -184,9 +187,10 @@ def _arguments_forward(
     top_k = ids.shape[-1]
     ids = ids.reshape(-1, top_k)
     # Not (tokens, -1): there may be no token.
-    gates = weights.reshape(-1, weights.shape[-1])
-    if gates.shape != ids.shape:
-        # Some blocks hand over weights for all experts.
+    if weights.numel() == ids.numel():
+        gates = weights.reshape(ids.shape)
+    else:  # Some blocks hand over weights for all experts.
+        gates = weights.reshape(-1, weights.shape[-1])
         gates = gates.gather(1, ids.long().clamp(min=0, max=num_experts - 1))
     # An id past the last expert marks an empty slot, as -1 does.
     ids = torch.where(ids >= num_experts, -1, ids)
@@ -194,7 +198,9 @@ def _arguments_forward(
     return out.view(hidden.shape)
 
 
-def _paper_forward(block: PaperMoe, hidden_states: torch.Tensor) -> torch.Tensor:
+def _paper_forward(found: ReferenceType[PaperMoe], hidden_states: torch.Tensor) -> torch.Tensor:
+    block = found()
+    assert block is not None
     flat = hidden_states.reshape(-1, hidden_states.shape[-1])
     ids, weights = block.gate(flat)
     # By their module: a recorder watches its calls.
@@ -209,12 +215,12 @@ def _paper_experts_forward(
 
 
 def _nllb_forward(
-    site: FoundSite,
+    found: ReferenceType[nn.Module],
     run: RunExperts,
     hidden_states: torch.Tensor,
     padding_mask: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    block: Any = site.modules.block
+    block: Any = found()
     flat = hidden_states.reshape(-1, hidden_states.shape[-1])
     _, combine, _ = block.router(flat, padding_mask)
     weights, ids = combine.topk(min(2, combine.shape[-1]), dim=-1)

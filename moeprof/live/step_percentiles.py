@@ -25,6 +25,7 @@ _NUM_DRAWS = 200
 _MOST_NUMBERS = 1 << 22
 _LEAST_REPETITIONS = 3
 _TAIL = 0.05
+_SHIFTS = 2.0
 _Z = 1.6448536269514722
 
 
@@ -133,8 +134,9 @@ def spread_of(times: Floats, percentile: int, visits: Numbers | None = None) -> 
 
     A high percentile of medians that are not exact lies above that of exact ones: where steps are
     nearly alike, the slowest is the one that chance slowed most. What is drawn again is shifted
-    again. Where the percentile is outside the middle half of the draws, the distance from their
-    median is added to half the width.
+    again, but by less. Where the percentile is outside the middle half of the draws, twice the
+    distance from their median is added to half the width: where all steps are alike 75 to 95 % of
+    intervals then hold, of the width alone 1 to 30 % (simulated, 6 to 40 visits of 2).
 
     Args:
         times: [repetitions, steps]; NaN where one is set aside.
@@ -172,7 +174,7 @@ def spreads_of(
         own = measured_ms(times, percentile)
         ends = (_TAIL, 0.25, 0.5, 0.75, 1 - _TAIL)
         low, left, middle, right, high = np.quantile(found, ends).tolist()
-        shift = 0.0 if left <= own <= right else abs(middle - own)
+        shift = 0.0 if left <= own <= right else _SHIFTS * abs(middle - own)
         spreads.append(float((widened * (high - low) / 2 + shift) / own))
     return tuple(spreads)
 

@@ -33,7 +33,10 @@ def new_event() -> torch.cuda.Event:
 
 def with_index(device: torch.device) -> torch.device:
     """Returns a device that stays the same one, whichever is the current one later."""
-    return torch.device(device.type, _index_of(device)) if device.type == "cuda" else device
+    if device.type == "cuda":
+        return torch.device(device.type, _index_of(device))
+    # Tensors on "cpu:0" say that they lie on "cpu".
+    return torch.device("cpu") if device.type == "cpu" else device
 
 
 def made_current(device: torch.device) -> AbstractContextManager[Any]:

@@ -15,6 +15,8 @@ from moeprof.replay.result import SEVERITY_FACT, Finding, Metric
 
 CLUSTER_DRAWS = 10_000
 CLUSTER_SEED = 0
+LEAST_CLUSTERS = 20
+"""Of fewer an interval by clusters is too narrow to be called one of 90 %."""
 
 _TAIL = 0.05
 _BISECTIONS = 60
@@ -99,6 +101,9 @@ def clustered_interval(
     (`moeprof.live.step_percentiles.widening`). Draws of successes alone, or of none, are all the
     same: then it is the exact interval of as many trials as there are clusters. One cluster says
     nothing: 0 to 1.
+
+    Of 77 clusters such intervals hold the truth 86 to 93 % of the time, of 6 unlike ones 69 to 87 %
+    (simulated): below `LEAST_CLUSTERS` say what each cluster's share is instead.
 
     Args:
         is_success: [trials] at least one.

@@ -73,7 +73,7 @@ def checks_rows(buffering: Mapping[str, Any]) -> pd.DataFrame:
 
 
 def _percent_of(value: float) -> str:
-    return "" if pd.isna(value) else f"{100 * value:.3f}%"
+    return "" if pd.isna(value) else f"{100 * value:.1f}%"
 
 
 def checks_said(data: Mapping[str, Any]) -> list[str]:

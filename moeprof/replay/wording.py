@@ -25,21 +25,21 @@ _ORDER = {"decode": 0, "encode": 1, "prefill": 2, "mixed": 3}
 def percent(share: float) -> str:
     """Returns a share as a percentage with two or three digits."""
     digits = 1 if 0 < round(abs(share), 3) < _SMALL_SHARE else 0
-    return f"{100 * share:.{digits}f}%"
+    return f"{100 * share:z.{digits}f}%"
 
 
 def percent_range(low: float, high: float) -> str:
     """Returns ``38 to 44%``, with one digit more where both ends would read the same."""
     first, second = percent(low), percent(high)
     if first == second and low != high:
-        first, second = f"{100 * low:.1f}%", f"{100 * high:.1f}%"
+        first, second = f"{100 * low:z.1f}%", f"{100 * high:z.1f}%"
     return f"{first.removesuffix('%')} to {second}"
 
 
 def points(share: float) -> str:
     """Returns a difference of shares in percentage points."""
     return (
-        f"{100 * share:.0f} points" if abs(share) >= _SMALL_SHARE else (f"{100 * share:.1f} points")
+        f"{100 * share:z.0f} points" if abs(share) >= _SMALL_SHARE else f"{100 * share:z.1f} points"
     )
 
 

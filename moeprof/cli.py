@@ -910,13 +910,14 @@ def verify(context: click.Context, /, trace: str, **options: Any) -> int:
     with _extra("record", "running layers"):
         from moeprof.live import verification, verification_files
     from moeprof.replay.calibration_file import read_calibration
+    from moeprof.replay.cost_model import UNJUDGED
     from moeprof.replay.serving_settings import parse_setting
     from moeprof.trace.reader import open_trace
 
     opened = open_trace(trace)
     if options["earlier"] is not None and options["predictions"] is None:
         raise click.UsageError("--continue goes with the --predictions of that run", context)
-    earlier = None
+    earlier, is_serial = None, False
     with _progress(talk) as show:
         if options["earlier"] is not None:
             earlier = verification_files.read_verification(options["earlier"])
@@ -928,6 +929,7 @@ def verify(context: click.Context, /, trace: str, **options: Any) -> int:
                 raise click.UsageError(f"--{option} is that of the predictions", context)
         else:
             machine = read_calibration(options["calibration"])
+            is_serial = machine.is_serial
             names = options["settings"]
             made = verification.make_predictions(
                 opened,
@@ -938,6 +940,8 @@ def verify(context: click.Context, /, trace: str, **options: Any) -> int:
             )
         if options["predict_only"]:
             verification_files.write_predictions(made, output, force=force)
+            if is_serial:
+                talk.say(f"Note: {UNJUDGED}")
             talk.say(f"Next: moeprof verify {trace} --predictions {output}")
             click.echo(output)
             return 0

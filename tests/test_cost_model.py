@@ -613,6 +613,14 @@ def test_a_hit_rate_is_of_the_judged_steps(tmp_path: Path) -> None:
     assert not any("repetitions" in note for note in result.notes)
 
 
+def test_predictions_of_a_cpu_say_that_they_were_not_judged(trace: Any) -> None:
+    settings = [parse_setting("lru:25%")]
+    for is_serial in (False, True):
+        machine = any_machine(is_serial=is_serial)
+        result = moeprof.replay.cost(trace, machine, settings, shape=SHAPE)
+        assert (cost_model.UNJUDGED in result.notes) == is_serial
+
+
 def test_the_table(trace: Any) -> None:
     machine = any_machine(corrections=corrections(residuals=(0.0, 0.01, -0.01)))
     settings = [parse_setting(text) for text in ("lru:25%", "min:4:host", "gating:dynamic")]

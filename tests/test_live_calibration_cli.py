@@ -107,6 +107,7 @@ def test_from_the_machine_to_the_verdict(run: Run, tmp_path: Path) -> None:
              "--settings", "lru:2,min:25%,gating:dynamic_loop")  # fmt: skip
     code, out, err = run(*asked, "--rounds", "2", "--predict-only", "-o", "p.json")
     assert (code, out) == (0, "p.json\n"), err
+    assert "Note: calibrated on a CPU" in err
     predicted = json.loads((tmp_path / "p.json").read_text())
     assert predicted["settings"] == ["lru:2", "min:25%", "gating:dynamic_loop"]
     assert predicted["options"]["shape"]["d_ff"] == 8 and predicted["options"]["rounds"] == 2

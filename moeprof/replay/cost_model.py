@@ -46,6 +46,9 @@ if TYPE_CHECKING:
 
 Floats = NDArray[np.float64]
 
+UNJUDGED = "calibrated on a CPU: this model of time was held to measurements on GPUs only"
+"""Said of predictions that may be far off, intervals included."""
+
 NAME = "cost"
 NUM_DRAWS = 200
 LEAST_TRIALS = 3
@@ -589,6 +592,7 @@ def cost(
             f"{len(question.judged)} of {len(question.routed.steps)} steps judged, to which hit "
             "rates and bytes copied belong as well",
             "a step is all experts of the stack, without what lies between them",
+            *([UNJUDGED] if machine.is_serial else []),
         ),
     )
 

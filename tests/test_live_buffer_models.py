@@ -206,6 +206,18 @@ def test_experts_leave_and_come_back() -> None:
     assert torch.equal(weight, before)
 
 
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("device", ["cpu:0", torch.device("cpu", 0), "cpu"])
+def test_the_host_by_any_name(device: Any) -> None:
+    model = tiny_models.mixtral()
+    ids = torch.arange(3, 17)[None]
+    with torch.no_grad():
+        expected = model(ids).logits
+        with buffer_experts(model, capacity=2, device=device) as buffer:
+            assert torch.allclose(model(ids).logits, expected, rtol=1e-3, atol=1e-4)
+        assert buffer.device == torch.device("cpu")
+
+
 def test_an_error_brings_everything_back() -> None:
     model: Any = tiny_models.mixtral()
     ids = prompts()

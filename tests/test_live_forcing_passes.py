@@ -171,25 +171,68 @@ def test_a_refused_batch_gives_its_pass_back() -> None:
 
 
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
-@pytest.mark.parametrize("place", ["layer", "head"])
-def test_a_forward_pass_that_an_error_ended_gives_its_pass_back(
-    place: str, error: type[BaseException]
-) -> None:
+def test_a_stack_that_an_error_ended_gives_its_pass_back(error: type[BaseException]) -> None:
     model: Any = tiny_models.mixtral()
     routing = routing_for(model, [14, 14])
     first, second = forced_outputs(model, routing)
-    module = model.model.layers[1] if place == "layer" else model.lm_head
 
     def fail(*_: Any) -> None:
         raise error
 
     with force_routing(model, routing):
         for expected in (first, second):
-            handle = module.register_forward_pre_hook(fail)
+            handle = model.model.layers[1].register_forward_pre_hook(fail)
             with pytest.raises(error):
                 run(model)
             handle.remove()
             assert torch.equal(run(model), expected)
+
+
+@pytest.mark.parametrize(
+    ("place", "error"),
+    [
+        ("stack's end", ValueError),
+        ("before the head", ValueError),
+        ("before the head", KeyboardInterrupt),
+        ("model's end", ValueError),
+        ("model's end", KeyboardInterrupt),
+    ],
+)
+def test_an_error_after_the_stacks_ran_through_does_not_give_passes_back(
+    place: str, error: type[BaseException]
+) -> None:
+    """As who raises to stop before the head does, once the activations are there."""
+    model: Any = tiny_models.mixtral()
+    routing = routing_for(model, [14, 14, 14])
+    seen: list[Any] = []
+    kept = model.model.register_forward_hook(lambda *given: seen.append(given[2][0].clone()))
+    with force_routing(model, routing):
+        for _ in range(3):
+            run(model)
+    kept.remove()
+    expected, seen = seen, []
+
+    def stop(*given: Any) -> None:
+        if place == "stack's end":
+            seen.append(given[2][0].clone())
+        raise error
+
+    if place == "stack's end":
+        model.model.register_forward_hook(stop)
+    else:
+        model.model.register_forward_hook(lambda *given: seen.append(given[2][0].clone()))
+        if place == "before the head":
+            model.lm_head.register_forward_pre_hook(stop)
+        else:
+            model.register_forward_hook(stop)
+    passes = []
+    with force_routing(model, routing) as forced:
+        for _ in range(3):
+            with pytest.raises(error):
+                run(model)
+            passes.append(forced.passes["decoder"])
+    assert passes == [1, 2, 3]
+    assert len(seen) == 3 and all(map(torch.equal, seen, expected))
 
 
 def test_a_failed_decoder_gives_the_encoder_s_pass_back() -> None:
@@ -208,6 +251,111 @@ def test_a_failed_decoder_gives_the_encoder_s_pass_back() -> None:
                 call(tokens(2, 5))
             assert torch.equal(call(tokens()), expected)
         assert forced.passes == {"encoder": 2, "decoder": 2}
+
+
+def test_an_encoder_whose_decoder_is_used_up_gives_its_pass_back() -> None:
+    model: Any = nllb_moe()
+    routing = routing_for(model, [14], encoder_tokens=[14, 14])
+    with force_routing(model, routing) as forced, torch.no_grad():
+        model(input_ids=tokens(), decoder_input_ids=tokens())
+        with pytest.raises(UsageError, match="decoder is used up"):
+            model(input_ids=tokens(), decoder_input_ids=tokens())
+        assert forced.passes == {"encoder": 1, "decoder": 1}
+
+
+def test_an_interrupted_step_leaves_later_passes_alone() -> None:
+    """generate() calls the encoder outside of the model's forward pass."""
+    model: Any = nllb_moe()
+    routing = routing_for(model, [2] * 12, encoder_tokens=[14] * 4)
+    interrupted = [True]
+    encoded: list[Any] = []
+
+    def stop(*_: Any) -> None:
+        if interrupted.pop():
+            raise KeyboardInterrupt
+
+    def generate() -> None:
+        model.generate(tokens(), max_new_tokens=2, min_new_tokens=2)
+
+    def watch(module: Any, args: Any, output: Any) -> None:
+        encoded.append(output[0].clone())
+
+    model.get_encoder().register_forward_hook(watch)
+    with force_routing(model, routing):
+        for _ in range(3):
+            generate()
+    expected = encoded[:]
+    assert not torch.equal(expected[0], expected[1])
+    encoded.clear()
+    handle = model.get_decoder().layers[1].register_forward_pre_hook(stop)
+    passes = []
+    with force_routing(model, routing) as forced:
+        with pytest.raises(KeyboardInterrupt):
+            generate()
+        handle.remove()
+        passes.append(forced.passes["encoder"])
+        for _ in range(2):
+            generate()
+            passes.append(forced.passes["encoder"])
+        decoded = forced.passes["decoder"]
+    assert passes == [1, 2, 3] and all(map(torch.equal, encoded, expected))
+    with force_routing(model, routing) as forced:
+        for _ in range(2):
+            generate()
+        assert forced.passes["decoder"] == decoded
+
+
+@pytest.mark.parametrize("before", ["a call", "a stack's call", "an interrupted call"])
+def test_layers_called_by_hand_after_the_model_begin_passes_of_their_own(before: str) -> None:
+    model: Any = tiny_models.mixtral()
+    layers = [layer.mlp for layer in model.model.layers]
+    routing = routing_for(model, [14] * 5)
+    hidden = torch.randn(2, 7, 32, generator=torch.Generator().manual_seed(1))
+
+    def by_hand() -> list[Any]:
+        with torch.no_grad():
+            return [layer(hidden) for layer in layers]
+
+    with force_routing(layers, routing):
+        expected = [by_hand() for _ in range(5)]
+
+    def stop(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with force_routing(model, routing) as forced:
+        if before == "an interrupted call":
+            run(model)
+            handle = layers[2].register_forward_pre_hook(stop)
+            with pytest.raises(KeyboardInterrupt):
+                run(model)
+            handle.remove()
+        elif before == "a call":
+            run(model)
+        else:
+            with torch.no_grad():
+                model.model(tokens())
+        for step in range(1, 4):
+            assert all(map(torch.equal, by_hand(), expected[step]))
+            assert forced.passes == {"decoder": step + 1}
+        run(model)
+        assert forced.passes == {"decoder": 5}
+
+
+def test_a_site_called_in_parts_within_its_stack_stays_in_the_pass() -> None:
+    model: Any = tiny_models.mixtral()
+    routing = routing_for(model, [14, 14])
+    block = model.model.layers[1].mlp
+    calls: list[Any] = []
+
+    def again(module: Any, args: Any, output: Any) -> None:
+        if len(calls) < 1:
+            calls.append(output)
+            calls.append(module(*args))
+
+    block.register_forward_hook(again)
+    with force_routing(model, routing) as forced:
+        run(model)
+        assert forced.passes == {"decoder": 1} and torch.equal(*calls)
 
 
 def test_a_model_that_returns_nothing_goes_on_to_the_next_pass() -> None:

@@ -11,13 +11,21 @@ import pytest
 torch = pytest.importorskip("torch")
 
 import tiny_models  # noqa: E402
+from forcing_tools import with_weights  # noqa: E402
 
 import moeprof  # noqa: E402
-from moeprof.errors import UsageError  # noqa: E402
-from moeprof.live import apply_gating  # noqa: E402
+from moeprof.errors import MoeprofError, UsageError  # noqa: E402
+from moeprof.live import (  # noqa: E402
+    RoutingShape,
+    apply_gating,
+    buffer_experts,
+    force_routing,
+    skewed_routing,
+)
 from moeprof.live.kernels import KERNELS  # noqa: E402
 from moeprof.live.paper_lm import PaperLm, PaperLmConfig  # noqa: E402
 from moeprof.live.scoring_heads import ScoringHead  # noqa: E402
+from moeprof.recording import sites as site_search  # noqa: E402
 from moeprof.zoo import fix_nllb_dispatch  # noqa: E402
 
 TINY = PaperLmConfig(
@@ -100,6 +108,124 @@ def test_a_recording_sees_the_same_routing(tmp_path):
         moeprof.open(tmp_path / f"{name}.moeprof").routing() for name in ("own", "applied")
     )
     assert own["expert"].equals(applied["expert"])
+
+
+def mixtral_block():
+    model = tiny_models.mixtral()
+    return model, model.model.layers[0].mlp, torch.randn(2, 4, 32)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("gating", ["static_index", "static_mask"])
+def test_a_static_gating_compiles_as_one_graph(gating):
+    model, block, hidden = mixtral_block()
+    torch.compiler.reset()
+    with apply_gating(model, gating), torch.no_grad():
+        expected = block(hidden)
+        compiled = torch.compile(block, backend="eager", fullgraph=True)
+        assert torch.allclose(compiled(hidden), expected, atol=1e-6)
+        exported = torch.export.export(block, (hidden,)).module()
+        assert torch.allclose(exported(hidden), expected, atol=1e-6)
+    torch.compiler.reset()
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_compiled_gating_refuses_a_backward_pass_too():
+    model, block, hidden = mixtral_block()
+    torch.compiler.reset()
+    with apply_gating(model, "static_index"):
+        expected = block(hidden)
+        out = torch.compile(block, backend="eager")(hidden)
+        assert torch.allclose(out, expected, atol=1e-6)
+        with pytest.raises(MoeprofError, match="no gradients"):
+            out.sum().backward()
+    torch.compiler.reset()
+
+
+class ShapedExperts(torch.nn.Module):
+    """Takes its weights in any shape."""
+
+    def __init__(self):
+        super().__init__()
+        self.num_experts = 4
+        self.gate_up_proj = torch.nn.Parameter(torch.randn(4, 32, 8) * 0.3)
+        self.down_proj = torch.nn.Parameter(torch.randn(4, 8, 16) * 0.3)
+        self.act_fn = torch.nn.SiLU()
+
+    def forward(self, hidden_states, top_k_index, top_k_weights):
+        weights = top_k_weights.reshape(top_k_index.shape)
+        out = torch.zeros_like(hidden_states)
+        for token, row in enumerate(hidden_states):
+            for expert, weight in zip(top_k_index[token], weights[token], strict=True):
+                gate, up = (self.gate_up_proj[expert] @ row).chunk(2)
+                out[token] += weight * (self.down_proj[expert] @ (self.act_fn(gate) * up))
+        return out
+
+
+class ShapedModel(torch.nn.Module):
+    class Block(torch.nn.Module):
+        def __init__(self, shape, top_k):
+            super().__init__()
+            self.gate = torch.nn.Linear(8, 4)
+            self.experts = ShapedExperts()
+            self.shape, self.top_k = shape, top_k
+
+        def forward(self, hidden):
+            weights, ids = self.gate(hidden).softmax(-1).topk(self.top_k, -1)
+            return self.experts(hidden, ids, weights.reshape(self.shape))
+
+    def __init__(self, shape, top_k):
+        super().__init__()
+        self.layers = torch.nn.ModuleList([self.Block(shape, top_k) for _ in range(2)])
+
+    def forward(self, hidden):
+        for layer in self.layers:
+            hidden = hidden + layer(hidden)
+        return hidden
+
+
+@pytest.fixture
+def shaped_experts():
+    site_search.register(ShapedExperts, ids="top_k_index", weights="top_k_weights")
+    yield
+    site_search._REGISTERED.pop(ShapedExperts)
+
+
+@pytest.mark.usefixtures("shaped_experts")
+@pytest.mark.parametrize(
+    ("shape", "top_k"),
+    [((-1, 2), 2), ((-1, 2, 1), 2), ((-1,), 2), ((-1, 1), 1), ((-1, 1, 1), 1), ((-1,), 1)],
+)
+def test_weights_come_in_any_shape(shape, top_k):
+    torch.manual_seed(0)
+    model, hidden = ShapedModel(shape, top_k).eval(), torch.randn(5, 8)
+    shapes = RoutingShape(num_sites=2, num_experts=4, top_k=top_k, tokens=[5])
+    routing = with_weights(skewed_routing([shapes], exponent=0.7, seed=1))
+    site = routing.stack().sites[0]
+    with torch.no_grad():
+        expected = model(hidden)
+        with force_routing(model, routing):
+            first = model.layers[0](hidden)
+        ids, weights = torch.from_numpy(site.experts), torch.from_numpy(site.weights)
+        assert torch.allclose(first, model.layers[0].experts(hidden, ids, weights), atol=1e-6)
+        for technique in (apply_gating(model, "dynamic"), None):
+            with technique or buffer_experts(model, capacity=2):
+                assert torch.allclose(model(hidden), expected, atol=1e-5)
+
+
+@pytest.mark.usefixtures("shaped_experts")
+@pytest.mark.parametrize(
+    ("shape", "given"), [((-1, 1), (5, 2)), ((-1, 1, 1), (5, 2, 1)), ((-1,), (10,))]
+)
+def test_weights_of_more_slots_keep_their_kind_of_shape(shape, given):
+    model, hidden = ShapedModel(shape, 1).eval(), torch.randn(5, 8)
+    shapes = RoutingShape(num_sites=2, num_experts=4, top_k=2, tokens=[5])
+    seen = []
+    with force_routing(model, skewed_routing([shapes], exponent=0.7, seed=1), top_k="trace"):
+        model.layers[0].experts.register_forward_pre_hook(lambda _, args: seen.append(args[2]))
+        with torch.no_grad():
+            model(hidden)
+    assert tuple(seen[0].shape) == given
 
 
 def test_restoring_twice_and_after_an_error_leaves_the_model_as_it_was():

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import copy
+import functools
 import gc
-from collections.abc import Callable
+import pickle
+import weakref
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -88,6 +91,22 @@ def test_handles_taken_back_in_any_order_leave_the_model_as_it_was() -> None:
     assert torch.equal(logits(model), plain) and not replaced(model)
 
 
+@pytest.mark.parametrize("second", list(TECHNIQUES))
+@pytest.mark.parametrize("build", [tiny_models.mixtral, nllb_moe])
+def test_a_gating_whose_handle_was_dropped_is_taken_back_by_the_next(
+    build: Any, second: str
+) -> None:
+    model = build()
+    plain = logits(model)
+    apply_gating(model, "static_index", token_fraction=0.05)
+    dropping = logits(model)
+    assert not torch.allclose(dropping, plain, atol=1e-3)  # It stays without its handle.
+    with TECHNIQUES[second](model):
+        assert torch.allclose(logits(model), plain, rtol=1e-3, atol=1e-4)
+    assert torch.equal(logits(model), plain)
+    assert build is nllb_moe or not replaced(model)
+
+
 def test_what_fails_while_it_is_applied_leaves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_models.mixtral()
     plain = logits(model)
@@ -119,6 +138,55 @@ def test_a_wrapper_that_stays_longer_calls_the_module_s_own_forward() -> None:
     assert torch.equal(module(rows), own + 1)
     take_back()
     assert torch.equal(module(rows), own + 1)
+
+
+def test_a_forward_that_was_wrapped_and_left_over_is_copied_as_the_module_s_own() -> None:
+    module = torch.nn.Linear(2, 2)
+    rows = torch.ones(1, 2)
+    take_back = replace_forward(module, lambda rows: rows * 0)
+    inner = module.forward
+    module.forward = functools.partial(inner)  # As offloading does,
+    take_back()
+    module.forward = inner  # and undoes it.
+    for duplicate in (copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
+        with torch.no_grad():
+            module.weight.mul_(2)
+            duplicate.weight.zero_()
+        assert torch.equal(duplicate(rows)[0], module.bias)
+        assert not torch.equal(module(rows)[0], module.bias)
+
+
+@pytest.fixture
+def no_collector() -> Iterator[None]:
+    gc.collect()
+    gc.disable()
+    yield
+    gc.enable()
+
+
+@pytest.mark.usefixtures("no_collector")
+@pytest.mark.parametrize("is_kept", [False, True])
+@pytest.mark.parametrize("build", [tiny_models.mixtral, tiny_models.switch, None])
+def test_a_model_that_is_dropped_while_something_stands_in_goes_at_once(
+    build: Any, is_kept: bool
+) -> None:
+    model = build() if build is not None else PaperLm(PAPER, dtype=torch.float32)
+    gc.collect()
+    gating: Any = apply_gating(model, "dynamic")
+    logits(model)
+    names = [name for name, _ in model.named_modules() if name.endswith("experts")]
+    found = [weakref.ref(model.get_submodule(name)) for name in names]
+    found += [weakref.ref(parameter) for parameter in model.parameters()]
+    assert len(names) > 1
+    standing = [weakref.ref(module) for module in model.modules() if "forward" in vars(module)]
+    found += standing
+    assert standing
+    if not is_kept:
+        del gating
+    del model
+    assert [one() for one in found] == [None] * len(found)
+    if is_kept:
+        gating.restore()
 
 
 @pytest.mark.parametrize("technique", list(TECHNIQUES))
@@ -228,6 +296,67 @@ def test_a_watch_sees_other_parameters_memory_and_content() -> None:
     assert not inference.has_changed()
 
 
+def test_a_watch_sees_other_modules() -> None:
+    module = torch.nn.ModuleDict({"a": torch.nn.Linear(2, 2), "b": torch.nn.Linear(2, 2)})
+    watch = WeightWatch(module, module.parameters(), is_shared=False)
+    own = module["b"]
+    assert not watch.has_changed()
+    module["b"] = copy.deepcopy(own)
+    assert watch.has_changed() and watch.has_changed()
+    module["b"] = own
+    assert not watch.has_changed()
+
+
+@pytest.mark.parametrize("technique", list(TECHNIQUES))
+@pytest.mark.parametrize("is_one", [True, False])
+def test_expert_modules_that_were_replaced_are_not_ignored(is_one: bool, technique: str) -> None:
+    model: Any = nllb_moe()
+    block = model.model.decoder.layers[1].ffn
+    other = copy.deepcopy(block.experts)
+    with TECHNIQUES[technique](model):
+        logits(model)
+        if is_one:
+            block.experts["expert_0"] = other["expert_0"]
+        else:
+            block.experts = other
+        with pytest.raises(MoeprofError, match="changed after"):
+            logits(model)
+
+
+@pytest.mark.parametrize("is_first", [True, False])
+@pytest.mark.parametrize("number", [0, 63, 64, 129])
+def test_a_watch_of_many_parameters(number: int, is_first: bool) -> None:
+    module = torch.nn.ParameterList(torch.nn.Parameter(torch.ones(2)) for _ in range(130))
+    watch = WeightWatch(module, module.parameters(), is_shared=False)
+    if not is_first:
+        assert not watch.has_changed()
+    with torch.no_grad():
+        module[number].add_(1)
+    assert watch.has_changed()
+    watch = WeightWatch(module, module.parameters(), is_shared=False)
+    if not is_first:
+        assert not any(watch.has_changed() for _ in range(10))
+    module[number].data = torch.ones(2)
+    # All at the first look, then in three turns; once seen it stays so.
+    looks = [watch.has_changed() for _ in range(1 if is_first else 3)]
+    assert looks[-1] and watch.has_changed() and watch.has_changed()
+    watch = WeightWatch(module, module.parameters(), is_shared=False)
+    if not is_first:
+        assert not watch.has_changed()
+    for parameter in module:  # A whole model that moves.
+        parameter.data = parameter.data.clone()
+    assert watch.has_changed()
+
+
+def test_a_watch_of_what_has_no_version_does_not_fail() -> None:
+    with torch.inference_mode():
+        module = torch.nn.Linear(2, 2)
+    module.weight.data = torch.ones(2, 2)
+    assert not module.weight.is_inference() and module.bias.is_inference()
+    watch = WeightWatch(module, module.parameters(), is_shared=False)
+    assert not watch.has_changed()
+
+
 # ---------------------------------------------------------------- gradients
 @pytest.mark.parametrize("build", [tiny_models.mixtral, nllb_moe])
 @pytest.mark.parametrize("technique", list(TECHNIQUES))
@@ -307,6 +436,40 @@ def test_inference_mode_leaves_a_model_that_can_be_trained(build: Any) -> None:
         gating = apply_gating(model, "dynamic")
     with gating:
         called(model)
+
+
+@pytest.mark.parametrize("is_inside", [True, False])
+@pytest.mark.parametrize("technique", list(TECHNIQUES))
+@pytest.mark.parametrize("build", [tiny_models.mixtral, nllb_moe])
+def test_a_model_made_in_inference_mode_stays_what_it_is(
+    build: Any, technique: str, is_inside: bool
+) -> None:
+    with torch.inference_mode():
+        model = build()
+        expected = called(model)
+    for _ in range(2):
+        with torch.inference_mode(is_inside), TECHNIQUES[technique](model):
+            for mode in (torch.inference_mode(), torch.no_grad()):
+                with mode:
+                    assert torch.allclose(called(model), expected, rtol=1e-3, atol=1e-4)
+        assert all(parameter.is_inference() for parameter in model.parameters())
+        for mode in (torch.inference_mode(), torch.no_grad()):
+            with mode:
+                assert torch.allclose(called(model), expected, rtol=1e-3, atol=1e-4)
+
+
+def test_parameters_of_both_kinds_stay_what_they_are() -> None:
+    model: Any = tiny_models.mixtral()
+    expected = logits(model)
+    experts = model.model.layers[1].mlp.experts
+    with torch.inference_mode():
+        experts.down_proj = torch.nn.Parameter(experts.down_proj.clone())
+    kinds = [parameter.is_inference() for parameter in model.parameters()]
+    assert sum(kinds) == 1
+    with torch.inference_mode(), buffer_experts(model, capacity=2):
+        assert torch.allclose(called(model), expected, rtol=1e-3, atol=1e-4)
+    assert [parameter.is_inference() for parameter in model.parameters()] == kinds
+    assert torch.equal(logits(model), expected)
 
 
 # ---------------------------------------------------------------- leaving

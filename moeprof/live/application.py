@@ -18,9 +18,16 @@ from moeprof.live.model_experts import (
     experts_module,
     readable_experts,
     standing_forwards,
+    weights_owner,
 )
 from moeprof.live.stacking import stack_experts
-from moeprof.live.stand_ins import WeightWatch, claim_experts, guarded, replace_forward
+from moeprof.live.stand_ins import (
+    WeightWatch,
+    claim_experts,
+    free_experts,
+    guarded,
+    replace_forward,
+)
 
 SLOTTED = ("static_mask", "static_grouped", "static_index")
 
@@ -82,7 +89,10 @@ def apply_gating(
 
     For inference: a backward pass through the experts is refused. Experts that a model keeps as
     modules are copied; once their weights change, or parameters move, a forward pass is refused
-    (what is written through ``.data`` is not noticed).
+    (what is written through ``.data`` is not noticed; where a layer has more than 64 parameters of
+    experts, some that move are noticed a few passes later, see `stand_ins.WeightWatch`). A graph
+    of `torch.compile` or `torch.export` does not look at the weights again. Under
+    ``torch.no_grad()`` layers with static gating compile without a break.
 
     Args:
         model: A model in evaluation mode: any whose experts `moeprof.live.stack_experts` reads.
@@ -90,7 +100,8 @@ def apply_gating(
         token_fraction: Slots per expert as a share of the tokens of a forward pass; static only.
 
     Returns:
-        A handle: ``restore()`` takes the change back, and so does leaving it as a context.
+        A handle: ``restore()`` takes the change back, and so does leaving it as a context. If it is
+        dropped the change stays, until something else is applied to the model.
 
     Raises:
         UsageError: There is no such gating, the fraction makes no sense, the model's experts
@@ -111,8 +122,9 @@ def apply_gating(
             raise UsageError(
                 f"token_fraction must be a number above 0 and up to 1, got {token_fraction!r}"
             )
-    found, layouts = readable_experts(model)
     technique = f"apply_gating(model, {gating!r})"
+    free_experts(model, technique)
+    found, layouts = readable_experts(model)
     claim = claim_experts(map(experts_module, found), technique)
     undo = [claim.release]
     try:
@@ -121,7 +133,7 @@ def apply_gating(
             module = experts_module(site)
             run = _runner(kernel, stack_experts(module), token_fraction)
             parameters = (part.parameter for part in layout.parts)
-            watch = WeightWatch(module, parameters, is_shared=layout.is_stacked)
+            watch = WeightWatch(weights_owner(site), parameters, is_shared=layout.is_stacked)
             run = guarded(run, watch, technique, site.name)
             forwards += standing_forwards(site, layout.num_experts, run)
         for module, forward in forwards:

@@ -24,10 +24,17 @@ from moeprof.live.model_experts import (
     experts_module,
     readable_experts,
     standing_forwards,
+    weights_owner,
 )
 from moeprof.live.paper_lm import PaperExperts
 from moeprof.live.stacking import ExpertLayout
-from moeprof.live.stand_ins import WeightWatch, claim_experts, guarded, replace_forward
+from moeprof.live.stand_ins import (
+    WeightWatch,
+    claim_experts,
+    free_experts,
+    guarded,
+    replace_forward,
+)
 from moeprof.recording.anatomy import anatomy
 from moeprof.recording.sites import FoundSite
 
@@ -61,7 +68,8 @@ def buffer_experts(
     lookups equal its replay only in batches without padding.
 
     Weights must not change meanwhile: once they do, or parameters move, a forward pass is refused
-    (what is written through ``.data`` is not noticed). A backward pass through the experts is
+    (what is written through ``.data`` is not noticed; where a layer has more than 64 parameters of
+    experts, some that move are noticed a few passes later). A backward pass through the experts is
     refused. Stacked parameters are strided views: ``state_dict`` can be taken,
     ``save_pretrained`` of transformers fails; save before or afterwards.
 
@@ -101,6 +109,7 @@ def buffer_experts(
         prefetch=prefetch,
         future=future,
     )
+    free_experts(model, TECHNIQUE)
     found, layouts = readable_experts(model)
     target = _target(model, layouts) if device is None else torch.device(device)
     stores: list[ExpertStore] = []
@@ -197,7 +206,7 @@ def _lay_in(parameter: torch.Tensor, memory: torch.Tensor) -> None:
     with torch.inference_mode(parameter.is_inference()), torch.no_grad():
         own = torch.empty(0, dtype=memory.dtype, device=memory.device)
         own.set_(
-            memory.untyped_storage(),  # type: ignore[call-overload]
+            memory.untyped_storage(),
             memory.storage_offset(),
             memory.shape,
             memory.stride(),
@@ -261,7 +270,7 @@ def _forwards_of(
     """Returns the modules whose forward changes, and those forwards."""
     experts = experts_module(site)
     parameters = (part.parameter for part in layout.parts)
-    watch = WeightWatch(experts, parameters, is_shared=False)
+    watch = WeightWatch(weights_owner(site), parameters, is_shared=False)
     if isinstance(experts, PaperExperts):
         run_sorted = functools.partial(buffer.run_sorted, index)
         guarded_run = guarded(run_sorted, watch, TECHNIQUE, site.name)

@@ -13,7 +13,7 @@ import os
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from types import TracebackType
+from types import FrameType, TracebackType
 from typing import Any
 
 import torch
@@ -31,6 +31,8 @@ from moeprof.trace.reader import Trace, open_trace
 ROWS = ("exact", "crop", "tile")
 TOP_K = ("model", "trace")
 EXPERTS = ("same", "subset")
+
+_CALL = nn.Module._call_impl.__code__
 
 
 def force_routing(
@@ -54,10 +56,15 @@ def force_routing(
     pass of the decoder. Rows of the batch that the recording left out keep the model's own choice:
     padding, sequences that had ended, tokens that the recorded engine did not run in its last
     layer. Everything is brought to the model's devices on entering; a pass waits for no copy, but
-    every site costs some host time more; to time small passes, run layers with `routing_of`. A
-    forward pass that an error ended gives its recorded pass back. What gradient checkpointing runs
-    again in a backward pass computes with the pass it repeats. On leaving, whatever happened, the
-    model is as it was.
+    every site costs some host time more; to time small passes, run layers with `routing_of`. What
+    gradient checkpointing runs again in a backward pass computes with the pass it repeats. On
+    leaving, whatever happened, the model is as it was.
+
+    A call of the model that ends with an error while a stack is under way gives the recorded passes
+    of all its stacks back, so that they stay together; so does an interruption. Where the error
+    comes after every stack that began has run through, their passes count: stopping before the
+    head, to read activations, goes on to the next pass. A layer called by hand, outside of its
+    stack, begins a pass whenever one of its sites ran in the last one already.
 
     Args:
         model_or_layers: A model of transformers, `paper_lm.PaperLm`, or a torch module whose
@@ -152,7 +159,7 @@ class _Cursor:
         repeatable: See there.
         was_repeated: See there.
         start: Pass that `seek` asked for.
-        by_module: True once a module around all sites of the stack told that a pass began.
+        by_module: True where a module around all sites of the stack told that the pass began.
         inside: True while that module runs.
         before: How far the stack had come when this pass began.
     """
@@ -213,9 +220,10 @@ class _Cursor:
         """
         if _in_backward():
             return self._repeated()
-        # Where a module tells, a site that is called outside of it belongs to the last pass.
-        if self.passes == 0 or (not self.by_module and site in self.called):
+        # Inside the module that tells, a site may be called for parts of a pass.
+        if self.passes == 0 or (not self.inside and site in self.called):
             self.begin()
+            self.by_module = False
         self.called.add(site)
         return self.current
 
@@ -243,6 +251,16 @@ class _Cursor:
 def _in_backward() -> bool:
     """Returns True where autograd calls: what runs there was run before (checkpointing)."""
     return torch._C._current_graph_task_id() != -1
+
+
+def _is_running(module: nn.Module) -> bool:
+    """Returns True within a call of a module."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code is _CALL and frame.f_locals.get("self") is module:
+            return True
+        frame = frame.f_back
+    return False
 
 
 @dataclass(frozen=True, eq=False)
@@ -316,6 +334,7 @@ class ForcedRouting:
             name: _Cursor(name, len(stack), options.loop) for name, stack in routing.stacks.items()
         }
         self._before_call: dict[str, _Progress] = {}
+        self._unfinished: set[str] = set()
         self._handled: dict[str, BaseException | None] = {}
         self.source: RoutingSource = routing.source.changed(*changes, *options.said())
         self.num_passes: Mapping[str, int] = {
@@ -385,6 +404,7 @@ class ForcedRouting:
                 )
             cursor.seek(step)
             self._before_call.pop(name, None)
+            self._unfinished.discard(name)
 
     def _attach(self) -> None:
         for stack, cursor in self._cursors.items():
@@ -444,6 +464,7 @@ class ForcedRouting:
         for cursor in self._cursors.values():
             cursor.inside = False
         self._before_call.clear()
+        self._unfinished.clear()
         self._handled.clear()
         for site in self._sites:
             site.tensors.clear()
@@ -451,7 +472,7 @@ class ForcedRouting:
     def _call_begins(self, module: nn.Module, args: Any) -> None:
         if _in_backward():
             return
-        self._give_back()
+        self._give_back()  # Of one that was interrupted.
         self._before_call = {name: cursor.progress() for name, cursor in self._cursors.items()}
         self._handled[""] = sys.exception()
 
@@ -461,12 +482,27 @@ class ForcedRouting:
         if self._has_failed("", output):
             self._give_back()
         self._before_call.clear()
+        self._unfinished.clear()
 
     def _give_back(self) -> None:
-        """Gives back the passes of a call of the model that did not end, of all stacks."""
-        for name, progress in self._before_call.items():
-            self._cursors[name].return_to(progress)
+        """Gives back the passes of a call of the model that did not end, of all stacks or of none.
+
+        Stacks that have all run through keep theirs.
+        """
+        if self._unfinished:
+            for name, progress in self._before_call.items():
+                self._cursors[name].return_to(progress)
         self._before_call.clear()
+        self._unfinished.clear()
+
+    def _forget_interrupted(self) -> None:
+        """Gives back what was interrupted, which calls no hooks."""
+        if self._before_call and not _is_running(self._model):
+            self._give_back()
+        for name, cursor in self._cursors.items():
+            if cursor.inside and not _is_running(self._stacks[name]):
+                cursor.return_to(cursor.before)
+                self._unfinished.discard(name)
 
     def _has_failed(self, stack: str, output: Any) -> bool:
         """Returns True where a hook is called for an error, not for what a module returned."""
@@ -475,9 +511,12 @@ class ForcedRouting:
 
     def _pass_begins(self, cursor: _Cursor, module: nn.Module, args: Any) -> None:
         if not _in_backward():
+            if self._before_call and not _is_running(self._model):
+                self._give_back()  # Of a call that was interrupted: this one is outside of it.
             if cursor.inside:
                 # An interruption calls no hooks.
                 cursor.return_to(cursor.before)
+            self._unfinished.add(cursor.stack)
             cursor.begin()
             cursor.by_module = True
             self._handled[cursor.stack] = sys.exception()
@@ -499,12 +538,15 @@ class ForcedRouting:
                     f"{site.found.name} ran in no way that can be driven: its hook was not called",
                     hint="run it in eager mode, without kernels that replace whole modules",
                 )
+        self._unfinished.discard(cursor.stack)
 
     def _choose(
         self, site: _DrivenSite, num_rows: int, top_k: int, device: torch.device
     ) -> Placed | None:
         """Returns what a site computes with in the pass that runs; see `routing_drivers.Choose`."""
         cursor = self._cursors[site.found.stack]
+        if site.index in cursor.called and not _in_backward():
+            self._forget_interrupted()
         passes = cursor.passes
         step = cursor.at(site.index)
         try:

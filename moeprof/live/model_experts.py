@@ -58,6 +58,14 @@ def experts_module(site: FoundSite) -> nn.Module:
     return site.modules.experts
 
 
+def weights_owner(site: FoundSite) -> nn.Module:
+    """Returns the module within which a site's weights must stay where they are.
+
+    Where a block is stood in for, it no longer calls the experts module that it holds.
+    """
+    return site.modules.block if site.adapter is adapters.NLLB else experts_module(site)
+
+
 def _readable(site: FoundSite) -> ExpertLayout:
     """Returns the layout of a site's experts, once it has been seen to compute the same."""
     module = experts_module(site)
@@ -155,7 +163,9 @@ def standing_forwards(
     """
     experts = experts_module(site)
     if site.adapter is adapters.NLLB:
-        return [(site.modules.block, functools.partial(_nllb_forward, ref(site.modules.block), run))]
+        return [
+            (site.modules.block, functools.partial(_nllb_forward, ref(site.modules.block), run))
+        ]
     if site.adapter is adapters.SWITCH:
         return [(experts, functools.partial(_switch_forward, run))]
     if isinstance(experts, PaperExperts):

@@ -135,9 +135,9 @@ def _arguments(site: FoundSite, arguments: RoutingArguments) -> Driver:
         if placed is None:
             return None
         slots = placed.ids.shape[1]
-        if weights.shape == ids.shape:
-            own, forced = weights.reshape(-1, top_k), placed.weights
-            shape = (*ids.shape[:-1], slots)
+        if weights.numel() == ids.numel():
+            own, forced = weights.reshape(own_ids.shape), placed.weights
+            shape = _shape_of_slots(tuple(weights.shape), tuple(ids.shape), slots)
         else:  # Weights of all experts, of which the module takes those it needs.
             own = weights.reshape(-1, weights.shape[-1])
             forced, shape = placed.dense(own.shape[1]), tuple(weights.shape)
@@ -153,6 +153,16 @@ def _arguments(site: FoundSite, arguments: RoutingArguments) -> Driver:
     # `moeprof.register` says -1 is an empty slot; fused experts of transformers know no such id.
     takes_empty = not type(site.watched).__module__.startswith("transformers.")
     return Driver(site.watched, before=True, apply=apply, takes_empty=takes_empty)
+
+
+def _shape_of_slots(weights: tuple[int, ...], ids: tuple[int, ...], slots: int) -> tuple[int, ...]:
+    """Returns the shape of weights, one for each id, where there are ``slots`` of them per row."""
+    if weights[: len(ids)] == ids:
+        return (*ids[:-1], slots, *weights[len(ids) :])
+    if weights[-1] == ids[-1]:
+        return (*weights[:-1], slots)
+    # Flat: rows behind each other.
+    return (*weights[:-1], weights[-1] // ids[-1] * slots)
 
 
 def _router_output(site: FoundSite, arguments: RoutingArguments) -> Driver:

@@ -61,22 +61,24 @@ class Claim:
 _CLAIMS: WeakKeyDictionary[nn.Module, Claim] = WeakKeyDictionary()
 
 
-def claim_experts(modules: Iterable[nn.Module], technique: str) -> Claim:
-    """Notes what runs the experts in these modules.
-
-    What ran them and has lost its handle is taken back first.
+def free_experts(model: nn.Module, technique: str) -> None:
+    """Sees that nothing runs the experts in a model; takes back what has lost its handle.
 
     Raises:
-        UsageError: Something else runs them already.
+        UsageError: Something runs them already.
     """
-    claimed = list(modules)
-    for module in claimed:
+    for module in model.modules():
         other = _CLAIMS.get(module)
         if other is not None and not other.take_back_if_dropped():
             raise UsageError(
                 f"{technique}: the model's experts are run by {other.technique} already",
                 hint="restore() that, or leave its context, first: one at a time runs the experts",
             )
+
+
+def claim_experts(modules: Iterable[nn.Module], technique: str) -> Claim:
+    """Notes what runs the experts in these modules, which nothing ran before (`free_experts`)."""
+    claimed = list(modules)
     claim = Claim(claimed, technique)
     for module in claimed:
         _CLAIMS[module] = claim
@@ -128,6 +130,7 @@ class _StandIn:
 
     def _own_forward(self) -> Callable[..., Any]:
         module = self._module()
+        assert module is not None
         forward: Callable[..., Any] = self._own or types.MethodType(type(module).forward, module)
         return forward
 

@@ -612,6 +612,8 @@ def test_an_expert_that_there_is_not_is_refused(trace: Any, capacity: int | None
 def test_a_buffer_that_goes_waits_for_its_device(
     trace: Any, monkeypatch: pytest.MonkeyPatch, closed: bool
 ) -> None:
+    # Those of other tests.
+    gc.collect()
     waited: list[Any] = []
     monkeypatch.setattr(expert_buffer, "wait_for", waited.append)
     sites = random_sites(trace, GEOMETRY, stack="decoder")
@@ -652,6 +654,33 @@ def test_a_closed_buffer_tells_what_it_did_and_holds_nothing(trace: Any) -> None
         with pytest.raises(moeprof.MoeprofError, match="the expert buffer is closed") as caught:
             ask()
         assert caught.value.hint
+
+
+@pytest.mark.parametrize("capacity", [None, 2])
+def test_dispatches_take_no_memory_beyond_what_was_reserved(
+    trace: Any, capacity: int | None
+) -> None:
+    sites = random_sites(trace, GEOMETRY, stack="decoder")
+    buffer = ExpertBuffer(sites, BufferSettings(capacity=capacity), device="cpu")
+    buffer.reserve(400)
+    reserved = buffer.memory()
+    ids = torch.arange(400).view(200, 2) % 8
+    buffer.run(sites[0].site, torch.randn(200, 24), ids, torch.ones(200, 2))
+    assert buffer.memory() == reserved
+
+
+def test_nobody_waits_in_the_capture_of_a_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    waited: list[Any] = []
+    monkeypatch.setattr(expert_buffer, "wait_for", waited.append)
+    device = torch.device("cuda", 1)
+    for is_capturing in (True, False):
+        monkeypatch.setattr(
+            expert_buffer.torch.cuda,
+            "is_current_stream_capturing",
+            lambda: is_capturing,  # noqa: B023
+        )
+        expert_buffer._wait_outside_captures(device)
+    assert waited.count(device) == 1
 
 
 def test_tensors_that_do_not_fit_are_refused(trace: Any) -> None:

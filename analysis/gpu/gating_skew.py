@@ -44,6 +44,7 @@ RESULT = "gating_skew.json"
 EXPONENTS = (0.0, 1.0, 1.4, 1.8, 2.0, 2.1, 2.2, 2.3, 2.4, 2.6, 2.8, 3.0)
 NUM_TOKENS = 16_384
 REST_S, LOAD_S = 0.5, 1.0
+STATES = ("rested", "loaded")
 TOP_K = 2
 TOLERANCE = 1e-2
 """Largest relative error between two kernels in bfloat16, each of which rounds in its own order."""
@@ -93,15 +94,14 @@ class State:
     ceilings: Ceilings
 
 
-def states_of(device: str, *, tiny: bool) -> dict[str, State]:
-    """Returns the states in which kernels are timed: ``rested`` and ``loaded``."""
+def state_of(name: str, device: str, *, tiny: bool) -> State:
+    """Returns the state ``rested`` or ``loaded``, its ceilings measured."""
     rest_s, load_s = (0.01, 0.01) if tiny else (REST_S, LOAD_S)
-    rested = measure_ceilings(device, rest_s=rest_s)
-    loaded = measure_ceilings(device, load_s=load_s)
-    return {
-        "rested": State(rest_s=rest_s, load_s=0.0, ahead=True, ceilings=rested),
-        "loaded": State(rest_s=0.0, load_s=load_s, ahead=False, ceilings=loaded),
-    }
+    waits = {"rest_s": rest_s} if name == "rested" else {"load_s": load_s}
+    ceilings = measure_ceilings(device, **waits)
+    if name == "rested":
+        return State(rest_s=rest_s, load_s=0.0, ahead=True, ceilings=ceilings)
+    return State(rest_s=0.0, load_s=load_s, ahead=False, ceilings=ceilings)
 
 
 @dataclass(frozen=True)
@@ -169,7 +169,6 @@ def measure(options: argparse.Namespace) -> bool:
     result = evidence(
         shlex.join(["python", "-m", "analysis.gpu.gating_skew", *options.given]), device
     )
-    states = states_of(device, tiny=options.tiny)
     experts = random_experts(
         num_experts=geometry.num_experts, d_model=geometry.d_model, d_ff=geometry.d_ff,
         gated=False, bias=True, activation="relu", device=device, seed=0,
@@ -179,15 +178,8 @@ def measure(options: argparse.Namespace) -> bool:
         "num_tokens": num_tokens,
         "tolerance": TOLERANCE,
     }
-    rows: dict[str, list[dict[str, Any]]] = {name: [] for name in states}
+    rows: dict[str, list[dict[str, Any]]] = {name: [] for name in STATES}
     measured: dict[str, dict[str, Any]] = {}
-    for name, state in states.items():
-        measured[name] = dataclasses.asdict(state)
-        print(
-            f"{name}: copy {state.ceilings.copy_bytes_per_s / 1e12:.2f} TB/s,"
-            f" matrix {state.ceilings.matrix_flops_per_s / 1e12:.0f} TFLOP/s",
-            flush=True,
-        )
     layers: list[Layer] = []
     agreement: list[dict[str, Any]] = []
     said: dict[str, str] = {}
@@ -200,7 +192,14 @@ def measure(options: argparse.Namespace) -> bool:
     result |= {"routing": said, "agreement": agreement}
     print(f"largest error {max(row['relative_error'] for row in agreement):.1e}", flush=True)
     # All of the rested device before any of the loaded one, which is warmer.
-    for name, state in states.items():
+    for name in STATES:
+        state = state_of(name, device, tiny=options.tiny)
+        measured[name] = dataclasses.asdict(state)
+        print(
+            f"{name}: copy {state.ceilings.copy_bytes_per_s / 1e12:.2f} TB/s,"
+            f" matrix {state.ceilings.matrix_flops_per_s / 1e12:.0f} TFLOP/s",
+            flush=True,
+        )
         for layer in layers:
             own = rows_of(layer, state, repeats)
             rows[name] += own
@@ -213,7 +212,7 @@ def measure(options: argparse.Namespace) -> bool:
             # A run that is cut short leaves the exponents that it has measured in every state.
             done = min(map(len, rows.values()))
             if done:
-                kept = {name: measured[name] | {"rows": rows[name][:done]} for name in states}
+                kept = {name: measured[name] | {"rows": rows[name][:done]} for name in STATES}
                 complete = done == len(CALLS) * len(layers)
                 write_json(options.out / RESULT, result | {"states": kept, "complete": complete})
     return all(row["relative_error"] <= TOLERANCE for row in agreement)

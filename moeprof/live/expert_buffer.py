@@ -121,7 +121,8 @@ class ExpertBuffer:
         self._rule = MissRule(action=settings.miss, host_rows=settings.host_rows)
         self._workspaces: dict[tuple[int, torch.dtype], Workspace] = {}
         for site in self.sites:
-            self._workspace_of(site, dtype or site.store.shape.dtype)
+            workspace = self._workspace_of(site, dtype or site.store.shape.dtype)
+            workspace.prepare(site.store.num_experts)
         self._streamed = _streamed_dispatches(self.sites, self.device)
         self._memory: dict[int, torch.Tensor] = {}
         self._all: dict[int, ExpertWeights] = {}
@@ -152,7 +153,7 @@ class ExpertBuffer:
         self._num_ahead = self._ahead_bytes = 0
         self._direct = self._direct_runs() if self.device.type == "cuda" else None
         # Its memory may be written on another stream, and be somebody else's once it is gone.
-        self._last_wait = weakref.finalize(self, wait_for, self.device)
+        self._last_wait = weakref.finalize(self, _wait_outside_captures, self.device)
         self._last_wait.atexit = False
         self.reset()
 
@@ -810,6 +811,12 @@ class ExpertBuffer:
                 "the expert buffer is closed",
                 hint="use it before it is closed: within its `with`, where it has one",
             )
+
+
+def _wait_outside_captures(device: torch.device) -> None:
+    """Waits for a device; not in a graph's capture, in which nobody may wait."""
+    if device.type != "cuda" or not torch.cuda.is_current_stream_capturing():
+        wait_for(device)
 
 
 def _no_such_expert(place: BufferedSite) -> MoeprofError:

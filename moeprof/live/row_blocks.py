@@ -73,6 +73,18 @@ class Workspace:
         if num_rows > self.num_rows:
             self._grow(max(num_rows, min(ROW_MARGIN * self.num_rows, num_rows * ROW_MARGIN)))
 
+    def prepare(self, num_experts: int) -> None:
+        """Makes what dispatches of a site of so many experts need beside room for their rows.
+
+        That is the largest id sorted before the end of each expert, and of those that are executed.
+        """
+        if num_experts in self._bounds:
+            return
+        with torch.inference_mode(False):
+            bounds = torch.arange(num_experts + 1, device=self._device)
+            bounds[num_experts:].fill_(_LARGE // 2)
+        self._bounds[num_experts] = bounds
+
     def sorted_rows(
         self, hidden: torch.Tensor, ids: torch.Tensor, num_experts: int
     ) -> tuple[torch.Tensor, torch.Tensor, list[int]]:
@@ -93,7 +105,8 @@ class Workspace:
         flat = ids.reshape(-1).long()
         self.reserve(flat.numel())
         by_expert, slots = flat.bitwise_and(_LARGE - 1).sort(stable=True)
-        bounds = self._bounds_of(num_experts)
+        self.prepare(num_experts)
+        bounds = self._bounds[num_experts]
         self._send(torch.searchsorted(by_expert, bounds, right=True, out_int32=True))
         given = self.given[: flat.numel()]
         torch.index_select(hidden, 0, slots // ids.shape[1], out=given)
@@ -101,15 +114,6 @@ class Workspace:
         if num_executed > ends[-1]:
             raise UnknownExpertError(f"ids go beyond {num_experts} experts")
         return given, slots, ends
-
-    def _bounds_of(self, num_experts: int) -> torch.Tensor:
-        """Returns [experts + 1] the largest id that is sorted before each end."""
-        if num_experts not in self._bounds:
-            with torch.inference_mode(False):
-                bounds = torch.arange(num_experts + 1, device=self._device)
-                bounds[num_experts:].fill_(_LARGE // 2)
-            self._bounds[num_experts] = bounds
-        return self._bounds[num_experts]
 
     def ends_on_host(self, ends: torch.Tensor) -> list[int]:
         """Returns ``ends`` [experts] on the host; waits for the device once."""

@@ -17,7 +17,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from moeprof.errors import UsageError
 from moeprof.live.device_copies import copy_to_host
 from moeprof.live.direct_launches import (
     CELL,
@@ -28,6 +27,7 @@ from moeprof.live.direct_launches import (
     launches_of,
     prepared,
 )
+from moeprof.live.dispatch_checks import check_dispatch
 from moeprof.live.expert_store import ALIGNMENT_BYTES, BlockShape, Bytes
 from moeprof.live.kernels.fused import suits_device
 from moeprof.live.transfers import new_event
@@ -183,8 +183,8 @@ class StreamedDispatch:
             UsageError: They do not fit together, or lie elsewhere.
         """
         assert 0 < hidden.shape[0] <= STREAMED_TOKENS and hidden.dtype == self._shape.dtype
+        self._check(hidden, ids, weights)
         self._take(hidden, ids, weights)
-        self._check()
         if self._ready is None:
             self._host_ids[: ids.numel()].copy_(self._ids.view(-1))
             return
@@ -208,21 +208,9 @@ class StreamedDispatch:
         self._filled = 0
         self.reserve(ids.numel())
 
-    def _check(self) -> None:
+    def _check(self, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> None:
         """Refuses what kernels would read beyond, or cannot read: they do not look."""
-        hidden, ids, weights = self._hidden, self._ids, self._weights
-        num_tokens, *by_slot = ids.shape
-        fits = len(by_slot) == 1 and hidden.shape == (num_tokens, self._width)
-        if not fits or ids.shape != weights.shape:
-            raise UsageError(
-                f"rows {tuple(hidden.shape)}, ids {tuple(ids.shape)} and weights"
-                f" {tuple(weights.shape)} are no dispatch over experts of width {self._width}"
-            )
-        for tensor in (hidden, ids, weights):
-            if tensor.device != self._rows.device:
-                raise UsageError(
-                    f"a dispatch lies on {tensor.device}, its experts on {self._rows.device}"
-                )
+        check_dispatch(hidden, ids, weights, d_model=self._width, device=self._rows.device)
 
     def active(self) -> tuple[list[int], list[int]]:
         """Waits for the device; returns the experts that have rows, ascending, and their rows."""
@@ -258,12 +246,12 @@ class StreamedDispatch:
         self._take(hidden, ids, weights)
         places = self._hidden.data_ptr(), self._ids.data_ptr(), self._weights.data_ptr()
         key = (
-            hidden.shape, ids.shape, weights.shape, weights.dtype,
+            hidden.shape, ids.shape, weights.shape, ids.dtype, weights.dtype,
             hidden.device, ids.device, weights.device,
             *[place % _POINTER_ALIGNMENT for place in places],
         )  # fmt: skip
         if key not in self._launches:
-            self._check()
+            self._check(hidden, ids, weights)
             own = [self._compiled.get(self._code_of(name)) for name in KERNELS]
             if any(one is None for one in own):
                 # The next one like this learns its experts from that.

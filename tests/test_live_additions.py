@@ -313,7 +313,6 @@ def test_the_parallel_tables_say_what_they_are_medians_of(additions):
 KEPT_PARALLEL = RESULTS / ADDITIONAL_FILES["parallel"]
 
 
-@pytest.mark.skipif(not KEPT_PARALLEL.exists(), reason="it is not kept yet")
 def test_estimates_that_are_kept_lie_in_their_bars():
     rows = scaling_rows(json.loads(KEPT_PARALLEL.read_text()))
     assert len(rows)
@@ -321,7 +320,6 @@ def test_estimates_that_are_kept_lie_in_their_bars():
     assert (rows["estimate_ms"] <= rows["estimate_ms_high"]).all()
 
 
-@pytest.mark.skipif(not KEPT_PARALLEL.exists(), reason="it is not kept yet")
 def test_what_the_readme_says_of_expert_parallelism():
     """Recomputed from the repetitions, by other code than that which wrote the table."""
     notes = Path(__file__).resolve().parents[1] / "docs" / "measurements.md"

@@ -43,6 +43,10 @@ KEYS = ["step", "stack", "site", "layer", "expert", "hit"]
 HALF = torch.float16
 
 needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed")
+# Of memory of the host, with a stand-in for the device's copies.
+interprets = pytest.mark.skipif(
+    torch.cuda.is_available(), reason="kernels are compiled for a GPU here"
+)
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
     pytest.mark.filterwarnings("ignore:divide by zero encountered:RuntimeWarning"),
@@ -354,6 +358,7 @@ def off_by(found: Any, expected: Any) -> float:
 
 
 @needs_triton
+@interprets
 @pytest.mark.parametrize(("policy", "miss"), [("lru", "load"), ("layers", "split")])
 def test_dispatches_in_pieces(monkeypatch: pytest.MonkeyPatch, policy: str, miss: str) -> None:
     sites = half_sites(3, 8)
@@ -377,6 +382,7 @@ def test_dispatches_in_pieces(monkeypatch: pytest.MonkeyPatch, policy: str, miss
 
 
 @needs_triton
+@interprets
 def test_a_copy_ahead_that_does_not_wait_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     """The stand-in sees what it is there for: copies ahead that wait for no reader."""
     monkeypatch.setattr(expert_buffer, "can_stream", lambda *_: True)

@@ -26,6 +26,7 @@ from moeprof.live.step_percentiles import spread_of, visits_of  # noqa: E402
 from moeprof.live.verification_files import PREDICTIONS_KIND  # noqa: E402
 from moeprof.live.verification_options import VerifyOptions  # noqa: E402
 from moeprof.live.watched_steps import StepTimes  # noqa: E402
+from moeprof.recording.hardware import hardware  # noqa: E402
 from moeprof.replay.calibration_file import SCHEMA_VERSION  # noqa: E402
 from moeprof.replay.expert_shapes import ExpertShape  # noqa: E402
 from moeprof.replay.serving_settings import BufferingSetting, parse_setting  # noqa: E402
@@ -287,6 +288,19 @@ def test_judged_steps_have_their_own_flags() -> None:
     run: Any = Whole()
     found = verification._JudgedSteps(run=run, judged=[1, 3], watch=own).repeat()
     assert found == StepTimes(times_ms=(2.0, 4.0), is_quiet=(False, True))
+
+
+def test_a_file_says_where_it_was_measured(
+    trace: Any, machine: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # A machine that has a GPU, and a run on its processor.
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    made = verification.make_predictions(trace, machine, SETTINGS[:1], OPTIONS)
+    found = live.verify(trace, predictions=made, device="cpu")
+    path = verification_files.write_verification(found, tmp_path / "v.json", command="a test")
+    said = json.loads(path.read_text())["hardware"]
+    assert said == dataclasses.asdict(hardware("cpu"))
+    assert said["device"] == "cpu" and said["device_name"] is None
 
 
 @pytest.mark.usefixtures("shared_core")

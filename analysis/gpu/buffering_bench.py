@@ -190,10 +190,10 @@ class Bench:
         self, settings: BufferSettings, sites: Sequence[BufferedSite] | None = None
     ) -> tuple[ExpertBuffer, dict[str, int]]:
         """Returns a buffer, and the bytes by which the device's memory grew."""
-        before = device_bytes()
+        before = device_bytes(self.device)
         buffer = ExpertBuffer(self.sites if sites is None else sites, settings, device=self.device)
         buffer.reserve(max(each.ids.numel() for step in self.steps for each in step.passes))
-        after = device_bytes()
+        after = device_bytes(self.device)
         return buffer, {name: after[name] - before[name] for name in after}
 
     def outputs(
@@ -279,7 +279,7 @@ class Bench:
         counts = buffer.counts()
         copies = self.planned_copies(policy, capacity, prefetch, lookups)
         del outputs
-        allocations = device_allocations()
+        allocations = device_allocations(self.device)
         repetitions = [self.timed(buffer) for _ in range(self.study.repetitions)]
         again = buffer.lookups().equals(log)
         left_over = self.without_copies(buffer)
@@ -299,10 +299,10 @@ class Bench:
             "copies_ahead": counts.prefetches,
             "copies_ahead_used": counts.prefetch_used,
             "copied_bytes": repetitions[0]["counts"]["copied_bytes"],
-            "allocations_in_steady_state": device_allocations() - allocations,
+            "allocations_in_steady_state": device_allocations(self.device) - allocations,
             "memory": {**asdict(memory), "saved_bytes": memory.saved_bytes},
             "device_bytes": grown,
-            "requested_as_predicted": requested_as_predicted(memory, grown),
+            "requested_as_predicted": requested_as_predicted(memory, grown, self.device),
             "rounding_bytes": grown["allocated"] - grown["requested"],
             "repetitions": repetitions,
             "wait_ms_per_dispatch": 1e3 * float(np.mean([
@@ -539,11 +539,11 @@ def latencies(repetitions: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def device_bytes() -> dict[str, int]:
-    """Returns bytes allocated on the device, and of them requested; zeros without one."""
-    if not torch.cuda.is_available():
+def device_bytes(device: torch.device) -> dict[str, int]:
+    """Returns bytes allocated on a GPU, and of them requested; zeros on a CPU."""
+    if device.type != "cuda":
         return {"allocated": 0, "requested": 0, "reserved": 0}
-    stats = torch.cuda.memory_stats()
+    stats = torch.cuda.memory_stats(device)
     return {
         "allocated": stats["allocated_bytes.all.current"],
         "requested": stats["requested_bytes.all.current"],
@@ -551,19 +551,21 @@ def device_bytes() -> dict[str, int]:
     }
 
 
-def requested_as_predicted(memory: BufferMemory, grown: dict[str, int]) -> bool | None:
-    """Returns True where the device was asked for the predicted bytes; None without a device."""
-    if not torch.cuda.is_available():
+def requested_as_predicted(
+    memory: BufferMemory, grown: dict[str, int], device: torch.device
+) -> bool | None:
+    """Returns True where a GPU was asked for the predicted bytes; None on a CPU."""
+    if device.type != "cuda":
         return None
     slots = memory.cache_bytes + memory.staging_bytes + memory.padding_bytes
     return grown["requested"] == slots + memory.workspace_bytes
 
 
-def device_allocations() -> int:
-    """Returns how often the driver was asked for device memory."""
-    if not torch.cuda.is_available():
+def device_allocations(device: torch.device) -> int:
+    """Returns how often a GPU's driver was asked for memory; 0 on a CPU."""
+    if device.type != "cuda":
         return 0
-    return int(torch.cuda.memory_stats()["num_device_alloc"])
+    return int(torch.cuda.memory_stats(device)["num_device_alloc"])
 
 
 def by_device(lookups: pd.DataFrame, num_devices: int) -> dict[str, Any]:

@@ -255,7 +255,8 @@ def verify(
     if predictions.facts["num_lookups"] != question.routed.num_lookups:
         raise TraceError(f"the predictions are not of {trace.path}", hint="give their trace")
     target = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    here = str(hardware(target).device_name or hardware(target).cpu_name)
+    machine = hardware(target)
+    here = str(machine.device_name or machine.cpu_name)
     if earlier is not None:
         _check_earlier(earlier, predictions, question, here, is_watched=quiet_core)
     stack = open_stack(
@@ -315,7 +316,11 @@ def verify(
         ),
         "versions: " + ", ".join(f"{name} {one}" for name, one in versions().items()),
     )
-    tables = {"step_times": _step_table(measured, question), "visits": _visit_table(measured)}
+    tables = {
+        "step_times": _step_table(measured, question),
+        "visits": _visit_table(measured),
+        "hardware": pd.DataFrame([asdict(machine)], dtype=object),
+    }
     if keep is not None:
         keep(
             Result(

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 
 from moeprof.errors import MoeprofError, TraceError, UsageError
 from moeprof.live.rounds import Visit, Visited
@@ -24,7 +23,7 @@ from moeprof.live.verification_options import (
     Predictions,
     VerifyOptions,
 )
-from moeprof.recording.hardware import hardware, versions
+from moeprof.recording.hardware import versions
 from moeprof.replay import json_values as checked
 from moeprof.replay.expert_shapes import ExpertShape
 from moeprof.replay.json_files import write_json
@@ -103,7 +102,7 @@ def write_verification(
         "kind": VERIFICATION_KIND,
         "command": command,
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "hardware": asdict(hardware("cuda" if torch.cuda.is_available() else "cpu")),
+        "hardware": result.tables["hardware"].iloc[0].to_dict(),
         "versions": versions(),
         **({} if earlier is None else {"earlier_runs": list(earlier.runs)}),
         "notes": list(result.notes),

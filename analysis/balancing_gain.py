@@ -65,11 +65,12 @@ def passages(number: int) -> list[dict[str, str]]:
     found = []
     for domain, texts in (("code", _modules()), ("manual", _topics())):
         # One of each text: no window sees a text that the other saw, and passes are independent.
-        mine = [
-            {"id": f"{domain}-{name}", "text": text[:PASSAGE_CHARS], "domain": domain}
-            for name, text in texts
-            if len(text) >= PASSAGE_CHARS
-        ]
+        # Some installations hold a module twice, under two names.
+        begun: dict[str, str] = {}
+        for name, text in texts:
+            if len(text) >= PASSAGE_CHARS:
+                begun.setdefault(text[:PASSAGE_CHARS], f"{domain}-{name}")
+        mine = [{"id": name, "text": text, "domain": domain} for text, name in begun.items()]
         found += mine[: number - number // 2 if domain == "code" else number // 2]
     order = np.random.default_rng(SEED).permutation(len(found))
     return [found[index] for index in order]

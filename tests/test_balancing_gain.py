@@ -34,6 +34,15 @@ def test_passages_are_drawn_once_each():
     assert len({each["id"] for each in found}) == 60
 
 
+def test_a_module_under_two_names_is_one_passage(monkeypatch):
+    text = {name: name * balancing_gain.PASSAGE_CHARS for name in "abc"}
+    modules = [("first", text["a"]), ("second", text["b"]), ("third", text["a"] + "more")]
+    monkeypatch.setattr(balancing_gain, "_modules", lambda: iter(modules))
+    monkeypatch.setattr(balancing_gain, "_topics", lambda: iter([("one", text["c"])]))
+    found = balancing_gain.passages(10)
+    assert sorted(each["id"] for each in found) == ["code-first", "code-second", "manual-one"]
+
+
 @pytest.fixture(scope="module")
 def trace(tmp_path_factory):
     return synthetic_trace(

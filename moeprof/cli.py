@@ -600,24 +600,23 @@ def _replayed(command: AnyCommand) -> AnyCommand:
     return _talkative(command)
 
 
-def _listed(
-    kind: Callable[[str], Any] = str,
-) -> Callable[[click.Context, click.Parameter, str | None], list[Any] | None]:
-    """Returns a callback that takes values apart at their commas."""
+def _listed(name: str, kind: Callable[[str], Any] = str, **more: Any) -> Callable[[Any], Any]:
+    """Returns an option that takes values with commas between them, and may be repeated."""
 
     def parse(
-        context: click.Context, parameter: click.Parameter, text: str | None
+        context: click.Context, parameter: click.Parameter, texts: tuple[str, ...]
     ) -> list[Any] | None:
-        if text is None:
+        if not texts:
             return None
         try:
-            return [kind(each.strip()) for each in text.split(",") if each.strip()]
+            every = [each.strip() for text in texts for each in text.split(",")]
+            return [kind(each) for each in every if each]
         except ValueError:
             raise click.BadParameter(
-                f"'{text}' is no list of numbers", context, parameter
+                f"'{','.join(texts)}' is no list of numbers", context, parameter
             ) from None
 
-    return parse
+    return click.option(name, callback=parse, multiple=True, **more)
 
 
 @replay.command()
@@ -629,7 +628,7 @@ def _listed(
     show_default=True,
     help="How slots per expert follow from tokens; model: the model's own rule.",
 )
-@click.option("--values", callback=_listed(float), help="Parameters of the rule: 0.05,1.0")
+@_listed("--values", float, help="Parameters of the rule: 0.05,1.0")
 @click.option(
     "--devices",
     type=click.IntRange(min=1),
@@ -646,10 +645,8 @@ def gating(context: click.Context, /, **options: Any) -> int:
 
 @replay.command()
 @_replayed
-@click.option("--policies", callback=_listed(), help="Cache policies: lru,min,bound")
-@click.option(
-    "--capacities", callback=_listed(), help="Sizes of the cache: slots (16), bytes (4000MiB), 25%"
-)
+@_listed("--policies", help="Cache policies: lru,min,bound")
+@_listed("--capacities", help="Sizes of the cache: slots (16), bytes (4000MiB), 25%")
 @click.option("--scope", type=click.Choice(("layer", "stack", "global")), help="What shares it.")
 @click.option(
     "--semantics",
@@ -667,7 +664,7 @@ def buffering(context: click.Context, /, **options: Any) -> int:
 @replay.command()
 @_replayed
 @click.option("--devices", type=click.IntRange(min=1), help="Devices of all nodes.")
-@click.option("--planners", callback=_listed(), help="Who places experts: contiguous,greedy,eplb")
+@_listed("--planners", help="Who places experts: contiguous,greedy,eplb")
 @click.option("--num-redundant", type=click.IntRange(min=0), help="Extra replicas per layer.")
 @click.option("--groups", type=click.IntRange(min=1), help="Expert groups.")
 @click.option("--nodes", type=click.IntRange(min=1), help="Nodes.")
@@ -727,15 +724,14 @@ def _replay(
 @cli.command()
 @click.option("--device", help="cpu or cuda; a GPU if there is one.")
 @click.option("-o", "--output", type=click.Path(), help="The file.  [default: calibration.json]")
-@click.option(
+@_listed(
     "--expert-bytes",
-    callback=_listed(),
     help="Sizes of experts that predictions are wanted for, or their shapes where small:"
     " 9MiB,256x48",
 )
 @click.option("--dtype", type=click.Choice(DTYPES[1:]), help="Of weights and rows.")
-@click.option("--policies", callback=_listed(), help="Cache policies to time; all of them.")
-@click.option("--kernels", callback=_listed(), help="Gating kernels to time; all of them.")
+@_listed("--policies", help="Cache policies to time; all of them.")
+@_listed("--kernels", help="Gating kernels to time; all of them.")
 @click.option(
     "--ranks",
     type=click.IntRange(min=1),
@@ -857,9 +853,8 @@ def _pool_calibrations(talk: Talk, files: Sequence[str], target: Path, *, force:
 @cli.command()
 @click.argument("trace")
 @click.option("--calibration", type=click.Path(), help="From `moeprof calibrate`.")
-@click.option(
+@_listed(
     "--settings",
-    callback=_listed(),
     help="lru:25%,min:32:split,lru:25%:ahead=2,gating:dynamic; ahead=N copies N experts ahead.",
 )
 @click.option("--predict-only", is_flag=True, help="Predict; run nothing.")
@@ -871,11 +866,11 @@ def _pool_calibrations(talk: Talk, files: Sequence[str], target: Path, *, force:
 @click.option("--dtype", type=click.Choice(DTYPES[1:]), help="Of weights and rows.")
 @click.option("--max-steps", type=click.IntRange(min=1), help="Most steps to run.")
 @click.option("--repetitions", type=click.IntRange(min=1), help="Least repetitions of each.")
-@click.option("--most-repetitions", type=click.IntRange(min=1), help="Most, to reach 2 %.")
+@click.option("--most-repetitions", type=click.IntRange(min=1), help="Most of each, to reach 2 %.")
 @click.option("--rounds", type=click.IntRange(min=1), help="Over which the least are spread.")
 @click.option("--device", help="cpu or cuda; a GPU if there is one.")
 @click.option("--weights", type=click.Choice(("auto", "random")), default="auto")
-@click.option("--only", callback=_listed(), help="Run these settings of the predictions.")
+@_listed("--only", help="Run these settings of the predictions.")
 @click.option(
     "--continue",
     "earlier",
@@ -923,7 +918,7 @@ def verify(context: click.Context, /, trace: str, **options: Any) -> int:
             earlier = verification_files.read_verification(options["earlier"])
         if options["predictions"] is not None:
             made = verification_files.read_predictions(options["predictions"])
-            said = [name for name in _PREDICTED_OPTIONS if options[name] is not None]
+            said = [name for name in _OF_PREDICTIONS if options[name] is not None]
             if said:
                 option = said[0].replace("_", "-")
                 raise click.UsageError(f"--{option} is that of the predictions", context)
@@ -960,6 +955,7 @@ def verify(context: click.Context, /, trace: str, **options: Any) -> int:
             weights=options["weights"],
             share_host=options["share_host"],
             only=options["only"],
+            most_repetitions=options["most_repetitions"],
             most_s=options["most_seconds"],
             quiet_core=options["quiet_core"],
             earlier=earlier,
@@ -979,10 +975,10 @@ def verify(context: click.Context, /, trace: str, **options: Any) -> int:
     return 0
 
 
-_PREDICTED_OPTIONS = (
-    "settings", "stack", "phase", "shape", "dtype", "max_steps", "repetitions", "most_repetitions",
-    "rounds",
+_OF_PREDICTIONS = (
+    "settings", "stack", "phase", "shape", "dtype", "max_steps", "repetitions", "rounds",
 )  # fmt: skip
+_PREDICTED_OPTIONS = (*_OF_PREDICTIONS, "most_repetitions")
 _VERIFY_COLUMNS = (
     "setting", "percentile", "predicted_ms", "low_ms", "high_ms", "measured_ms", "measured_spread",
     "error", "inside", "naive_bandwidth_error", "naive_mean_error",

@@ -311,6 +311,19 @@ def test_what_was_measured_is_on_disk_before_it_is_judged(
     content = json.loads((tmp_path / "v.json").read_text())
     assert content["step_times"]["lru:2"] == kept["step_times"]["lru:2"]
     assert "2 of 2 predicted settings run" in content["notes"]
+    # A list may be given in parts; and more is measured than was asked for with the predictions.
+    code, _, err = run(*judged, "--only", "lru:2", "--only", "min:2", "-o", "w.json")
+    assert code == 0, err
+    content = json.loads((tmp_path / "w.json").read_text())
+    assert set(content["step_times"]) == {"lru:2", "min:2"}
+    assert all(len(own["measured_ms"]) <= 20 for own in content["step_times"].values())
+    monkeypatch.setattr(verification, "TOLERANCE", 0.0)
+    code, _, err = run(*judged, "--only", "min:2", "--most-repetitions", "23", "-o", "x.json")
+    assert code == 0, err
+    content = json.loads((tmp_path / "x.json").read_text())
+    assert len(content["step_times"]["min:2"]["measured_ms"]) == 23
+    code, _, err = run(*judged, "--most-repetitions", "1")
+    assert code == 2 and "5 to 1 repetitions make no sense" in err
 
 
 def test_settings_of_predictions_cannot_be_changed(run: Run, of_another_machine: Path) -> None:

@@ -19,7 +19,7 @@ import math
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -184,6 +184,7 @@ def verify(
     weights: str = "auto",
     share_host: bool = False,
     only: Sequence[str] | None = None,
+    most_repetitions: int | None = None,
     most_s: float | None = None,
     quiet_core: bool = False,
     earlier: EarlierRun | None = None,
@@ -209,6 +210,7 @@ def verify(
         weights: ``auto`` takes the model's where it can be opened, ``random`` never.
         share_host: All layers of random experts read one host copy.
         only: Names of the settings to run, of those predicted; all when None.
+        most_repetitions: Of each setting, in this run; as the options have it when None.
         most_s: About so many seconds are taken. Where they are few settings are repeated less, then
             visited in fewer rounds, and only then left out.
         quiet_core: Keep the calling thread on a core that is quiet (`moeprof.live.core_binding`)
@@ -244,6 +246,8 @@ def verify(
         )
     begun_s = time.perf_counter()
     chosen = predictions.options
+    if most_repetitions is not None:
+        chosen = replace(chosen, most_repetitions=most_repetitions)
     question = chosen.question(trace)
     version = predictions.facts.get("calibration_version", SCHEMA_VERSION)
     if version != SCHEMA_VERSION:

@@ -35,6 +35,7 @@ from analysis.live_prediction_words import (
     not_measured_notes,
     probe_notes,
     regret_findings,
+    run_notes,
 )
 from moeprof.replay.result import SEVERITY_COST, SEVERITY_FACT, Finding, Metric, Result
 from moeprof.reporting.document import Described
@@ -175,7 +176,9 @@ def predictions_part(data: Mapping[str, Any]) -> Described:
             *aside_notes(data),
             *carried_notes(data),
             f"{counts['not_to_tolerance']} of {whole['predictions']} percentiles are not known to "
-            f"{percent(counts['tolerance'])} (half of the 90% interval over repetitions).",
+            f"{percent(counts['tolerance'])} (half of the 90% interval over visits and "
+            "repetitions).",
+            *run_notes(data),
             *not_measured_notes(data),
         ),
     )

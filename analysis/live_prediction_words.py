@@ -14,6 +14,7 @@ from analysis.carried_predictions import CONSTANTS
 from analysis.live_goals import percent
 from analysis.live_parts import date_said
 from analysis.prediction_quality import MOST_REGRET
+from analysis.run_differences import LEAST_VISITS
 from moeprof.replay.result import SEVERITY_FACT, Finding
 
 _OWN = "its own calibration"
@@ -341,6 +342,29 @@ def host_speed_findings(data: Mapping[str, Any]) -> list[Finding]:
         f"{'. '.join(said)}. This is after the fact and part of no goal."
     ).replace(". on ", ". On ")
     return [Finding(text=text, severity=SEVERITY_FACT + 3, section="predictions")]
+
+
+def run_notes(data: Mapping[str, Any]) -> list[str]:
+    """Returns how far runs lie apart whose visits were put together; nothing where none were."""
+    every = data.get("runs_apart") or ()
+    far = [each for each in every if each["ratio"] is not None]
+    if not far:
+        return []
+    most = ", ".join(
+        f"{each['model'].removesuffix('.gguf')} on {each['machine'].removeprefix('NVIDIA ')} "
+        f"{each['ratio']:.2f} times ({each['setting']}: {each['low_ms']:.3g} to "
+        f"{each['high_ms']:.3g} ms in {each['runs']} runs; median of {each['settings']} settings "
+        f"{each['median_ratio']:.2f})"
+        for each in far
+    )
+    known = sum(each["known_in_a_run"] for each in every)
+    return [
+        "Visits were added in later runs until a percentile was known, on hosts that differ, and "
+        "are taken for draws of one: of settings with "
+        f"{LEAST_VISITS} visits in two runs or more, the p50 of one run is up to so many times "
+        f"that of another: {most}. {known} of {sum(each['percentiles'] for each in every)} "
+        "percentiles are known to the same share from some run alone."
+    ]
 
 
 def _ratio_of(groups: Sequence[Mapping[str, Any]], model: str) -> str:

@@ -44,6 +44,7 @@ from analysis.judged_rows import (
     regret_rows,
 )
 from analysis.judgements import Judgement, read_judgements
+from analysis.run_differences import runs_apart
 from moeprof.live.step_percentiles import repetitions_of
 from moeprof.live.verification_options import QUIET_CORE_NOTE, TOLERANCE
 from moeprof.reporting.writing import write_files
@@ -116,6 +117,7 @@ def pooled(
         "not_measured": _not_measured(judgements, rows),
         "goals": _goals(counts, whole, regret),
         "by_host_speed": by_host_speed(judgements),
+        "runs_apart": runs_apart(judgements),
         "carried": judged_again(judgements, carried) if carried else None,
         "earlier": None if earlier is None else earlier_of(earlier, sources),
         "rows": json.loads(rows.to_json(orient="records", double_precision=12)),

@@ -24,15 +24,21 @@ LEAST_VISITS = 5
 
 
 def run_of_rounds(step_times: Mapping[str, Any]) -> dict[int, int]:
-    """Returns the run of each round, from 0: time counts from the first visit of a run.
+    """Returns the run of each round, from 0, or nothing where files do not say when visits began.
+
+    Time counts from the first visit of a run.
 
     Args:
         step_times: Of all settings, as `moeprof.live.verification_files` writes them. A run's
             rounds all come after those of the runs before it, and in turn.
     """
     ends: dict[int, tuple[float, float]] = {}
+    if not all(
+        "begun_s" in each for own in step_times.values() for each in own.get("visits", [{}])
+    ):
+        return {}
     for times in step_times.values():
-        for visit in times.get("visits", ()):
+        for visit in times["visits"]:
             first, last = ends.get(visit["round"], (np.inf, -np.inf))
             begun_s = float(visit["begun_s"])
             ends[visit["round"]] = min(first, begun_s), max(last, begun_s)

@@ -6,7 +6,6 @@ import dataclasses
 import json
 import re
 import shutil
-from collections import Counter
 from pathlib import Path
 
 import numpy as np

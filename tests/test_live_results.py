@@ -6,6 +6,7 @@ import dataclasses
 import json
 import re
 import shutil
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -440,13 +441,23 @@ def test_what_the_readme_says_of_the_hosts():
 def test_what_the_readme_says_of_how_well_it_was_measured():
     text = measured_text()
     quality = json.loads((RESULTS / "prediction_quality.json").read_text())
-    spreads = [row["measured_spread"] for row in quality["rows"]]
-    assert max(spreads) <= 0.02
-    assert f"All {len(spreads)} percentiles are measured to 2% (half of a 90% interval)" in text
+    rows, first, other = quality["rows"], "NVIDIA H100 80GB HBM3", "NVIDIA H200"
+    rough = Counter((row["trace"], row["machine"]) for row in rows if row["measured_spread"] > 0.02)
+    less = sum(row["measured_spread"] <= 0.03 for row in rows)
+    assert (
+        f"is missed: {len(rows) - sum(rough.values())} of {len(rows)} are, {less} to 3%, after"
+        in text
+    )
+    assert (
+        f"The others are {rough['qwen3', first]} of Qwen3's, {rough['twin-mt', first]} of the "
+        f"translation model's and {rough['zoo-lm', first]} of the zoo's on the H100, and "
+        f"{rough['qwen3', other]}, {rough['twin-mt', other]} and {rough['zoo-lm', other]} on the "
+        "H200" in text
+    )
     apart = {(each["trace"], each["machine"]): each for each in quality["runs_apart"]}
-    assert len(apart) == 6 and sum(each["percentiles"] for each in apart.values()) == len(spreads)
+    assert len(apart) == 6 and sum(each["percentiles"] for each in apart.values()) == len(rows)
     known = sum(each["known_in_a_run"] for each in apart.values())
-    assert f"Some run alone knows {known} of the {len(spreads)} to 2%" in text
+    assert f"Some run alone knows {known} of the {len(rows)} to 2%" in text
     far = [each for each in apart.values() if each["ratio"] is not None]
     most = max(far, key=lambda each: each["ratio"])
     assert (most["trace"], most["machine"]) == ("qwen3", "NVIDIA H100 80GB HBM3")

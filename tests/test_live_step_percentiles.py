@@ -98,8 +98,32 @@ def half_width(medians: list[Any], percentile: int, own: float, widened: float) 
     """Of a percentile's interval, by the medians [draws][steps] that were drawn."""
     every = np.percentile(medians, percentile, axis=1)
     low, left, middle, right, high = np.quantile(every, (0.05, 0.25, 0.5, 0.75, 0.95))
-    shift = 0 if left <= own <= right else 2 * abs(middle - own)
-    return float(widened * (high - low) / 2 + shift)
+    return float(widened * (high - low) / 2 + shifted(own, left, middle, right))
+
+
+def shifted(own: float, left: float, middle: float, right: float) -> float:
+    """Returns what is added for a percentile so far from the draws' median, by quartiles."""
+    quarter = middle - left if own < middle else right - middle
+    off = abs(own - middle)
+    if off <= quarter:
+        return 0.0
+    return 2 * off if off >= 2 * quarter else 4 * (off - quarter)
+
+
+def drawn_by_hand(sizes: Sequence[int]) -> list[Any]:
+    """Returns repetitions of each draw: visits of these sizes, then as many of each as it has."""
+    generator = np.random.default_rng(0)
+    visits = np.repeat(np.arange(len(sizes)), sizes)
+    chosen = generator.integers(len(sizes), size=(2000, len(sizes)))
+    within = generator.random((2000, len(sizes), max(sizes)))
+    return [
+        [
+            np.flatnonzero(visits == one)[int(within[draw, place, number] * sizes[one])]
+            for place, one in enumerate(own)
+            for number in range(sizes[one])
+        ]
+        for draw, own in enumerate(chosen.tolist())
+    ]
 
 
 @pytest.mark.parametrize("sizes", [(2, 2, 2), (1, 1, 1, 1, 1), (3, 1, 4), (1, 2)])
@@ -107,20 +131,46 @@ def test_draws_take_whole_visits_then_repetitions_of_each(sizes: tuple[int, ...]
     generator = np.random.default_rng(len(sizes))
     visits = np.repeat(np.arange(len(sizes)), sizes)
     times = generator.lognormal(1, 0.2, (len(visits), 7))
-    drawn = np.random.default_rng(0)
-    medians = []
-    for _ in range(200):
-        chosen = drawn.integers(len(sizes), size=len(sizes))
-        rows = [drawn.choice(np.flatnonzero(visits == one), size=sizes[one]) for one in chosen]
-        medians.append(np.median(times[np.concatenate(rows)], axis=0))
+    medians = [np.median(times[rows], axis=0) for rows in drawn_by_hand(sizes)]
     for percentile, found in zip((50, 99), spreads_of(times, (50, 99), visits), strict=True):
         own, every = measured_ms(times, percentile), np.percentile(medians, percentile, axis=1)
         low, left, middle, right, high = np.quantile(every, (0.05, 0.25, 0.5, 0.75, 0.95))
-        shift = 0 if left <= own <= right else 2 * abs(middle - own)
+        shift = shifted(own, left, middle, right)
         half = (high - low) / 2 * step_percentiles.widening(len(sizes))
         assert found == pytest.approx((half + shift) / own)
         assert found == spread_of(times, percentile, visits)
     assert spreads_of(times[:2], (50, 99), visits[:2]) == (math.inf, math.inf)
+
+
+def test_luck_of_the_draws_decides_little(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Settings of few visits, as they are measured: who stops where draws are lucky knows nothing.
+    generator = np.random.default_rng(2)
+    cases = []
+    for num_visits in (4, 6, 12):
+        visits = np.repeat(np.arange(num_visits), 2)
+        machine = generator.normal(0, 0.04, num_visits)[visits, None]
+        noise = generator.normal(0, 0.03, (len(visits), 19))
+        cases.append((np.exp(machine + noise), visits))
+    real = np.random.default_rng
+    found = []
+    for seed in range(6):
+        monkeypatch.setattr(
+            step_percentiles.np.random, "default_rng", lambda _, seed=seed: real(seed)
+        )
+        found.append(
+            [spread for case in cases for spread in spreads_of(case[0], (50, 99), case[1])]
+        )
+    apart = np.ptp(found, axis=0) / np.mean(found, axis=0)
+    assert apart.max() < 0.2 and np.median(apart) < 0.1
+
+
+def test_the_interval_has_no_step_at_the_quartiles() -> None:
+    # By hand, median 10 and quartiles 9 and 12: a hair beyond a quartile adds a hair.
+    added = {9.0: 0, 9.5: 0, 12.0: 0, 8.99: 0.04, 8.5: 2, 8.0: 4, 7.0: 6, 12.01: 0.04, 15.0: 10}
+    for own, expected in added.items():
+        assert step_percentiles._shift(own, 9.0, 10.0, 12.0) == pytest.approx(expected), own
+    # Draws that are all alike but for the value itself.
+    assert step_percentiles._shift(9.0, 10.0, 10.0, 10.0) == 2
 
 
 def test_many_steps_are_drawn_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -253,20 +303,10 @@ def test_where_nothing_is_set_aside_nothing_changes(sizes: tuple[int, ...] | Non
     visits = None if sizes is None else np.repeat(np.arange(len(sizes)), sizes)
     times = noisy(generator, 8 if visits is None else len(visits), 20)
     found = repeated(times, visit_of=None if visits is None else visits.tolist())
-    drawn = np.random.default_rng(0)
-    if visits is None:
-        rows, widened = list(drawn.integers(8, size=(200, 8))), 1.0
+    if sizes is None:
+        rows, widened = list(np.random.default_rng(0).integers(8, size=(2000, 8))), 1.0
     else:
-        members = [np.flatnonzero(visits == one) for one in range(len(sizes or ()))]
-        rows = []
-        for _ in range(200):
-            chosen = drawn.integers(len(members), size=len(members))
-            rows.append(
-                np.concatenate(
-                    [drawn.choice(members[one], size=len(members[one])) for one in chosen]
-                )
-            )
-        widened = step_percentiles.widening(len(members))
+        rows, widened = drawn_by_hand(sizes), step_percentiles.widening(len(sizes))
     medians = [np.median(times[own], axis=0) for own in rows]
     for percentile, spread in zip((50, 99), found.spreads((50, 99)), strict=True):
         value = np.percentile(np.median(times, axis=0), percentile)

@@ -20,7 +20,9 @@ Floats = NDArray[np.float64]
 Numbers = NDArray[np.int64]
 Flags = NDArray[np.bool_]
 
-_NUM_DRAWS = 200
+# Fewer draws say by their own luck that something is known, and whoever visits until it is stops on
+# that luck.
+_NUM_DRAWS = 2000
 # Of what is drawn at once, 32 MiB.
 _MOST_NUMBERS = 1 << 22
 _LEAST_REPETITIONS = 3
@@ -134,9 +136,10 @@ def spread_of(times: Floats, percentile: int, visits: Numbers | None = None) -> 
 
     A high percentile of medians that are not exact lies above that of exact ones: where steps are
     nearly alike, the slowest is the one that chance slowed most. What is drawn again is shifted
-    again, but by less. Where the percentile is outside the middle half of the draws, twice the
-    distance from their median is added to half the width: where all steps are alike 75 to 95 % of
-    intervals then hold, of the width alone 1 to 30 % (simulated, 6 to 40 visits of 2).
+    again, but by less. Where the percentile is outside the middle half of the draws, up to twice
+    the distance from their median is added to half the width, the more the further outside it is,
+    and all from twice as far on: where all steps are alike 70 to 95 % of intervals then hold, of
+    the width alone 1 to 30 % (simulated, 4 to 40 visits of 2).
 
     Args:
         times: [repetitions, steps]; NaN where one is set aside.
@@ -155,15 +158,15 @@ def spreads_of(
         return (math.inf,) * len(percentiles)
     generator = np.random.default_rng(0)
     if visits is None:
-        drawn = times[generator.integers(len(times), size=(_NUM_DRAWS, len(times)))]
-        medians, widened = _known_medians(drawn), 1.0
+        drawn = generator.integers(len(times), size=(_NUM_DRAWS, len(times)))
+        widened = 1.0
     else:
-        members = [np.flatnonzero(visits == visit) for visit in np.unique(visits)]
         fewest = _fewest_visits(np.isfinite(times), visits)
         if fewest < 2:  # noqa: PLR2004
             return (math.inf,) * len(percentiles)
-        medians = _medians(times, [_drawn(members, generator) for _ in range(_NUM_DRAWS)])
+        drawn = _drawn(visits, generator)
         widened = widening(fewest)
+    medians = _medians(times, drawn)
     # A draw may have no time of a step that was seldom quiet.
     medians = medians[np.isfinite(medians).all(axis=1)]
     if len(medians) < _NUM_DRAWS / 2:
@@ -174,9 +177,18 @@ def spreads_of(
         own = measured_ms(times, percentile)
         ends = (_TAIL, 0.25, 0.5, 0.75, 1 - _TAIL)
         low, left, middle, right, high = np.quantile(found, ends).tolist()
-        shift = 0.0 if left <= own <= right else _SHIFTS * abs(middle - own)
+        shift = _shift(own, left, middle, right)
         spreads.append(float((widened * (high - low) / 2 + shift) / own))
     return tuple(spreads)
+
+
+def _shift(own: float, left: float, middle: float, right: float) -> float:
+    """Returns what is added for a value that lies off the middle of its draws, by their quartiles.
+
+    No step at the quartile: a hair more or less is no other interval.
+    """
+    off, quarter = abs(own - middle), middle - left if own < middle else right - middle
+    return _SHIFTS * min(off, 2 * max(0.0, off - quarter))
 
 
 def more_visits(spread: float, num_visits: int, tolerance: float, *, most: int) -> float:
@@ -220,28 +232,29 @@ def visits_of(times: Mapping[str, Any]) -> Numbers | None:
     return np.repeat(np.arange(len(counts)), counts)
 
 
-def _drawn(members: list[Numbers], generator: np.random.Generator) -> Numbers:
-    """Returns repetitions: visits drawn with replacement, then as many of each as it has."""
-    chosen = generator.integers(len(members), size=len(members))
-    return np.concatenate(
-        [
-            members[one][generator.integers(len(members[one]), size=len(members[one]))]
-            for one in chosen.tolist()
-        ]
-    )
+def _drawn(visits: Numbers, generator: np.random.Generator) -> Numbers:
+    """Returns [draws, most] repetitions: visits with replacement, then as many of each as it has.
+
+    -1 where a draw has fewer.
+    """
+    _, visit, counts = np.unique(visits, return_inverse=True, return_counts=True)
+    most = int(counts.max())
+    first = np.cumsum(counts) - counts
+    # By visit, in order.
+    members = np.argsort(visit, kind="stable")
+    chosen = generator.integers(len(counts), size=(_NUM_DRAWS, len(counts)))
+    number = counts[chosen][..., None]
+    within = (generator.random((*chosen.shape, most)) * number).astype(np.int64)
+    found = members[first[chosen][..., None] + within]
+    return np.where(np.arange(most) < number, found, -1).reshape(_NUM_DRAWS, -1)
 
 
-def _medians(times: Floats, draws: Sequence[Numbers]) -> Floats:
-    """Returns [draws, steps] medians of drawn repetitions; draws of one length together."""
-    found = np.empty((len(draws), times.shape[1]))
-    lengths = np.array([len(drawn) for drawn in draws])
-    for length in np.unique(lengths).tolist():
-        (every,) = np.nonzero(lengths == length)
-        block = max(1, _MOST_NUMBERS // (length * times.shape[1]))
-        for first in range(0, len(every), block):
-            own = every[first : first + block]
-            found[own] = _known_medians(times[np.stack([draws[one] for one in own.tolist()])])
-    return found
+def _medians(times: Floats, drawn: Numbers) -> Floats:
+    """Returns [draws, steps] medians of drawn repetitions, -1 left out; some draws at once."""
+    every = np.vstack([times, np.full(times.shape[1], np.nan)])
+    block = max(1, _MOST_NUMBERS // (drawn.shape[1] * times.shape[1]))
+    starts = range(0, len(drawn), block)
+    return np.concatenate([_known_medians(every[drawn[first : first + block]]) for first in starts])
 
 
 def _fewest_visits(is_quiet: Flags, visits: Numbers) -> int:

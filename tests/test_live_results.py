@@ -703,3 +703,32 @@ def test_hostile_text_is_escaped(tmp_path, raw):
     text = (tmp_path / "out" / "live-results.md").read_text()
     assert "<script" not in text
     assert "\\_a\\_" in text
+
+
+def test_what_the_notes_say_was_not_measured():
+    text = measured_text()
+    rows = json.loads((RESULTS / "paper_headline.json").read_text())["rows"]
+    full = {row["gating"]: row["batch"] for row in rows if row.get("out_of_memory")}
+    assert full == {"static_mask": 16} and "was (16 sequences)" in text
+    ends = [
+        max(row["batch"] for row in rows if row["gating"] == gating)
+        for gating in {row["gating"] for row in rows} - set(full)
+    ]
+    assert f"the others end between {min(ends)} and {max(ends)}" in text
+    parts = json.loads((RESULTS / "mt_headline.json").read_text())["parts"]
+    stacks = [parts[name] for name in ("mt-encoder", "mt-decoder")]
+    ended = [{row["gating"] for row in each["rows"] if row.get("out_of_memory")} for each in stacks]
+    assert ended == [set(), {"dynamic", "dense"}]
+    assert all("dynamic_grouped" not in {row["gating"] for row in each["rows"]} for each in stacks)
+    assert all(each["control"]["rows"] == [] for each in stacks)
+    best = max(
+        (row for row in stacks[0]["rows"] if row["gating"] == "dynamic"),
+        key=lambda row: row["num_tokens"] / row["median_ms"],
+    )
+    assert len(best["times_ms"]) == 2 and "the encoder rests on 2 of moeprof's" in text
+    live = json.loads((RESULTS / "buffering_live.json").read_text())["studies"]
+    shared = {name for name, each in live.items() if each["host_copy_shared_by_all_layers"]}
+    assert set(live) - shared == {"zoo-lm"}
+    settings = [one for each in live.values() for one in each["settings"]]
+    profiled = sum(bool((one.get("profiler") or {}).get("steps")) for one in settings)
+    assert f"looked at {profiled} of {len(settings)} settings, 8 decode steps of each" in text

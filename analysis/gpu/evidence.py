@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import sys
@@ -13,8 +12,10 @@ from typing import Any
 
 import torch
 
-import moeprof
+from moeprof.live.source_digest import live_digest, source_digest
 from moeprof.recording.hardware import hardware, versions
+
+__all__ = ["evidence", "source_digest", "write_json"]
 
 
 def evidence(command: str, device: torch.device | str) -> dict[str, Any]:
@@ -24,20 +25,8 @@ def evidence(command: str, device: torch.device | str) -> dict[str, Any]:
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "hardware": asdict(hardware(torch.device(device))),
         "versions": {**versions(), "python": sys.version.split()[0]},
-        "source_sha256": source_digest(Path(moeprof.__file__).parent / "live"),
+        "source_sha256": live_digest(),
     }
-
-
-def source_digest(folder: Path) -> str:
-    """Returns a digest of the Python files below ``folder``: which code was measured.
-
-    A version says little between releases, and a measured tree may not be a commit.
-    """
-    digest = hashlib.sha256()
-    for path in sorted(folder.rglob("*.py")):
-        digest.update(f"{path.relative_to(folder).as_posix()}\n".encode())
-        digest.update(hashlib.sha256(path.read_bytes()).digest())
-    return digest.hexdigest()
 
 
 def write_json(path: Path, result: dict[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""How fast a device copies and multiplies: what no kernel on it can beat."""
+"""How fast a device copies and multiplies: the rates that kernels are held to."""
 
 from __future__ import annotations
 

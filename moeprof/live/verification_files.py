@@ -16,6 +16,7 @@ import numpy as np
 
 from moeprof.errors import MoeprofError, TraceError, UsageError
 from moeprof.live.rounds import Visit, Visited
+from moeprof.live.source_digest import live_digest
 from moeprof.live.step_percentiles import repetitions_of
 from moeprof.live.verification_options import (
     NAME,
@@ -38,6 +39,8 @@ VERIFICATION_KIND = f"moeprof {NAME}"
 
 _MOST_PERCENTILE = 100
 _OF_RUN = ("command", "date", "hardware", "versions")
+SOURCE = "source_sha256"
+"""Of the code that ran; files from before it was written lack it."""
 
 
 def write_predictions(
@@ -104,6 +107,7 @@ def write_verification(
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "hardware": result.tables["hardware"].iloc[0].to_dict(),
         "versions": versions(),
+        SOURCE: live_digest(),
         **({} if earlier is None else {"earlier_runs": list(earlier.runs)}),
         "notes": list(result.notes),
         "findings": [finding.text for finding in result.findings],
@@ -175,7 +179,7 @@ def _earlier_run(content: Mapping[str, Any]) -> EarlierRun:
     hardware_of = checked.table(content["hardware"], "hardware")
     runs = [
         *checked.listed(content.get("earlier_runs", []), "earlier_runs"),
-        {name: content[name] for name in _OF_RUN},
+        {name: content[name] for name in (*_OF_RUN, SOURCE) if name in content},
     ]
     for run in runs:
         for name in _OF_RUN[:2]:

@@ -378,7 +378,7 @@ def _handles(predicted: Sequence[Mapping[str, Any]], machines: Sequence[str]) ->
     ]  # fmt: skip
     handles += [
         Line2D([], [], color=INK, linewidth=1.6, linestyle=(0, (5, 2)),
-               label="frontier: fewest copies (MIN)"),
+               label="predicted for the fewest copies (MIN)"),
         Line2D([], [], marker="v", color="none", markeredgecolor=INK, markersize=7.5,
                label="token-flattened replay"),
         Line2D([], [], marker="D", color="none", markeredgecolor=INK, markersize=5.5,

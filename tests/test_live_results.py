@@ -705,6 +705,25 @@ def test_hostile_text_is_escaped(tmp_path, raw):
     assert "\\_a\\_" in text
 
 
+def test_what_the_notes_say_of_the_rounds_between():
+    text = measured_text()
+    found = []
+    for number in (2, 3, 4):
+        data = json.loads((RESULTS / f"earlier_predictions_{number}.json").read_text())
+        whole = data["all"]
+        error = whole["absolute_errors"]["model"]["0.5"]
+        found.append((whole["inside"], whole["stated"], error, data["regret"]["worst"]))
+        gpus = {each["machine"]: each["calibrated_on"] for each in data["sources"]}
+        assert len(gpus) == 2 and all(machine == own for machine, own in gpus.items())
+    held, errors, worst = (
+        "{} of {}, {} of {} and {} of {}".format(*(n for each in found for n in each[:2])),
+        "{:.1f}%, {:.1f}% and {:.1f}%".format(*(100 * each[2] for each in found)),
+        "{:.1f}%, {:.1f}% and {:.1f}%".format(*(100 * each[3] for each in found)),
+    )
+    assert f"held {held}, were {errors} off and at worst" in text
+    assert f"recommended a setting that took {worst} longer" in text
+
+
 def test_what_the_notes_say_was_not_measured():
     text = measured_text()
     rows = json.loads((RESULTS / "paper_headline.json").read_text())["rows"]

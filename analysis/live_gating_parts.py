@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pandas as pd
@@ -336,11 +336,12 @@ def kernels_part(data: Mapping[str, Any]) -> Described:
                 else ()
             ),
             "Drawn routing is drawn anew for each geometry and size, with the number of tokens as "
-            "its seed; of each kind the result keeps the description of the last.",
+            f"its seed; {_described(data['rows'])}.",
+            *_as_measured(data),
             f"Measured rates: copy {data['ceilings']['copy_bytes_per_s'] / 1e12:.2f} TB/s read "
             f"plus written, matrix products "
             f"{data['ceilings']['matrix_flops_per_s'] / 1e12:.0f} TFLOP/s.",
-            f"{len(errors)} kernels agree with float64 in {data['check']['num_cases']} cases each: "
+            f"{len(errors)} kernels {_held_said(data['check'])}: "
             f"{', '.join(errors)}. The largest relative error is {max(errors.values()):.1e}, of "
             f"moeprof's kernel {errors['dynamic']:.1e}.",
         ),
@@ -409,11 +410,48 @@ def kernels_part(data: Mapping[str, Any]) -> Described:
         facts={"Repetitions": repetitions_said(rows["num_repetitions"])},
         banners=[
             *([] if data.get("complete", True) else ["The run was cut short: rows are missing."]),
+            *(f"Wrong: {each}." for each in data.get("failures", ())),
             *beside_banners([data]),
             *earlier_banners(data),
         ],
         section=section,
         result=result,
+    )
+
+
+def _described(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Returns which of the routings are described above."""
+    if all("routing_source" in row for row in rows):
+        return (
+            f"those described above are of {MANY_TOKENS:,} tokens, every row of the result has its "
+            "own description"
+        )
+    return "of each kind the result keeps the description of the last"
+
+
+def _as_measured(data: Mapping[str, Any]) -> list[str]:
+    """Returns what results of later runs say of how they were measured."""
+    notes = []
+    if any(row.get("ahead") for row in data["rows"]):
+        notes.append(
+            f"For eager rows, but those of up to {MOST_GRAPH_TOKENS} tokens of the LM geometry, "
+            "the host asks for all repetitions before the first begins: times are the device's."
+        )
+    if data.get("public_not_run"):
+        reasons = (f"{name}: {reason}" for name, reason in data["public_not_run"].items())
+        notes.append(f"Public kernels that this run did not time. {'. '.join(reasons)}.")
+    return notes
+
+
+def _held_said(check: Mapping[str, Any]) -> str:
+    """Returns what kernels were held to."""
+    if "tolerance" not in check:
+        return f"agree with float64 in {check['num_cases']} cases each"
+    cases = sorted(set(check["cases_by_kernel"].values()))
+    said = f"{cases[0]} to {cases[-1]}" if len(cases) > 1 else f"{cases[0]}"
+    return (
+        f"are held to float64, token by token, in {said} cases each, and on each layer that is "
+        f"timed; {check['tolerance']:g} is allowed"
     )
 
 

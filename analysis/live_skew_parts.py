@@ -265,6 +265,11 @@ def largest_error(data: Mapping[str, Any]) -> float:
         ) from error
 
 
+def _reference(data: Mapping[str, Any] | None) -> str:
+    """Returns what outputs are held to, in words."""
+    return str((data or {}).get("reference", "one GEMM per expert"))
+
+
 def _said(row: pd.Series[Any]) -> str:
     return share_said(row["share"], row["goal_share"])
 
@@ -282,7 +287,7 @@ def skew_goals(data: Mapping[str, Any] | None) -> list[Goal]:
     about = f"Kernel by skew of routing, {MANY_TOKENS if data is None else data['num_tokens']:,}"
     least = f"at least {percent(GOAL_MANY_SKEWED)}"
     least_uniform = f"at least {percent(GOAL_MANY_UNIFORM)}"
-    outputs = f"{about} tokens: outputs against one GEMM per expert, largest relative error"
+    outputs = f"{about} tokens: outputs against {_reference(data)}, largest relative error"
     skewed = f"{about} tokens, device rested: share of the floor under every Zipf law", least
     uniform = (
         f"{about} tokens, device rested, uniform routing: share of the floor",
@@ -393,7 +398,7 @@ def skew_part(data: Mapping[str, Any]) -> Described:
                 metric="skew/loaded",
             ),
             Finding(
-                text=f"At every exponent moeprof's outputs are held to one GEMM per expert: the "
+                text=f"At every exponent moeprof's outputs are held to {_reference(data)}: the "
                 f"largest relative error is {error:.1e}, "
                 f"{'within' if agrees else 'beyond'} the {data['tolerance']:g} that roundings to "
                 "bfloat16 allow.",
@@ -436,6 +441,7 @@ def skew_part(data: Mapping[str, Any]) -> Described:
         },
         banners=[
             *([] if data["complete"] else ["The run was cut short: exponents are missing."]),
+            *(f"Wrong: {each}." for each in data.get("failures", ())),
             *beside_banners([data]),
         ],
         section=section,

@@ -500,7 +500,9 @@ def test_shared_host_copies_take_less_memory(trace: Any) -> None:
         ).memory()
         for share in (False, True)
     )
-    assert own.host_bytes == 2 * shared.host_bytes
+    # Two sites of eight experts, or those of one and the little that the other begins further on.
+    block = GEOMETRY.block_shape.block_bytes
+    assert (own.host_bytes, shared.host_bytes) == (16 * block, 9 * block)
     assert own.expert_bytes == shared.expert_bytes
 
 

@@ -15,6 +15,7 @@ torch = pytest.importorskip("torch")
 
 import torch.nn.functional as F  # noqa: E402
 
+import moeprof  # noqa: E402
 from analysis.gpu import buffering_live  # noqa: E402
 from analysis.gpu.buffering_bench import by_device, failed_checks  # noqa: E402
 from analysis.gpu.buffering_outputs import (  # noqa: E402
@@ -22,8 +23,10 @@ from analysis.gpu.buffering_outputs import (  # noqa: E402
     noticed,
     row_errors,
     tolerance,
+    wrong_layers,
     wrong_on_host,
 )
+from analysis.gpu.evidence import source_digest  # noqa: E402
 from moeprof.live.buffer_settings import BufferSettings  # noqa: E402
 from moeprof.live.expert_buffer import ExpertBuffer  # noqa: E402
 from moeprof.live.expert_store import ExpertStore  # noqa: E402
@@ -137,6 +140,16 @@ def test_a_wrong_expert_on_the_host_is_noticed_in_every_dispatch(
     assert all(map(torch.equal, deep.outputs(right), deep.expected))
 
 
+def test_experts_of_another_layer_are_noticed_where_layers_share_a_host_copy(deep: Deep) -> None:
+    shared = random_sites(deep.trace, DEEP, stack="decoder", share_host=True)
+    expected = deep.outputs(deep.buffer(shared, capacity=None))
+    sites = wrong_layers(shared)
+    assert sites is not None
+    found = deep.outputs(deep.buffer(sites, capacity=4), follow=expected)
+    assert not any(map(torch.equal, found, expected))
+    assert wrong_layers(shared[:1]) is None
+
+
 def test_following_gives_every_dispatch_the_other_run_s_input(deep: Deep) -> None:
     buffer = deep.buffer(capacity=4)
     assert all(map(torch.equal, deep.outputs(buffer, follow=deep.expected), deep.expected))
@@ -186,8 +199,6 @@ def test_the_zoo_s_own_experts_are_within_rounding_too() -> None:
 
 
 def test_devices_of_the_replay_are_added_up(tmp_path: Path) -> None:
-    import moeprof
-
     trace = synthetic_trace(tmp_path / "t.moeprof", num_requests=3, num_experts=8, seed=0)
     predicted = moeprof.replay.buffering(
         trace, policies=["lru"], capacities=[1], semantics="sequential", devices=4, jobs=1
@@ -219,6 +230,7 @@ def test_studies_of_several_runs_end_in_one_file(tmp_path: Path) -> None:
         assert str(tmp_path) not in study["command"]
         assert "--out DIR --into FILE" in study["command"]
         assert {"date", "hardware", "versions"} <= set(study)
+        assert study["source_sha256"] == source_digest(Path(moeprof.__file__).parent / "live")
         assert len(study["settings"]) == 1 and study["left_out_for_time"]
     assert own["zoo-lm"]["weights_source"] == "weights of zoo:lm"
     assert own["zoo-lm"]["geometry"]["dtype"] == "torch.float16"

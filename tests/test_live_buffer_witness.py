@@ -189,7 +189,7 @@ def test_a_link_that_is_not_counted_says_why() -> None:
 def test_the_script_runs_on_a_cpu(tmp_path: Path) -> None:
     command = [
         sys.executable, str(ROOT / "analysis" / "gpu" / "buffering_live.py"), "--tiny",
-        "--studies", "qwen3-30b-a3b",
+        "--studies", "qwen3-30b-a3b", "--share-host",
         "--repetitions", "1", "--max-steps", "4", "--seconds", "600", "--out", str(tmp_path),
     ]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
@@ -211,13 +211,18 @@ def test_the_script_runs_on_a_cpu(tmp_path: Path) -> None:
                 assert not control["comparison_holds"]
             assert row["slots_broken"] == 0
             assert row["copies"] * study["block_bytes"] == row["copied_bytes"]
-            assert row["copies_as_planned"] is (None if row["miss"] != "load" else True)
+            assert row["copies_as_planned"] is True
             assert (row["copies_ahead"] > 0) == (row["prefetch"] > 0)
             assert len(row["repetitions"][0]["wall_ms"]) == study["steps"]
         wrong = study["wrong_slot_map"]
         assert wrong["held_before"] and wrong["outputs_differ_after"]
         assert wrong["slots_broken"] > 0
         assert study["routing_source"]["model"].startswith("zoo:")
+        layers = study["wrong_layer"]
+        assert layers["dispatches_noticed"] == layers["dispatches"] > 0
+        assert study["host_copy_shared_by_all_layers"] is True
+        whole = study["experts_per_layer_here"] * study["block_bytes"]
+        assert whole < study["host_bytes"] < 2 * whole
 
 
 @pytest.mark.gpu

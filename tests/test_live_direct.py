@@ -734,6 +734,37 @@ def test_a_wrong_slot_map_shows(direct):
     buffer.close()
 
 
+@pytest.mark.parametrize("capacity", [None, 2])
+def test_experts_are_read_where_they_lie_in_a_piece_that_sites_share(direct, capacity):
+    (one,) = sites_of(1, 6)
+    size = one.store.shape.block_bytes
+    sites = [
+        dataclasses.replace(
+            one,
+            site=nth + 1,
+            store=dataclasses.replace(
+                one.store, num_experts=4, memory=one.store.memory[nth * size : (nth + 4) * size]
+            ),
+        )
+        for nth in range(3)
+    ]
+    buffer, driver = direct(sites, BufferSettings(capacity=capacity))
+    kept = []
+    for hidden, ids, weights in dispatches(4, 4, 4, 2):
+        found = run_all(
+            buffer, driver, [(site.site, (hidden, ids, weights)) for site in sites], kept
+        )
+        for nth, out in enumerate(found):
+            # The same experts, counted from where the piece begins.
+            moved = torch.where(ids >= 0, ids + nth, ids)
+            whole = plain_buffer([one], BufferSettings(capacity=None))
+            assert torch.equal(out, whole.run(one.site, hidden, moved, weights))
+            whole.close()
+    assert buffer.audit() == []
+    assert buffer.memory().host_bytes == one.store.memory.numel()
+    buffer.close()
+
+
 def test_every_argument_has_a_cell():
     from moeprof.live.kernels import piecewise
 

@@ -705,6 +705,23 @@ def test_hostile_text_is_escaped(tmp_path, raw):
     assert "\\_a\\_" in text
 
 
+def test_later_runs_of_buffers_are_held_to_more():
+    buffering = json.loads((RESULTS / "buffering_live.json").read_text())
+    study = buffering["studies"]["zoo-lm"]
+    other = "experts of another layer change the outputs of every dispatch"
+    steady = "no memory asked of the driver in steady state"
+    found = checks_held(buffering)
+    assert other not in found and found[steady]
+    study["wrong_layer"] = {"dispatches": 20, "dispatches_noticed": 20}
+    study["settings"][0]["allocator_in_steady_state"] = {"grown_bytes": 0}
+    found = checks_held(buffering)
+    assert found[other] and found[steady]
+    study["wrong_layer"]["dispatches_noticed"] = 19
+    study["settings"][0]["allocator_in_steady_state"] = {"grown_bytes": 512}
+    found = checks_held(buffering)
+    assert not found[other] and not found[steady]
+
+
 def test_what_the_notes_say_of_the_rounds_between():
     text = measured_text()
     found = []

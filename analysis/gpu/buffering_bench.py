@@ -6,9 +6,10 @@ Leaves out what is run (`buffering_live`) and how outputs are compared where exp
 
 from __future__ import annotations
 
+import functools
 import gc
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,13 @@ import pandas as pd
 import torch
 
 import moeprof
-from analysis.gpu.buffering_outputs import compared, noticed, wrong_on_host
+from analysis.gpu.allocator_readings import (
+    allocator_reading,
+    handed_out,
+    is_steady,
+    steady_state,
+)
+from analysis.gpu.buffering_outputs import compared, noticed, wrong_layers, wrong_on_host
 from moeprof.live.buffer_settings import BufferedSite, BufferMemory, BufferSettings, described
 from moeprof.live.copy_witness import (
     copies_by_step,
@@ -29,6 +36,7 @@ from moeprof.live.copy_witness import (
     watched_link,
 )
 from moeprof.live.expert_buffer import ExpertBuffer
+from moeprof.live.expert_store import host_bytes
 from moeprof.live.routed_runs import (
     ExpertGeometry,
     RoutedStep,
@@ -38,6 +46,7 @@ from moeprof.live.routed_runs import (
     starting_rows,
 )
 from moeprof.live.setting_runs import geometry_of, open_stack
+from moeprof.recording.devices import NullMeter
 from moeprof.replay.buffer_plans import plan_buffer, read_routed_rows
 from moeprof.replay.serving_settings import BufferingSetting
 
@@ -45,6 +54,11 @@ KEYS = ["step", "stack", "site", "layer", "expert", "hit"]
 GIB = 2**30
 # What else crosses the link while these are copied must be nothing beside them.
 OVERHEAD_COPIES, OVERHEAD_BYTES = 256, 2 * GIB
+LINK_TOLERANCE = 0.02
+NET_OF_CONTROL = "net of runs of the same setting without copies"
+NOT_NET = "all that was received: no run without copies was counted"
+# Enough to see every layer compute with experts of another one, prefill and decode.
+WRONG_LAYER_STEPS = 4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,16 +72,17 @@ class Study:
         geometry: Shape of random experts; None: the experts of the model that was recorded.
         policies: Policies, most wanted first.
         capacities: Slots per cache, most wanted first.
-        misses: (policy, capacity, miss action) besides.
-        aheads: (policy, capacity, experts copied ahead) besides; on one device, which is what
-            copies ahead are planned for.
+        misses: (policy, capacity, miss action) besides; on one device, which is what copies are
+            planned for where not every miss is one.
+        aheads: (policy, capacity, experts copied ahead) besides; on one device too.
         devices: Devices that experts are spread over.
         device: Which of them runs here.
         max_steps: Most steps of the trace.
         seconds: No setting is begun later than this after the first; making weights comes before.
         repetitions: Timed runs of each setting.
-        profile_steps: Steps under the profiler.
-        share_host: All layers read one host copy of random experts.
+        profile_steps: Decode steps under the profiler, beside the prefill before them; none is
+            where this is 0.
+        share_host: All layers read one host copy of random experts, each at another place of it.
     """
 
     name: str
@@ -110,9 +125,7 @@ class Bench:
             self._make_experts(study.geometry)
         self.build_s = time.perf_counter() - begun
         self.last_step = max(step.step for step in self.steps)
-        host = sum(
-            site.store.memory.numel() for site in {id(s.store): s for s in self.sites}.values()
-        )
+        host = host_bytes(site.store for site in self.sites)
         say(f"{study.name}: {len(self.sites)} layers, {host / GIB:.1f} GiB of experts on the host, "
             f"{len(self.steps)} steps, made in {self.build_s:.0f} s")  # fmt: skip
         besides = [one[:2] for one in (*study.misses, *study.aheads)]
@@ -125,6 +138,7 @@ class Bench:
         )
         self.expected: list[torch.Tensor] = []
         self.overhead: float | None = None
+        self.ends_s: float | None = None
 
     def _make_experts(self, geometry: ExpertGeometry) -> None:
         study = self.study
@@ -226,12 +240,19 @@ class Bench:
         buffer.reset()
         if self.is_cuda:
             torch.cuda.synchronize()
-        with watched_link() as link:
-            results = list(run_steps(buffer, self.steps, self.hidden))
+        found: dict[str, list[Any]] = {"phase": [], "wall_ms": []}
+        readings = [allocator_reading(self.device)]
+        with watched_link(None if self.is_cuda else NullMeter("runs on the CPU")) as link:
+            for result in run_steps(buffer, self.steps, self.hidden):
+                # Between steps, whose times end before.
+                readings.append(allocator_reading(self.device))
+                found["phase"].append(result.phase)
+                found["wall_ms"].append(round(result.wall_ms, 4))
+        readings.append(allocator_reading(self.device))
         counts = buffer.counts()
         return {
-            "phase": [result.phase for result in results],
-            "wall_ms": [round(result.wall_ms, 4) for result in results],
+            **found,
+            "allocator": handed_out([each for each in readings if each is not None]),
             "counts": asdict(counts),
             "link_bytes": link.num_bytes,
             "link_sent_bytes": link.sent_bytes,
@@ -239,15 +260,18 @@ class Bench:
         }
 
     def planned_copies(
-        self, policy: str, capacity: int, prefetch: int, lookups: pd.DataFrame
+        self, policy: str, capacity: int, miss: str, prefetch: int, lookups: pd.DataFrame
     ) -> pd.Series[int]:
-        """Returns the experts that every step copies: those missed, or as copies ahead make it."""
-        if not prefetch:
+        """Returns the experts that every step copies: those missed, or as the plan has it.
+
+        There is one where the host computes what is missed, and where experts are copied ahead.
+        """
+        if not prefetch and miss == "load":
             misses: pd.Series[int] = (~lookups["hit"]).groupby(lookups["step"]).sum()
             return misses
         assert self.study.devices == 1
         routed = read_routed_rows(self.trace, self.study.stack, max_steps=self.study.max_steps)
-        setting = BufferingSetting(capacity=capacity, policy=policy, prefetch=prefetch)
+        setting = BufferingSetting(capacity=capacity, policy=policy, miss=miss, prefetch=prefetch)
         plan = plan_buffer(self.trace, routed, setting)
         return pd.Series(plan.copies_per_step(routed), index=routed.steps)
 
@@ -277,10 +301,13 @@ class Bench:
         equal = log[KEYS].to_numpy().tolist() == lookups[KEYS].to_numpy().tolist()
         broken = buffer.audit()
         counts = buffer.counts()
-        copies = self.planned_copies(policy, capacity, prefetch, lookups)
+        copies = self.planned_copies(policy, capacity, miss, prefetch, lookups)
         del outputs
-        allocations = device_allocations(self.device)
+        # What lies in cycles would be let go on the way, and hide as much that is taken.
+        gc.collect()
+        warm = allocator_reading(self.device)
         repetitions = [self.timed(buffer) for _ in range(self.study.repetitions)]
+        allocator = steady_state(warm, allocator_reading(self.device), repetitions)
         again = buffer.lookups().equals(log)
         left_over = self.without_copies(buffer)
         memory = buffer.memory()
@@ -294,12 +321,11 @@ class Bench:
             "worst_layer_miss_rate": float(1 - log.groupby("site")["hit"].mean().min()),
             "misses": int((~log["hit"]).sum()),
             "copies": counts.copies,
-            # Where the host computes what is missed, it is not copied for that.
-            "copies_as_planned": bool(counts.copies == copies.sum()) if miss == "load" else None,
+            "copies_as_planned": bool(counts.copies == copies.sum()),
             "copies_ahead": counts.prefetches,
             "copies_ahead_used": counts.prefetch_used,
             "copied_bytes": repetitions[0]["counts"]["copied_bytes"],
-            "allocations_in_steady_state": device_allocations(self.device) - allocations,
+            **allocator,
             "memory": {**asdict(memory), "saved_bytes": memory.saved_bytes},
             "device_bytes": grown,
             "requested_as_predicted": requested_as_predicted(memory, grown, self.device),
@@ -311,8 +337,11 @@ class Bench:
             **latencies(repetitions),
             **self.link(repetitions, left_over),
         }  # fmt: skip
-        if miss == "load" and capacity == self.study.capacities[0]:
-            row["profiler"] = self.profile(buffer, copies)
+        reason = self.why_not_profiled()
+        if reason is None:
+            row["profiler"] = self.profile(buffer, copies, miss)
+        else:
+            row["profiler_left_out"] = reason
         if self.study.devices > 1:
             row["replay_by_device"] = by_device(everywhere, self.study.devices)
         buffer.close()
@@ -365,6 +394,7 @@ class Bench:
             others = float(np.median(left_over))
             found["link_errors_net"] = [(received - others) / copied - 1
                                         for received, copied in known]  # fmt: skip
+        found["link_judged"] = link_judged(found)
         return found
 
     def measure_link(self) -> None:
@@ -379,53 +409,75 @@ class Bench:
         self.overhead = float(np.median(known)) if known else None
         say(f"  bytes received per byte copied: {found}")
 
-    def profile(self, buffer: ExpertBuffer, planned: pd.Series[int]) -> dict[str, Any]:
-        """Counts copies with the profiler, step by step, and compares with predicted copies."""
+    def why_not_profiled(self) -> str | None:
+        """Returns why the profiler does not look at a setting; None where it does."""
         if not self.is_cuda:
-            return {"reason": "no device"}
-        decode = [index for index, step in enumerate(self.steps) if step.phase == "decode"]
-        first = decode[0] if decode else 0
-        steps = self.steps[first : first + self.study.profile_steps]
-        buffer.reset()
-        # What comes before fills the caches and would only make the profile large.
-        list(run_steps(buffer, self.steps[:first], self.hidden))
+            return "runs on the CPU"
+        if not self.study.profile_steps:
+            return "no step was to be profiled"
+        if self.ends_s is not None and time.perf_counter() > self.ends_s:
+            return "out of time"
+        return None
 
-        def run() -> None:
-            for step in steps:
-                with step_range(step.step):
-                    list(run_steps(buffer, [step], self.hidden))
+    def profile(self, buffer: ExpertBuffer, planned: pd.Series[int], miss: str) -> dict[str, Any]:
+        """Counts copies with the profiler, step by step, and compares with predicted copies.
 
+        Args:
+            buffer: The setting.
+            planned: Copies by step, as predicted.
+            miss: Its miss action.
+        """
         block_bytes = self.sites[0].store.shape.block_bytes
-        profile = profiled(run)
-        seen = copies_by_step(profile, least_bytes=block_bytes)
-        rows = [
-            {
-                "step": each.step,
-                "copies": each.copies,
-                "bytes": each.num_bytes,
-                "predicted_copies": int(planned.get(each.step, 0)),
-                "predicted_bytes": int(planned.get(each.step, 0)) * block_bytes,
-            }
-            for each in seen
-        ]
-        holds = len(rows) == len(steps) and all(
+        windows = profiled_windows(self.steps, self.study.profile_steps)
+        phases = {step.step: step.phase for step in self.steps}
+        rows: list[dict[str, Any]] = []
+        shares = []
+        buffer.reset()
+        done = 0
+        for window in windows:
+            # What comes before fills the caches and would only make the profile large.
+            list(run_steps(buffer, self.steps[done : window.start], self.hidden))
+            steps = self.steps[window.start : window.stop]
+            profile = profiled(functools.partial(self.run_in_ranges, buffer, steps))
+            done = window.stop
+            if miss != "load":
+                profile = without_rows(profile, block_bytes)
+            shares.append(overlapped_share(profile, least_bytes=block_bytes))
+            rows += [
+                {
+                    "step": each.step,
+                    "phase": phases[each.step],
+                    "copies": each.copies,
+                    "bytes": each.num_bytes,
+                    "predicted_copies": int(planned.get(each.step, 0)),
+                    "predicted_bytes": int(planned.get(each.step, 0)) * block_bytes,
+                }
+                for each in copies_by_step(profile, least_bytes=block_bytes)
+            ]
+        holds = len(rows) == sum(map(len, windows)) and all(
             row["copies"] == row["predicted_copies"] and row["bytes"] == row["predicted_bytes"]
             for row in rows
         )
         return {
             "holds": holds,
-            "copies_overlapped_by_kernels": overlapped_share(profile, least_bytes=block_bytes),
+            "copies_counted": "of a block or more" if miss == "load" else "of a block exactly",
+            # Of the last window: decode steps, where there are any.
+            "copies_overlapped_by_kernels": shares[-1],
             "steps": rows,
         }
+
+    def run_in_ranges(self, buffer: ExpertBuffer, steps: Sequence[RoutedStep]) -> None:
+        """Runs steps, each within a range of its own for the profiler."""
+        for step in steps:
+            with step_range(step.step):
+                list(run_steps(buffer, [step], self.hidden))
 
     def sabotage(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
         """Exchanges slots in the map half way and says whether the checks notice.
 
         With the policy that hits most, since only a hit reads what the map says.
         """
-        loaded = [row for row in rows if row["miss"] == "load" and not row["prefetch"]]
-        best = max(loaded, key=lambda row: row["hit_rate"])
-        policy, capacity = best["policy"], best["capacity"]
+        policy, capacity = most_hits(rows)
         buffer, _ = self.buffer(self.settings(capacity, policy, "load"))
         half = len(self.steps) // 2
         right = self.outputs(buffer, self.steps[:half])
@@ -452,6 +504,37 @@ class Bench:
             "slots_broken": broken,
         }
 
+    def wrong_layer(self, rows: list[dict[str, Any]]) -> dict[str, Any] | None:
+        """Runs some steps on experts of the next layer each and says how often outputs show it.
+
+        Returns:
+            Dispatches that executed an expert, and those whose output differs; None with one layer.
+        """
+        sites = wrong_layers(self.sites)
+        if sites is None:
+            return None
+        policy, capacity = most_hits(rows)
+        buffer, _ = self.buffer(self.settings(capacity, policy, "load"), sites)
+        steps = self.steps[:WRONG_LAYER_STEPS]
+        outputs = self.outputs(buffer, steps, follow=self.expected)
+        executed = [bool((each.ids >= 0).any()) for step in steps for each in step.passes]
+        differ = [
+            not torch.equal(out, right)
+            for out, right in zip(outputs, self.expected[: len(outputs)], strict=True)
+        ]
+        buffer.close()
+        del buffer
+        self.clean()
+        found = {
+            "policy": policy,
+            "capacity": capacity,
+            "dispatches": sum(executed),
+            "dispatches_noticed": sum(differ),
+        }
+        say(f"  experts of another layer ({policy}, {capacity}): outputs of {sum(differ)} of "
+            f"{sum(executed)} dispatches differ")  # fmt: skip
+        return found
+
     def line(self, row: dict[str, Any]) -> str:
         """Returns a row of the table."""
         marks = "".join(
@@ -462,27 +545,31 @@ class Bench:
                 ("S", row["slots_broken"] == 0),
                 ("P", row.get("profiler", {}).get("holds")),
                 ("C", row["copies_as_planned"]),
-                ("A", row["allocations_in_steady_state"] == 0),
+                ("A", is_steady(row)),
                 ("M", row["requested_as_predicted"]),
+                ("L", is_link_within(row)),
             )
         )  # fmt: skip
-        link = "" if row["link_error"] is None else f"{100 * row['link_error']:+6.2f}%"
+        judged = row.get("link_judged")
+        link = "" if judged is None else f"{100 * judged['error']:6.2f}%"
+        allocator = row["allocator_in_steady_state"]
+        blocks = "-" if allocator is None else str(allocator["most_blocks_of_a_step"])
         name = row["policy"] if row["miss"] == "load" else f"{row['policy']}+{row['miss']}"
         name += f"+{row['prefetch']}" if row["prefetch"] else ""
         return (
             f"  {name:<12} {row['capacity']:>4} {100 * row['hit_rate']:6.1f}% {row['copies']:>7} "
             f"{row['decode_p50_ms']:9.2f} {row['decode_p95_ms']:9.2f} {row['decode_p99_ms']:9.2f} "
-            f"{row['memory']['saved_bytes'] / GIB:8.2f} {link:>8} {marks}"
+            f"{row['memory']['saved_bytes'] / GIB:8.2f} {link:>8} {blocks:>7} {marks}"
         )
 
     def table(self) -> dict[str, Any]:
         """Runs everything that fits into the time."""
         study = self.study
         say(f"  {'policy':<12} {'slots':>4} {'hits':>7} {'copies':>7} {'p50 ms':>9} {'p95 ms':>9} "
-            f"{'p99 ms':>9} {'GiB saved':>8} {'link':>8} checks")  # fmt: skip
+            f"{'p99 ms':>9} {'GiB saved':>8} {'link':>8} {'blocks':>7} checks")  # fmt: skip
         self.measure_link()
         baseline = self.unbuffered()
-        begun = time.perf_counter()
+        self.ends_s = time.perf_counter() + study.seconds
         first, *others = study.capacities
         wanted: list[tuple[Any, ...]] = [
             *((policy, first, "load") for policy in study.policies),
@@ -492,7 +579,7 @@ class Bench:
         ]
         rows, skipped = [], []
         for setting in wanted:
-            if time.perf_counter() - begun > study.seconds:
+            if time.perf_counter() > self.ends_s:
                 skipped.append(setting)
                 continue
             rows.append(self.run(*setting))
@@ -508,6 +595,7 @@ class Bench:
             "expert_bytes": shape.expert_bytes,
             "block_bytes": shape.block_bytes,
             "host_copy_shared_by_all_layers": study.share_host,
+            "host_bytes": host_bytes(site.store for site in self.sites),
             "build_s": round(self.build_s, 2),
             "steps": len(self.steps),
             "link_bytes_per_byte_copied": self.overhead,
@@ -515,7 +603,40 @@ class Bench:
             "settings": rows,
             "left_out_for_time": skipped,
             "wrong_slot_map": self.sabotage(rows) if rows else None,
+            "wrong_layer": self.wrong_layer(rows) if rows else None,
         }
+
+
+def most_hits(rows: Sequence[Mapping[str, Any]]) -> tuple[str, int]:
+    """Returns policy and capacity of the setting that hits most, of those that load misses."""
+    loaded = [row for row in rows if row["miss"] == "load" and not row["prefetch"]]
+    best = max(loaded, key=lambda row: row["hit_rate"])
+    return best["policy"], best["capacity"]
+
+
+def profiled_windows(steps: Sequence[RoutedStep], num_decode: int) -> list[range]:
+    """Returns indices of the steps to profile: the prefill before the first decode step, and those.
+
+    Args:
+        steps: All steps.
+        num_decode: Decode steps, at most; of a stack that has none so many steps from the first.
+    """
+    decode = (index for index, step in enumerate(steps) if step.phase == "decode")
+    first = next(decode, 0)
+    prefill = [range(first - 1, first)] if first else []
+    return [*prefill, range(first, min(first + num_decode, len(steps)))]
+
+
+def without_rows(profile: Mapping[str, Any], block_bytes: int) -> dict[str, Any]:
+    """Returns a profile without copies that are no block: rows of experts that ran on the host."""
+    return {
+        **profile,
+        "traceEvents": [
+            event
+            for event in profile["traceEvents"]
+            if event.get("cat") != "gpu_memcpy" or event["args"].get("bytes") == block_bytes
+        ],
+    }
 
 
 def latencies(repetitions: list[dict[str, Any]]) -> dict[str, Any]:
@@ -561,11 +682,25 @@ def requested_as_predicted(
     return grown["requested"] == slots + memory.workspace_bytes
 
 
-def device_allocations(device: torch.device) -> int:
-    """Returns how often a GPU's driver was asked for memory; 0 on a CPU."""
-    if device.type != "cuda":
-        return 0
-    return int(torch.cuda.memory_stats(device)["num_device_alloc"])
+def link_judged(row: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Returns how far the link's counters are from the copies, the middle of the repetitions.
+
+    Args:
+        row: With ``link_errors`` and, where runs without copies were counted, ``link_errors_net``.
+
+    Returns:
+        ``error``, without sign, and ``by``: what was taken off; None where nothing was counted.
+    """
+    for name, by in (("link_errors_net", NET_OF_CONTROL), ("link_errors", NOT_NET)):
+        if errors := row.get(name):
+            return {"error": abs(float(np.median(errors))), "by": by}
+    return None
+
+
+def is_link_within(row: Mapping[str, Any]) -> bool | None:
+    """Returns True where the link's counters agree with the copies; None where there are none."""
+    judged = link_judged(row)
+    return None if judged is None else judged["error"] <= LINK_TOLERANCE
 
 
 def by_device(lookups: pd.DataFrame, num_devices: int) -> dict[str, Any]:
@@ -610,8 +745,9 @@ def failed_checks(study: dict[str, Any]) -> list[str]:
             "slots": row["slots_broken"] == 0,
             "profiler": row.get("profiler", {}).get("holds", True),
             "copies": row.get("copies_as_planned") is not False,
-            "allocations": row["allocations_in_steady_state"] == 0,
+            "allocations": is_steady(row),
             "memory": row["requested_as_predicted"] is not False,
+            "link": is_link_within(row) is not False,
         }
         name = f"{row['policy']} {row['capacity']} {row['miss']}"
         name += f" ahead={row['prefetch']}" if row.get("prefetch") else ""
@@ -622,4 +758,7 @@ def failed_checks(study: dict[str, Any]) -> list[str]:
     wrong = study["wrong_slot_map"]
     if wrong is not None and not (wrong["slots_broken"] and wrong["outputs_differ_after"]):
         failed.append("a wrong slot map was not noticed")
+    other = study.get("wrong_layer")
+    if other is not None and other["dispatches_noticed"] < other["dispatches"]:
+        failed.append("experts of another layer were not noticed")
     return failed

@@ -16,15 +16,20 @@ Three studies (``--studies``):
 
 For every policy and capacity, and for a setting that copies experts ahead of their lookup: outputs
 equal to the bit to those without a buffer, lookups equal to the ``sequential`` replay row by row,
-copies counted by the profiler equal to the predicted ones of each step (the misses, or what the
-plan with copies ahead says), bytes over the link, memory, and the latency of every step of every
-repetition. Where experts run on the host, outputs are compared row by row with a tolerance for
-rounding, and shown to fail it with wrong experts (`analysis.gpu.buffering_outputs`).
+copies counted by the profiler equal to the predicted ones of a prefill and of ``--profile-steps``
+decode steps each (the misses, or what the plan says where experts are copied ahead or computed on
+the host), bytes over the link, memory, and the latency of every step of every repetition. Where
+experts run on the host, outputs are compared row by row with a tolerance for rounding, and shown to
+fail it with wrong experts (`analysis.gpu.buffering_outputs`). That outputs show wrong experts is
+seen twice more: with slots exchanged, and with every layer given the experts of the next.
 
 The column ``checks`` reads B (outputs), H (lookups), S (slots hold what the map says), P (the
-profiler), C (the copies asked for equal those predicted), A (no device memory taken in steady
-state) and M (bytes requested on the device equal the prediction); ``!`` where one of them fails,
-``-`` where it was not looked at. ``lru+2`` copies up to 2 experts ahead after each dispatch.
+profiler), C (the copies asked for equal those predicted), A (in the timed runs, after one of all
+steps, torch did not ask the driver for memory, and no more of its own was in use afterwards), M
+(bytes requested on the device equal the prediction) and L (PCIe counters within 2 % of the copies);
+``!`` where one of them fails, ``-`` where it was not looked at. ``blocks`` are what torch's
+allocator hands out in a step, at most: A does not say that this is none. ``lru+2`` copies up to 2
+experts ahead after each dispatch.
 
     python analysis/gpu/buffering_live.py --trace qwen3.moeprof --out DIR
     python analysis/gpu/buffering_live.py --studies zoo-lm,mt-decoder --out DIR
@@ -79,7 +84,7 @@ def studies(options: argparse.Namespace) -> list[Study]:
             capacities=(32, 64, 16),
             misses=(("lru", 32, "split"), ("pinned", 32, "host")),
             aheads=(("lru", 32, 2),),
-            seconds=120.0,
+            seconds=240.0,
             share_host=options.share_host,
             **common,
         ),
@@ -184,10 +189,13 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("--tiny", action="store_true", help="small sizes, on the CPU")
     top.add_argument("--max-steps", type=int, default=65, help="most steps of each trace")
     top.add_argument("--repetitions", type=int, default=3)
-    top.add_argument("--profile-steps", type=int, default=8)
+    top.add_argument("--profile-steps", type=int, default=8,
+                     help="decode steps of each setting under the profiler, beside a prefill; 0: "
+                     "none of either")  # fmt: skip
     top.add_argument("--seconds", type=float, help="for the settings of each study")
     top.add_argument("--share-host", action="store_true",
-                     help="one host copy for all layers, said in the result")  # fmt: skip
+                     help="one host copy for all layers, each at another place of it; said in the "
+                     "result")  # fmt: skip
     top.add_argument("--beside", metavar="TEXT",
                      help="what else ran on the machine, said in the result")  # fmt: skip
     return top

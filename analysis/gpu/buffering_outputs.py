@@ -8,6 +8,7 @@ could hide. Leaves out running (`buffering_bench`).
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -139,6 +140,18 @@ class _ShiftedOnHost(ExpertStore):
 
     def weights(self, expert: int) -> ExpertWeights:
         return super().weights((expert + 1) % self.num_experts)
+
+
+def wrong_layers(sites: Sequence[BufferedSite]) -> list[BufferedSite] | None:
+    """Returns the sites, each with the experts of the next; None where no other has as many."""
+    stores = [site.store for site in sites]
+    counts = {store.num_experts for store in stores}
+    if len(stores) == 1 or len(counts) > 1:
+        return None
+    return [
+        dataclasses.replace(site, store=store)
+        for site, store in zip(sites, [*stores[1:], stores[0]], strict=True)
+    ]
 
 
 def wrong_on_host(sites: Sequence[BufferedSite]) -> list[BufferedSite]:

@@ -32,7 +32,7 @@ from moeprof.live.direct_launches import Launches
 from moeprof.live.direct_runs import DirectRuns
 from moeprof.live.dispatch_checks import check_dispatch
 from moeprof.live.driver_calls import driver_functions
-from moeprof.live.expert_store import BlockShape, Bytes
+from moeprof.live.expert_store import BlockShape, Bytes, host_bytes, on_device
 from moeprof.live.experts import ExpertWeights
 from moeprof.live.host_lane import HostLane
 from moeprof.live.kernels.streamed import STREAMED_TOKENS, StreamedDispatch, can_stream
@@ -136,8 +136,9 @@ class ExpertBuffer:
         self._cache_bytes = self._staging_bytes = self._padding_bytes = 0
         self._host_lane: HostLane | None = None
         if settings.capacity is None:
-            for site in self.sites:
-                self._keep_all(site)
+            stores = [site.store for site in self.sites]
+            for site, memory in zip(self.sites, on_device(stores, self.device), strict=True):
+                self._keep_all(site, memory)
             if self.device.type == "cuda":
                 # Copies of copies are only queued, and computations may follow on another stream.
                 torch.cuda.synchronize(self.device)
@@ -182,13 +183,9 @@ class ExpertBuffer:
             found.add(site, pool=pool, memory=store.memory, block_bytes=store.shape.block_bytes)
         return found
 
-    def _keep_all(self, site: BufferedSite) -> None:
-        """Brings all experts of a site to the device."""
+    def _keep_all(self, site: BufferedSite, memory: Bytes) -> None:
+        """Takes all experts of a site, which lie on the device."""
         store = site.store
-        twins = (self._memory.get(other.site) for other in self.sites if other.store is store)
-        # Copied faster than over the link; in host memory it is the store's.
-        twin = next((one for one in twins if one is not None and one is not store.memory), None)
-        memory = store.memory.to(self.device) if twin is None else twin.clone()
         self._memory[site.site] = memory
         self._all[site.site] = store.shape.stacked_weights(memory, store.num_experts)
         self._blocks[site.site] = torch.split(memory, store.shape.block_bytes)
@@ -706,12 +703,7 @@ class ExpertBuffer:
             staging_bytes=self._staging_bytes,
             padding_bytes=self._padding_bytes,
             workspace_bytes=sum(space.num_bytes for space in self._spaces()),
-            host_bytes=sum(
-                memory.numel()
-                for memory in {
-                    site.store.memory.data_ptr(): site.store.memory for site in self.sites
-                }.values()
-            ),
+            host_bytes=host_bytes(site.store for site in self.sites),
         )
 
     def workspace_growths(self) -> int:

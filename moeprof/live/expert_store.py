@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterable, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -111,7 +112,8 @@ class ExpertStore:
     Attributes:
         num_experts: Experts.
         shape: What lies where in each block.
-        memory: [num_experts * block_bytes] uint8 on the CPU.
+        memory: [num_experts * block_bytes] uint8 on the CPU; may be a part of a piece that other
+            stores read too, at another place.
         is_locked: True where the memory was page-locked here, and has to be unlocked.
     """
 
@@ -230,6 +232,32 @@ def make_store(
     if store.is_locked:
         lock(memory)
     return store
+
+
+def host_bytes(stores: Iterable[ExpertStore]) -> int:
+    """Returns the bytes of host memory that stores lie in; what several share counts once."""
+    pieces = (store.memory.untyped_storage() for store in stores)
+    return sum({piece.data_ptr(): piece.nbytes() for piece in pieces}.values())
+
+
+def on_device(stores: Sequence[ExpertStore], device: torch.device | str) -> Iterator[Bytes]:
+    """Yields the memory of each store on a device, where each has its own; on the CPU the store's.
+
+    A piece that several stores lie in comes over the link once, and is copied on the device.
+    """
+    target = torch.device(device)
+    readers = Counter(store.memory.untyped_storage().data_ptr() for store in stores)
+    there: dict[int, Bytes] = {}
+    for store in stores:
+        memory, address = store.memory, store.memory.untyped_storage().data_ptr()
+        if target.type == memory.device.type or readers[address] == 1:
+            yield memory.to(target)
+            continue
+        if address not in there:
+            whole = torch.empty(0, dtype=torch.uint8).set_(memory.untyped_storage())
+            there[address] = whole.to(target)
+        first = memory.storage_offset()
+        yield there[address][first : first + memory.numel()].clone()
 
 
 def lock(memory: Bytes) -> None:

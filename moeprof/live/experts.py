@@ -107,10 +107,6 @@ class ExpertWeights:
         """Returns each tensor as one piece of memory, as grouped kernels want them."""
         return self._mapped(torch.Tensor.contiguous)
 
-    def cloned(self) -> ExpertWeights:
-        """Returns a copy on the same device."""
-        return self._mapped(torch.Tensor.clone)
-
     def _mapped(self, change: Callable[[torch.Tensor], torch.Tensor]) -> ExpertWeights:
         return replace(
             self,

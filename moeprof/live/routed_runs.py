@@ -7,7 +7,9 @@ normalization, experts, residual stream. Leaves out attention, embeddings and ga
 
 from __future__ import annotations
 
+import dataclasses
 import time
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -19,7 +21,7 @@ import torch.nn.functional as F
 from moeprof.errors import TraceError, UsageError
 from moeprof.live.buffer_settings import BufferedSite
 from moeprof.live.expert_buffer import ExpertBuffer
-from moeprof.live.expert_store import BlockShape, ExpertStore, make_store
+from moeprof.live.expert_store import ALIGNMENT_BYTES, BlockShape, ExpertStore, make_store
 from moeprof.replay.cache.streams import device_of_expert
 
 if TYPE_CHECKING:
@@ -195,7 +197,8 @@ def random_sites(
         device_index: Which of ``num_devices`` this is.
         num_devices: Devices that experts are spread over.
         pinned: Page-lock the experts.
-        share_host: All sites read one host copy: for machines with less memory. Must be said beside
+        share_host: All sites read one host copy, each at another place of it, so that no block of a
+            site has the bytes of another site's: for machines with less memory. Must be said beside
             what is measured.
         seed: Of the random sequence.
 
@@ -208,27 +211,74 @@ def random_sites(
     of_stack = trace.info.sites_of(stack)
     most = max(site.num_experts for site in of_stack) * len(of_stack)
     source = _source(shape, most, seed)
-    sites = []
-    shared: ExpertStore | None = None
-    first = 0
-    for site in of_stack:
-        own = local_experts(site, device_index=device_index, num_devices=num_devices)
-        store = shared
-        if store is None or store.num_experts != len(own):
-            store = _random_store(shape, len(own), source, first, pinned=pinned)
-        if share_host:
-            shared = store
-        first += len(own)
-        sites.append(
-            BufferedSite(
-                site=site.site,
-                stack=stack,
-                layer=site.layer,
-                store=store,
-                expert_ids=own.tolist(),
-            )
+    every = [
+        local_experts(site, device_index=device_index, num_devices=num_devices) for site in of_stack
+    ]
+    make = _shared_stores if share_host else _own_stores
+    stores = make(shape, [len(own) for own in every], source, pinned=pinned)
+    return [
+        BufferedSite(
+            site=site.site, stack=stack, layer=site.layer, store=store, expert_ids=own.tolist()
         )
-    return sites
+        for site, own, store in zip(of_stack, every, stores, strict=True)
+    ]
+
+
+def _own_stores(
+    shape: BlockShape, counts: Sequence[int], source: Mapping[str, torch.Tensor], *, pinned: bool
+) -> list[ExpertStore]:
+    """Returns stores of so many experts each, in memory of their own."""
+    stores = []
+    first = 0
+    for count in counts:
+        stores.append(_random_store(shape, count, source, first, pinned=pinned))
+        first += count
+    return stores
+
+
+def _shared_stores(
+    shape: BlockShape, counts: Sequence[int], source: Mapping[str, torch.Tensor], *, pinned: bool
+) -> list[ExpertStore]:
+    """Returns stores of so many experts each; those of as many lie in one piece of memory."""
+    every = {
+        count: iter(_windows(shape, count, num_stores, source, pinned=pinned))
+        for count, num_stores in Counter(counts).items()
+    }
+    return [next(every[count]) for count in counts]
+
+
+def _windows(
+    shape: BlockShape,
+    num_experts: int,
+    num_stores: int,
+    source: Mapping[str, torch.Tensor],
+    *,
+    pinned: bool,
+) -> list[ExpertStore]:
+    """Returns stores in one piece of memory that is hardly longer than one of them.
+
+    Each begins a little further on than the last, by more than the windows of its experts differ:
+    blocks of two stores are as different as those of two experts, and still lie one behind the
+    other, where whoever copies expects them.
+    """
+    distance = _aligned(num_experts * _SHIFT * shape.itemsize)
+    spare = -(-(num_stores - 1) * distance // shape.block_bytes)
+    whole = _random_store(shape, num_experts + spare, source, 0, pinned=pinned)
+    size = num_experts * shape.block_bytes
+    return [
+        dataclasses.replace(
+            whole,
+            num_experts=num_experts,
+            memory=whole.memory[nth * distance : nth * distance + size],
+            # One unlocks them all: the first, which begins where the piece does.
+            is_locked=whole.is_locked and nth == 0,
+        )
+        for nth in range(num_stores)
+    ]
+
+
+def _aligned(size: int) -> int:
+    return -(-size // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
 
 
 def _source(shape: BlockShape, num_experts: int, seed: int) -> dict[str, torch.Tensor]:

@@ -20,7 +20,7 @@ from moeprof.live.buffer_settings import BufferedSite, BufferSettings
 from moeprof.live.cache_plans import PreparedCaches, prepare_caches
 from moeprof.live.core_binding import Unwatched, Watch
 from moeprof.live.expert_buffer import ExpertBuffer
-from moeprof.live.expert_store import store_of_layout
+from moeprof.live.expert_store import on_device, store_of_layout
 from moeprof.live.experts import ExpertWeights
 from moeprof.live.kernels import kernel_named
 from moeprof.live.model_experts import readable_experts
@@ -126,7 +126,7 @@ def open_stack(
         dtype: Of experts where no shape is given; as recorded when None.
         weights: ``auto``, or ``random`` for random ones in any case.
         max_steps: At most so many steps.
-        share_host: All layers of random experts read one host copy.
+        share_host: All layers of random experts read one host copy, each at another place of it.
 
     Raises:
         UsageError: There is no such stack, or the shape is not known.
@@ -217,22 +217,17 @@ class ResidentExperts:
 
     def of(self, stack: RoutedStack) -> Mapping[int, ExpertWeights]:
         """Returns the experts by site, copied to the device if they are not there."""
+        missing = [site for site in stack.sites if site.site not in self._weights]
+        every = on_device([site.store for site in missing], stack.device)
         try:
-            for site in stack.sites:
-                if site.site not in self._weights:
-                    self._weights[site.site] = self._copied(site, stack)
+            for site, memory in zip(missing, every, strict=True):
+                store = site.store
+                stacked = store.shape.stacked_weights(memory, store.num_experts)
+                self._weights[site.site] = stacked.contiguous()
         except torch.cuda.OutOfMemoryError:
             self.let_go()
             raise
         return self._weights
-
-    def _copied(self, site: BufferedSite, stack: RoutedStack) -> ExpertWeights:
-        twins = (self._weights.get(one.site) for one in stack.sites if one.store is site.store)
-        twin = next((weights for weights in twins if weights is not None), None)
-        if twin is not None:
-            # What is there already is copied faster than over the link.
-            return twin.cloned()
-        return site.store.all_weights(stack.device).contiguous()
 
     def let_go(self) -> None:
         """Frees the device of them."""

@@ -5,8 +5,8 @@ of the setting, and hits other steps in every repetition. Percentiles are taken 
 of predictions (`moeprof.replay.cost_model`) and measurements alike; those of all repetitions of all
 steps together stand beside them (``raw_ms``). Settings are repeated in rounds over the whole run
 (`moeprof.live.rounds`), so that a slow stretch of the machine is not one setting's, until bootstrap
-draws of their visits say that both percentiles are known to `TOLERANCE`. Steps that are not judged
-run without their copies (`moeprof.live.setting_runs.SettingRun`).
+draws of their visits say that both percentiles are known somewhat better than to `TOLERANCE`. Steps
+that are not judged run without their copies (`moeprof.live.setting_runs.SettingRun`).
 
 Predictions can be written to a file before anything is measured, and read back to be judged
 (`moeprof.live.verification_files`); `moeprof.live.verdicts` says what the table comes to.
@@ -220,8 +220,8 @@ def verify(
             and set steps aside during which it was not (`moeprof.live.watched_steps`). Machines
             should be calibrated likewise.
         earlier: A run of the same predictions on such a machine, which visits are added to: of
-            those settings first that it does not know to `TOLERANCE`. All that it measured is in
-            the result, of settings that are not run now as well.
+            those settings that it does not know somewhat better than to `TOLERANCE`. All that it
+            measured is in the result, of settings that are not run now as well.
         keep: Called with what was measured before it is judged: the rows as they were predicted,
             and every step. What fails afterwards loses nothing.
         progress: Called with (setting and round, visits done, visits planned).

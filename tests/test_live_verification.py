@@ -304,6 +304,21 @@ def test_a_file_says_where_it_was_measured(
     assert said["device"] == "cpu" and said["device_name"] is None
 
 
+def test_who_stops_knows_more_than_is_asked(
+    trace: Any, made: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+    real = verification.run_in_rounds
+
+    def spied(names: Any, opened: Any, limits: Any, **more: Any) -> Any:
+        asked.append(limits.tolerance)
+        return real(names, opened, limits, **more)
+
+    monkeypatch.setattr(verification, "run_in_rounds", spied)
+    live.verify(trace, predictions=made, device="cpu", only=["lru:2"], most_s=0.0)
+    assert 0.5 * verification.TOLERANCE < asked[0] < 0.95 * verification.TOLERANCE
+
+
 @pytest.mark.usefixtures("shared_core")
 def test_visits_are_added_to_those_of_a_run_that_looked_as_well(
     trace: Any, machine: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

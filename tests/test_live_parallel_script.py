@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 
 import numpy as np
@@ -19,6 +20,7 @@ from moeprof.live.expert_parallel import PARTS  # noqa: E402
 from moeprof.live.parallel_estimates import AllToAllLine  # noqa: E402
 from moeprof.live.parallel_traces import PlannerSetting  # noqa: E402
 from moeprof.replay.loads import layout as laid_out  # noqa: E402
+from moeprof.trace.synthetic import synthetic_trace  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -89,6 +91,60 @@ def test_more_devices_are_estimates_with_an_error_bar(result):
     assert len(exchanges["times_ms"]) == len(exchanges["bytes_to_others"])
 
 
+def test_what_was_not_estimated_is_said(result, tmp_path):
+    (trace,) = result["traces"]
+    assert trace["not_estimated"] == []
+    assert len(result["source_sha256"]) == 64
+    assert result["planning_s"] > 0
+    assert {"loads", "steps", "estimates for more devices"} <= set(trace["seconds_by_part"])
+    options = expert_parallel.options_of(
+        ["--tiny", "--out", str(tmp_path), "--planners", "contiguous", "eplb", "random"]
+    )
+    path = tmp_path / "odd.moeprof"
+    synthetic_trace(path, num_requests=12, num_sites=2, num_experts=24, top_k=2, output_tokens=4)
+    subject = expert_parallel.subject_of(str(path), options, 2)
+    nothing = parallel_studies.Findings(
+        outputs={}, timed_outputs={}, arrived=[], size_exchange={}, estimates={}, steps={}
+    )
+    jobs = parallel_studies.by_importance(subject.study.layouts, 2)
+    some = dataclasses.replace(nothing, estimates={job: [] for job in jobs[:1]})
+    said = list(expert_parallel.not_estimated(subject, some, 2))
+    assert [(each["num_devices"], each["setting"], each["wanted"]) for each in said] == [
+        (16, None, True),
+        (32, None, True),
+        (8, "eplb", True),
+        (8, "eplb+8", False),
+        (8, "random", False),
+    ]
+    assert "24 experts" in said[0]["reason"] and "time" in said[2]["reason"]
+
+
+def test_what_is_wanted_most_is_estimated_first():
+    names = ("random", "eplb", "eplb_global", "contiguous", "robust", "greedy")
+    layouts = {
+        count: dict.fromkeys(expert_parallel.settings_for(names, 512, count), object())
+        for count in (2, 8, 16, 32)
+    }
+    jobs = parallel_studies.by_importance(layouts, 2)
+    assert len(jobs) == 3 * (6 + 4) and all(count != 2 for count, _ in jobs)
+    first = [(str(name), count) for count, name in jobs[:12]]
+    assert first == [
+        (planner, count)
+        for planner in ("contiguous", "greedy", "eplb", "robust")
+        for count in (8, 16, 32)
+    ]
+    assert {name.planner for _, name in jobs[12:21]} == {"greedy", "eplb", "robust"}
+    assert {name.planner for _, name in jobs[21:]} == {"random", "eplb_global"}
+    # Slots a device: two ranks share what is wanted most, and all of a kind go to one.
+    slots = [(512 + name.num_redundant) // count for count, name in jobs]
+    ranks = parallel_studies.dealt(slots, 2)
+    assert set(ranks[:12]) == {0, 1}
+    assert ranks[:3] == [0, 1, 0]
+    assert all(
+        len({r for r, s in zip(ranks, slots, strict=True) if s == kind}) == 1 for kind in set(slots)
+    )
+
+
 def test_what_does_not_hold_is_named(result):
     assert expert_parallel.failures(result) == []
     wrong = copy.deepcopy(result)
@@ -145,6 +201,34 @@ def test_checks_and_estimates_end_when_time_is_up(alone):
     assert parallel_studies.all_estimates(*given, until_s=now) == {}
     found = parallel_studies.all_estimates(*given, until_s=never)
     assert list(found) == [(1, setting)] and len(found[1, setting]) == 1
+
+
+def test_what_is_wanted_most_may_take_longer(alone):
+    """Time for the trace is up before estimates begin: only the wanted ones are made."""
+
+    def layouts_on(count):
+        placed = laid_out(np.arange(4), num_experts=4, num_devices=count)
+        return {PlannerSetting(planner=name): placed for name in ("random", "contiguous")}
+
+    ids = np.arange(8).reshape(4, 2) % 4
+    study = parallel_studies.Study(
+        shape={"d_model": 8, "d_ff": 8, "gated": True, "bias": False},
+        num_experts=4,
+        checks=[parallel_studies.SiteCheck(dispatches=[ids], layouts=layouts_on(1))],
+        batches=[ids],
+        layouts={count: layouts_on(count) for count in (1, 2, 4)},
+    )
+    plan = parallel_studies.Plan(
+        kernel="dynamic_loop", dtype=torch.float32, repeats=2, share_repeats=2, exchange_bytes=()
+    )
+    line = AllToAllLine(latency_ms=1.0, bytes_per_s=1e9, largest_error=0.0, num_ranks=1)
+    found = parallel_studies.run_study(alone, study, plan, line, 0.0, float("inf"))
+    scaled = [(count, str(name)) for count, name in found.estimates if count != 1]
+    assert scaled == [(2, "contiguous"), (4, "contiguous")]
+    assert set(found.steps) == set(study.layouts[1])
+    assert {"loads", "steps", "estimates for more devices"} <= set(found.seconds)
+    found = parallel_studies.run_study(alone, study, plan, line, float("inf"), 0.0)
+    assert len(found.estimates) == 6
 
 
 def test_shapes_of_experts():

@@ -18,7 +18,13 @@ from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 from torch.utils._pytree import tree_leaves  # noqa: E402
 
 from analysis import live_mt_parts  # noqa: E402
-from analysis.gpu import headline_runs, mt_headline, mt_routing, rank_share  # noqa: E402
+from analysis.gpu import (  # noqa: E402
+    headline_runs,
+    mt_headline,
+    mt_routing,
+    paper_headline,
+    rank_share,
+)
 from analysis.gpu.headline_runs import ForcedGate, RunLimits, StepCursor  # noqa: E402
 from analysis.gpu.mt_stacks import MT_CONFIG, MtDecoder, MtEncoder, dense_config, widen  # noqa: E402
 from moeprof.live.application import apply_gating  # noqa: E402
@@ -248,15 +254,74 @@ def test_everything_is_written(result):
     for name in ("mt-encoder", "mt-decoder"):
         part = result["parts"][name]
         assert {row["gating"] for row in part["rows"]} == {"dense", *KERNELS}
-        assert len(part["rows"]) == 2 * (1 + len(KERNELS)) and not part["skipped"]
+        # Two batches are listed, a third one is twice as large, and there it ends.
+        assert len(part["rows"]) == 3 * (1 + len(KERNELS)) and not part["once"]
+        assert {row["batch"] for row in part["skipped"]} == {2 * mt_headline.TINY_MOST_BATCH}
+        assert {each["gating"] for each in part["endings"]} == {"dense", *KERNELS}
+        assert all("larger than 4" in each["said"] for each in part["endings"])
         assert {row["baseline"] for row in part["headline"]} == {"dense", *KERNELS} - {"dynamic"}
         assert part["published"]["single_node"] < part["published"]["multi_node"]
-        assert len(part["control"]["rows"]) == 2
+        assert [row["batch"] for row in part["control"]["rows"]] == [1, 2]
+        assert len(part["control"]["headline"]) == len(KERNELS)
+        for each in (*part["headline"], *part["control"]["headline"]):
+            assert each["best_repetitions"] == each["baseline_repetitions"] == 20
+            assert each["equal_terms_repetitions"] in (20, None)
+        assert {row["batch"] for row in part["active_experts"]} == {1, 2, 4}
         for row in part["rows"]:
             rate = row["num_tokens"] / np.median(row["times_ms"]) * 1e3
             assert row["tokens_per_s"] == pytest.approx(rate, rel=1e-3)
-    encoded = [row["num_tokens"] for row in result["parts"]["mt-encoder"]["rows"]]
-    assert all(17 <= tokens <= 64 for tokens in encoded)
+    encoded = result["parts"]["mt-encoder"]["rows"]
+    assert all(17 <= row["num_tokens"] / row["batch"] <= 32 for row in encoded)
+    assert len(result["source_sha256"]) == 64
+    assert result["wall_s"] >= sum(result["seconds_by_part"].values()) * 0.9
+
+
+def test_sentences_come_again_in_batches_larger_than_what_is_held(traces):
+    held = mt_routing.encoder_batches(traces["small"], TINY, 3, "cpu")
+    more = mt_routing.RecordedBatches(
+        choices=held.choices, keep=held.keep.repeat(3, 1), said="", num_distinct=3
+    )
+    assert held.num_tokens(8) == more.num_tokens(8)
+    assert held.active_experts(8) == held.active_experts(3)
+    stack = MtEncoder(TINY, device="cpu")
+    cursor = mt_headline.force(stack, held.choices)
+    prepare = mt_headline.passes("mt-encoder", stack, held, cursor)
+    num_tokens, run = prepare(8)
+    assert num_tokens == more.num_tokens(8)
+    with torch.no_grad(), apply_gating(stack, "dynamic"):
+        assert run().shape == (8, mt_routing.LENGTH, 16)
+
+
+def test_who_takes_all_the_time_there_is_leaves_some_for_the_control(traces, tmp_path, monkeypatch):
+    """On a clock that only these steps move."""
+
+    class Clock:
+        now = 0.0
+
+        def monotonic(self):
+            return self.now
+
+    clock, given = Clock(), {}
+
+    def taking(kind):
+        def take(self, name, *_, until_s, **__):
+            given[self.label, kind, str(name)] = until_s - clock.now
+            clock.now = max(clock.now, until_s)
+
+        return take
+
+    for module in (mt_headline, paper_headline):
+        monkeypatch.setattr(module, "time", clock)
+    for kind in ("sweep", "climb", "revisit"):
+        monkeypatch.setattr(mt_headline.Series, kind, taking(kind))
+    arguments = ["--tiny", "--out", str(tmp_path), "--routing", traces["mt"], "--seconds", "100"]
+    assert mt_headline.main([*arguments, "--parts", "mt-encoder", "mt-decoder"]) == 0
+    for part in ("mt-encoder", "mt-decoder"):
+        label = f"{part}: control"
+        assert given[label, "sweep", "dynamic"] > 2
+        for name in mt_headline.GATINGS:
+            assert given[part, "sweep", name] > 0 and given[part, "climb", name] > 0
+    assert clock.now == pytest.approx(100)
 
 
 def test_time_that_is_up_is_said(traces, tmp_path):

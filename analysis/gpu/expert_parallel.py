@@ -23,7 +23,8 @@ are judged on consecutive dispatches of window B, joined to as many tokens as ar
 
 Every repetition is kept in DIR/expert_parallel.json, which is written anew after every trace. What
 time there is (--seconds) is dealt to the traces: fewer dispatches are checked and fewer settings of
-more devices estimated where it is short, and it is said how many.
+more devices estimated where it is short. Of these the contiguous, greedy, EPLB and robust
+placements come first, on 8, 16 and 32 devices, and it is said which were not tried.
 """
 
 from __future__ import annotations
@@ -53,11 +54,14 @@ from analysis.gpu.parallel_studies import (
     Plan,
     SiteCheck,
     Study,
+    by_importance,
     everywhere,
+    is_wanted,
     run_study,
     say,
     spread,
 )
+from analysis.gpu.time_spent import TimeSpent, print_seconds
 from moeprof.errors import UsageError
 from moeprof.live.exchange_times import time_exchanges
 from moeprof.live.expert_parallel import PARTS
@@ -79,7 +83,7 @@ SHARE_REDUNDANT = 16
 """One slot beyond one per expert for so many experts, rounded to the devices."""
 SCALED_DEVICES = (8, 16, 32)
 LONGEST_WAIT_S = 120.0
-"""Of one rank for another, which may compile meanwhile."""
+"""Least that a rank waits for another, which may compile meanwhile."""
 EXCHANGE_BYTES = tuple(1 << power for power in range(10, 29, 2))
 
 SHAPES: dict[str, dict[str, Any]] = {
@@ -345,6 +349,11 @@ def subject_result(subject: Subject, found: Sequence[Findings]) -> dict[str, Any
     for row in measured_rows:
         lines.append(f"  {row_text(row)}, predicted {row['predicted_ms']:8.3f}")
     lines += map(estimate_text, nothing_and_fastest(scaled_rows))
+    missing = list(not_estimated(subject, found[0], len(found)))
+    lines.append(
+        f"  not estimated for more devices: {len(missing)}, of which most wanted"
+        f" {sum(each['wanted'] for each in missing)}"
+    )
     print("\n".join(lines), flush=True)
     return {
         "trace": subject.name,
@@ -364,7 +373,32 @@ def subject_result(subject: Subject, found: Sequence[Findings]) -> dict[str, Any
         "num_scaled_settings": sum(
             len(layouts) for count, layouts in subject.study.layouts.items() if count != len(found)
         ),
+        "not_estimated": missing,
+        "seconds_by_part": found[0].seconds,
     }
+
+
+def not_estimated(subject: Subject, found: Findings, num_ranks: int) -> Iterator[dict[str, Any]]:
+    """Yields what was not estimated for more devices, most wanted first, and why.
+
+    Args:
+        subject: The trace.
+        found: What a rank found.
+        num_ranks: Devices there are.
+    """
+    layouts = subject.study.layouts
+    for count in SCALED_DEVICES:
+        if count not in layouts:
+            reason = f"{subject.study.num_experts} experts do not deal evenly"
+            yield {"num_devices": count, "setting": None, "wanted": True, "reason": reason}
+    for count, setting in by_importance(layouts, num_ranks):
+        if (count, setting) not in found.estimates:
+            yield {
+                "num_devices": count,
+                "setting": str(setting),
+                "wanted": is_wanted(setting),
+                "reason": "the time given to this trace was up",
+            }
 
 
 def nothing_and_fastest(rows: Sequence[dict[str, Any]]) -> Iterator[dict[str, Any]]:
@@ -497,7 +531,9 @@ def measured(device: torch.device, plan: Plan, record: Record) -> None:
             break
         say(f"{subject.name}, {left_s:.0f} s left")
         until_s = time.time() + left_s / (len(record.subjects) - place)
-        found = run_study(device, subject.study, plan, line, until_s)
+        # What is wanted most may take half of what is left for the others.
+        wanted_until_s = (until_s + record.until_s) / 2
+        found = run_study(device, subject.study, plan, line, until_s, wanted_until_s)
         every: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(every, found)
         if dist.get_rank() == 0:
@@ -527,18 +563,31 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with tempfile.TemporaryDirectory() as folder:
         traces = options.routing or [made_up(folder)]
         subjects = []
+        spent = TimeSpent()
         for each in traces:
-            subjects.append(subject_of(each, options, options.ranks))
+            with spent.part("planning"):
+                subjects.append(subject_of(each, options, options.ranks))
             print(f"planned {subjects[-1].name}", flush=True)
         head = {
             **evidence(command, "cpu" if options.tiny else "cuda"),
             "num_ranks": options.ranks,
             "backend": backend,
             "kernel": options.kernel,
+            "planning_s": spent.seconds["planning"],
         }
         record = Record(path=path, head=head, subjects=subjects, until_s=until_s)
-        run_ranks(measured, options.ranks, plan, record, backend=backend, timeout_s=LONGEST_WAIT_S)
+        # A rank with less to estimate waits for the others, at most as long as there is time.
+        longest_s = max(LONGEST_WAIT_S, options.seconds)
+        run_ranks(measured, options.ranks, plan, record, backend=backend, timeout_s=longest_s)
     result = json.loads(path.read_text(encoding="utf-8"))
+    print_seconds(
+        {"planning": result["planning_s"]}
+        | {
+            f"{each['trace']}: {part}": seconds
+            for each in result["traces"]
+            for part, seconds in each["seconds_by_part"].items()
+        }
+    )
     print(f"written to {path}")
     wrong = failures(result)
     for text in wrong:

@@ -15,19 +15,25 @@ control, moeprof's gating runs on uniform routing too, which keeps all experts b
 Part ``rank-share`` is one rank's share of the paper's layout of 8 GPUs, of the language and the
 translation model (see `analysis.gpu.rank_share`): total memory, static against dynamic.
 
-Each gating runs at growing batches until memory ends, or until a batch is predicted to take too
-long, which the result then says. Written to DIR/mt_headline.json after every part.
+Each gating of a stack runs at listed batches, then at doubled ones until memory ends or a pass
+would take too long, which the result then says (``endings``). Batches too slow to be timed run
+once, for their memory (``once``). What time there is (--seconds) goes first to what is judged: one
+rank's share; of each stack the dense twin, which has a part of the time for its larger batches too,
+the listed batches, the breakdown, then at least 20 repetitions of every row that the headline
+takes. Larger batches come after that, and the control last, for which a part of the time is kept.
+Written to DIR/mt_headline.json after every step.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
-import gc
+import functools
 import shlex
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -41,11 +47,11 @@ from analysis.gpu.headline_runs import (
     Prepare,
     RunLimits,
     StepCursor,
-    breakdown,
-    headline,
+    first_rows,
     print_headline,
-    run_gating,
+    release,
 )
+from analysis.gpu.headline_series import Series, print_endings
 from analysis.gpu.mt_routing import (
     LENGTH,
     RecordedBatches,
@@ -56,7 +62,8 @@ from analysis.gpu.mt_routing import (
 from analysis.gpu.mt_stacks import MT_CONFIG, MtDecoder, MtEncoder, MtStack, dense_config, widen
 from analysis.gpu.paper_headline import LENGTH as LM_LENGTH
 from analysis.gpu.paper_headline import TOKEN_FRACTION as LM_FRACTION
-from analysis.gpu.paper_headline import recorded_choices
+from analysis.gpu.paper_headline import even_share, recorded_choices
+from analysis.gpu.time_spent import TimeSpent, print_seconds
 from analysis.published import MEMORY_RATIOS, MT_GAINS
 from moeprof.live.application import apply_gating
 from moeprof.live.paper_lm import PaperLmConfig
@@ -73,25 +80,55 @@ GATINGS = (
     "static_mask",
     "static_grouped",
     "static_index",
-    "dynamic_loop",
     "dynamic_grouped",
+    "dynamic_loop",
 )
-BATCHES: Mapping[str, tuple[int, ...]] = {
-    "mt-encoder": (
-        1, 4, 8, 16, 24, 32, 48, 64, 96, 128, 160, 192, 256, 384, 512, 1024, 2048, 4096, 8192, 16384
-    ),
-    "mt-decoder": (
-        1, 8, 16, 48, 96, 192, 384, 768, 1536, 2048, 3072, 4096, 5120, 6144, 7168, 8192, 12288,
-        16384
-    ),
-}  # fmt: skip
+# Static gating is at its best at small batches, and slow at large ones. A mask's time is predicted
+# by the square of the step between two batches: no step may be so large that it forbids the next.
+_ENCODER_STATIC = (1, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192)
+_ENCODER = (1, 8, 16, 32, 48, 96, 128, 192, 256, 384, 512, 1024, 2048, 4096)
+_DECODER_STATIC = (1, 8, 16, 48, 96, 192, 384, 768, 1024, 1536, 2048)
+_DECODER = (1, 16, 48, 96, 192, 384, 768, 1536, 2048, 3072, 4096, 6144, 8192)
+BATCHES: Mapping[str, Mapping[str, tuple[int, ...]]] = {
+    "mt-encoder": {
+        "dense": _ENCODER,
+        "dynamic": _ENCODER,
+        "static_mask": _ENCODER_STATIC,
+        "static_grouped": _ENCODER_STATIC,
+        "static_index": _ENCODER_STATIC,
+        "dynamic_grouped": _ENCODER,
+        "dynamic_loop": (1, 8, 16, 32, 48, 96, 192, 384, 1024, 4096),
+        "control": (48, 192, 384, 1024, 2048, 4096),
+    },
+    "mt-decoder": {
+        "dense": _DECODER,
+        "dynamic": _DECODER,
+        "static_mask": _DECODER_STATIC,
+        "static_grouped": _DECODER_STATIC,
+        "static_index": _DECODER_STATIC,
+        "dynamic_grouped": _DECODER,
+        "dynamic_loop": (1, 16, 48, 96, 384, 768, 1536, 3072, 6144),
+        "control": (96, 384, 768, 1536, 3072, 6144, 8192),
+    },
+}
 TINY_BATCHES = (1, 2)
 # Sequences a rank has; the last is the paper's batch, which is what the goal is held to.
 RANK_BATCHES = {"lm": (1, 4, 8), "mt": (6, 24, 48)}
-PARTS = ("mt-encoder", "mt-decoder", "rank-share")
+PARTS = ("rank-share", "mt-encoder", "mt-decoder")
 # Share of the time that is left for a part and those after it.
-TIME_SHARES = {"mt-encoder": 0.45, "mt-decoder": 0.7, "rank-share": 1.0}
+TIME_SHARES = {"rank-share": 0.2, "mt-encoder": 0.62, "mt-decoder": 1.0}
+# Of a stack's time, when to be done: with the dense twin; of the gatings with listed batches,
+# judged ones for the first time, larger ones, judged ones that are larger. The rest is the
+# control's.
+SHARES = {"dense": 0.2, "listed": 0.55, "judged": 0.68, "larger": 0.78, "again": 0.9}
+# Of the dense twin's time likewise.
+DENSE_SHARES = {"listed": 0.4, "judged": 0.65, "larger": 0.85, "again": 1.0}
+# Of the control's time, listed batches; the rest is for its best one again.
+CONTROL_LISTED = 0.6
 LIMITS = RunLimits(seconds=0.4, least_repeats=2, most_repeats=20, point_seconds=4.0)
+CLIMBING = dataclasses.replace(LIMITS, pass_seconds=4.0)
+TINY_MOST_BATCH = 4
+UNIFORM = "uniform routing: not run"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -104,9 +141,10 @@ class Setup:
         routing: The translation twin's trace.
         lm_routing: The language twin's.
         device: ``cuda`` or ``cpu``.
-        batches: By part.
+        batches: By part, by gating; those of the control among them.
         rank_batches: By model.
-        limits: Of a batch.
+        limits: Of a listed batch.
+        climbing: Of a larger one.
     """
 
     config: PaperLmConfig
@@ -114,22 +152,26 @@ class Setup:
     routing: str
     lm_routing: str
     device: str
-    batches: Mapping[str, Sequence[int]]
+    batches: Mapping[str, Mapping[str, Sequence[int]]]
     rank_batches: Mapping[str, Sequence[int]]
     limits: RunLimits
+    climbing: RunLimits
 
 
 def setup_of(options: argparse.Namespace) -> Setup:
     """Returns the sizes asked for."""
     config, lm_config = MT_CONFIG, PaperLmConfig()
-    batches: Mapping[str, Sequence[int]] = BATCHES
+    batches: Mapping[str, Mapping[str, Sequence[int]]] = BATCHES
+    limits, climbing = LIMITS, CLIMBING
     rank_batches: Mapping[str, Sequence[int]] = RANK_BATCHES
     if options.tiny:
         tiny: dict[str, Any] = {"vocab_size": 64, "d_model": 16, "d_ff": 32, "num_heads": 2}
         config = dataclasses.replace(config, **tiny)
         lm_config = dataclasses.replace(lm_config, **tiny)
-        batches = dict.fromkeys(BATCHES, TINY_BATCHES)
+        batches = {part: dict.fromkeys(own, TINY_BATCHES) for part, own in BATCHES.items()}
         rank_batches = dict.fromkeys(RANK_BATCHES, TINY_BATCHES)
+        limits = dataclasses.replace(limits, seconds=0.0)
+        climbing = dataclasses.replace(climbing, seconds=0.0, most_batch=TINY_MOST_BATCH)
     return Setup(
         config=config,
         lm_config=lm_config,
@@ -138,7 +180,8 @@ def setup_of(options: argparse.Namespace) -> Setup:
         device="cpu" if options.tiny else "cuda",
         batches=batches,
         rank_batches=rank_batches,
-        limits=dataclasses.replace(LIMITS, seconds=0.0) if options.tiny else LIMITS,
+        limits=limits,
+        climbing=climbing,
     )
 
 
@@ -162,7 +205,7 @@ def passes(part: str, stack: MtStack, batches: RecordedBatches, cursor: StepCurs
         tokens = drawn.to(device)
         if part == "mt-encoder":
             assert batches.keep is not None
-            keep = batches.keep[:batch]
+            keep = first_rows(batches.keep, batch)
             return batches.num_tokens(batch), lambda: stack(tokens, keep)
         # In the place of the encoder's output.
         noise = torch.Generator(device).manual_seed(batch)
@@ -191,20 +234,31 @@ def force(stack: MtStack, choices: Sequence[Sequence[Choice]]) -> StepCursor:
     return cursor
 
 
-def release(device: str) -> None:
-    """Gives back what a model that is gone held."""
-    gc.collect()
-    if device != "cpu":
-        torch.cuda.empty_cache()
+def run_stack(
+    part: str,
+    setup: Setup,
+    deadline_s: float,
+    *,
+    spent: TimeSpent,
+    keep: Callable[[dict[str, Any]], None],
+) -> dict[str, Any]:
+    """Measures one stack under every gating.
 
-
-def run_stack(part: str, setup: Setup, deadline_s: float) -> dict[str, Any]:
-    """Measures one stack under every gating."""
+    Args:
+        part: Which.
+        setup: Sizes and sources.
+        deadline_s: When to be done, by `time.monotonic`.
+        spent: Where the time goes.
+        keep: Called with what there is, after every step.
+    """
     config, device = setup.config, setup.device
     sizes = setup.batches[part]
-    recorded = (encoder_batches if part == "mt-encoder" else decoder_steps)(
-        setup.routing, config, max(sizes), device
-    )
+    begun_s = time.monotonic()
+    ends = {name: begun_s + share * (deadline_s - begun_s) for name, share in SHARES.items()}
+    with spent.part(f"{part}: routing"):
+        recorded = (encoder_batches if part == "mt-encoder" else decoder_steps)(
+            setup.routing, config, max(map(max, sizes.values())), device
+        )
     print(f"{part}: {recorded.said}", flush=True)
     made: dict[str, Any] = {
         "config": dataclasses.asdict(config),
@@ -214,70 +268,129 @@ def run_stack(part: str, setup: Setup, deadline_s: float) -> dict[str, Any]:
         "token_fraction": MT_FRACTION,
         "num_distinct": recorded.num_distinct,
         "published": dict(zip(("single_node", "multi_node"), MT_GAINS[part], strict=True)),
-        "active_experts": [
-            {"batch": batch, "mean": recorded.active_experts(batch)} for batch in sizes
-        ],
+        "weight_bytes": None,
+        "control": {"routing": UNIFORM, "rows": [], "skipped": [], "headline": []},
     }
-    rows: list[dict[str, Any]] = []
-    skipped: list[dict[str, Any]] = []
-    parts: list[dict[str, Any]] = []
 
-    def run(name: str, stack: MtStack, cursor: StepCursor, left: int) -> None:
-        """Measures one gating, in up to nearly twice its even share of the time that is left."""
-        now = time.monotonic()
-        # Whoever comes last has some time left, however long the others took.
-        until_s = now + 2 * (deadline_s - now) / (left + 1)
-        limits = dataclasses.replace(setup.limits, deadline_s=min(deadline_s, until_s))
-        prepare = passes(part, stack, recorded, cursor)
-        found = run_gating(
-            name, sizes, prepare, device, limits=limits, growth=2 if name == "static_mask" else 1
+    def series_of(order: Sequence[str], label: str, write: Callable[[], None]) -> Series:
+        return Series(
+            order=order, device=device, limits=setup.limits, climbing=setup.climbing, keep=write,
+            spent=spent, label=label,
+        )  # fmt: skip
+
+    def write() -> None:
+        made.update(series.result())
+        known = {each["batch"] for each in made.get("active_experts", ())}
+        ran = {row["batch"] for row in made["rows"]}
+        made["active_experts"] = sorted(
+            [
+                *made.get("active_experts", ()),
+                *({"batch": n, "mean": recorded.active_experts(n)} for n in ran - known),
+            ],
+            key=lambda each: each["batch"],
         )
-        rows.extend(found.rows)
-        skipped.extend(found.skipped)
-        if device != "cpu" and now < deadline_s:
-            parts.append(breakdown(stack, name, BREAKDOWN_BATCH, prepare))
+        keep(made)
 
-    stack = build(part, dense_config(config), device)
-    widen(stack, config, device)
-    made["dense_weight_bytes"] = weight_bytes(stack)
-    # The control counts as one more.
-    run("dense", stack, StepCursor(), len(GATINGS) + 1)
-    del stack
+    series = series_of(GATINGS, part, write)
+    run_dense(part, setup, series, made, recorded, ends["dense"])
     release(device)
-    stack = build(part, config, device)
+    with spent.part(f"{part}: building"):
+        stack = build(part, config, device)
     made["weight_bytes"] = weight_bytes(stack)
+    routed = GATINGS[1:]
     cursor = force(stack, recorded.choices)
-    for index, name in enumerate(GATINGS):
-        if name == "dense":
-            continue
+
+    @contextmanager
+    def given(name: str) -> Iterator[Prepare]:
         fraction = MT_FRACTION if name.startswith("static") else None
         with apply_gating(stack, name, token_fraction=fraction):
-            run(name, stack, cursor, len(GATINGS) + 1 - index)
-    control = uniform_control(recorded, config)
+            yield passes(part, stack, recorded, cursor)
+
+    for index, name in enumerate(routed):
+        with given(name) as prepare:
+            until_s = even_share(ends["listed"], len(routed) - index)
+            series.sweep(name, sizes[name], prepare, until_s=until_s)
+            if time.monotonic() < ends["listed"]:
+                series.break_down(stack, name, BREAKDOWN_BATCH, prepare)
+    series.revisit(routed, given, until_s=ends["judged"])
+    for index, name in enumerate(routed):
+        with given(name) as prepare:
+            until_s = even_share(ends["larger"], len(routed) - index)
+            series.climb(name, prepare, first_batch=sizes[name][0], until_s=until_s)
+    series.revisit(routed, given, until_s=ends["again"])
+    release(device)
+
+    with spent.part(f"{part}: control, routing"):
+        control = uniform_control(recorded, config)
     cursor = force(stack, control.choices)
-    with apply_gating(stack, "dynamic"):
-        found = run_gating(
-            "dynamic", sizes, passes(part, stack, control, cursor), device,
-            limits=dataclasses.replace(setup.limits, deadline_s=deadline_s),
-        )  # fmt: skip
-    compared = headline(rows, GATINGS)
-    others = [row for row in rows if row["gating"] != "dynamic"]
-    made |= {
-        "rows": rows,
-        "skipped": skipped,
-        "breakdown": parts,
-        "headline": compared,
-        "control": {
+
+    def write_control() -> None:
+        found = uniform.result()
+        made["control"] = {
             "routing": control.said,
-            "rows": found.rows,
-            "skipped": found.skipped,
-            "headline": headline([*others, *found.rows], GATINGS),
-        },
-    }
-    print_headline(compared)
+            "rows": [row for row in found["rows"] if row["gating"] == "dynamic"],
+            "skipped": found["skipped"],
+            "headline": found["headline"],
+        }
+        keep(made)
+
+    @contextmanager
+    def controlled(_: str) -> Iterator[Prepare]:
+        with apply_gating(stack, "dynamic"):
+            yield passes(part, stack, control, cursor)
+
+    uniform = series_of(GATINGS, f"{part}: control", write_control)
+    uniform.found.rows.extend(row for row in series.found.rows if row["gating"] != "dynamic")
+    now = time.monotonic()
+    with controlled("dynamic") as prepare:
+        listed_s = now + CONTROL_LISTED * (deadline_s - now)
+        uniform.sweep("dynamic", sizes["control"], prepare, until_s=listed_s)
+    uniform.revisit(["dynamic"], controlled, until_s=deadline_s)
+    write()
+    print_headline(made["headline"])
+    print_endings(made["endings"])
     single, several = MT_GAINS[part]
     print(f"the paper, over one mask: {single}x on one node, {several}x on several", flush=True)
     return made
+
+
+def run_dense(
+    part: str,
+    setup: Setup,
+    series: Series,
+    made: dict[str, Any],
+    recorded: RecordedBatches,
+    until_s: float,
+) -> None:
+    """Measures the dense twin of a stack, which must not share the device with the experts.
+
+    Args:
+        part: Which stack.
+        setup: Sizes and sources.
+        series: Takes what is found.
+        made: Takes the bytes of its weights.
+        recorded: Batches; of their routing nothing is used.
+        until_s: When to be done, by `time.monotonic`.
+    """
+    now = time.monotonic()
+    ends = {name: now + share * (until_s - now) for name, share in DENSE_SHARES.items()}
+    config, device, sizes = setup.config, setup.device, setup.batches[part]["dense"]
+    with series.spent.part(f"{part}: building the dense twin"):
+        stack = build(part, dense_config(config), device)
+        widen(stack, config, device)
+    made["dense_weight_bytes"] = weight_bytes(stack)
+    prepare = passes(part, stack, recorded, StepCursor())
+
+    @contextmanager
+    def given(_: str) -> Iterator[Prepare]:
+        yield prepare
+
+    series.sweep("dense", sizes, prepare, until_s=ends["listed"])
+    if time.monotonic() < until_s:
+        series.break_down(stack, "dense", BREAKDOWN_BATCH, prepare)
+    series.revisit(["dense"], given, until_s=ends["judged"])
+    series.climb("dense", prepare, first_batch=sizes[0], until_s=ends["larger"])
+    series.revisit(["dense"], given, until_s=ends["again"])
 
 
 def weight_bytes(stack: MtStack) -> int:
@@ -396,29 +509,39 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--routing", required=True, help="trace of the translation twin")
     parser.add_argument("--lm-routing", default="sample:twin-lm", help="of the language twin")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
-    parser.add_argument("--seconds", type=float, default=140.0, help="time for all parts")
+    parser.add_argument("--seconds", type=float, default=460.0, help="time for all parts")
     parser.add_argument("--tiny", action="store_true", help="small sizes, on the CPU")
     options = parser.parse_args(arguments)
     setup = setup_of(options)
+    spent = TimeSpent()
     begun = time.monotonic()
     end = begun + options.seconds
     given = sys.argv[1:] if arguments is None else list(arguments)
     command = shlex.join(["python", "-m", "analysis.gpu.mt_headline", *given])
     result = evidence(command, setup.device) | {"tiny": options.tiny, "parts": {}}
+
+    def write(part: str, made: dict[str, Any]) -> None:
+        result["parts"][part] = made
+        result["wall_s"] = time.monotonic() - begun
+        result["seconds_by_part"] = spent.seconds
+        write_json(options.out / RESULT, result)
+
     for part in options.parts:
         now = time.monotonic()
         is_last = part == options.parts[-1]
         deadline_s = end if is_last else now + TIME_SHARES[part] * (end - now)
+        keep = functools.partial(write, part)
         if now > end:
-            result["parts"][part] = {"not_run": "the time given was up before it began"}
+            made = {"not_run": "the time given was up before it began"}
         elif part == "rank-share":
-            result["parts"][part] = run_rank_share(setup, deadline_s)
+            with spent.part(part):
+                made = run_rank_share(setup, deadline_s)
         else:
-            result["parts"][part] = run_stack(part, setup, deadline_s)
+            made = run_stack(part, setup, deadline_s, spent=spent, keep=keep)
+        keep(made)
         release(setup.device)
-        result["wall_s"] = time.monotonic() - begun
-        write_json(options.out / RESULT, result)
         print(f"{part} after {result['wall_s']:.0f} s", flush=True)
+    print_seconds(spent.seconds)
     print(f"written to {options.out / RESULT}")
     return 0
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from analysis.gpu.headline_runs import Choice
+from analysis.gpu.headline_runs import Choice, first_rows
 from moeprof.live.paper_lm import PaperLmConfig
 from moeprof.live.routing_sources import Routing, StackRouting, read_routing
 from moeprof.trace.reader import Trace, open_trace
@@ -26,7 +26,7 @@ _SEED = 0
 
 @dataclass(frozen=True, kw_only=True)
 class RecordedBatches:
-    """Choices of as many sentences as the largest batch has.
+    """Choices of as many sentences as were asked for; in larger batches they come again.
 
     Attributes:
         choices: Per site, per recorded pass, [rows, k] experts and weights; -1 where padding is.
@@ -42,7 +42,7 @@ class RecordedBatches:
 
     def num_tokens(self, batch: int) -> int:
         """Returns tokens without padding of a pass over the first ``batch`` sentences."""
-        return batch if self.keep is None else int(self.keep[:batch].sum())
+        return batch if self.keep is None else int(first_rows(self.keep, batch).sum())
 
     def active_experts(self, batch: int) -> float:
         """Returns the mean, over sites and passes, of experts that ``batch`` sentences choose."""

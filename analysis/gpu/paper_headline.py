@@ -1,6 +1,6 @@
 """The founding paper's 52B language model, whole: throughput and memory of each gating.
 
-    python -m analysis.gpu.paper_headline --out DIR --routing TRACE         # on one H200
+    python -m analysis.gpu.paper_headline --out DIR --routing TRACE [--seconds 460]   # on one H200
     python -m analysis.gpu.paper_headline --out DIR --routing uniform --tiny     # on a CPU
 
 Scores batches of 1,024-token sequences (arXiv 2303.06182: 24 layers, every second with 512 experts,
@@ -10,9 +10,13 @@ own choice, as it costs, and hands on the recorded one. TRACE is a routing twin'
 of the tokens. The dense twin has no experts and, in the layers that route, a feed-forward network
 top_k times as wide: the same operations per token.
 
-Each gating runs at growing batch sizes until memory ends (the dispatch mask at every batch from 1
-to 8, and at 16). Per setting: time of every pass, memory beyond the weights. Written to
-DIR/paper_headline.json.
+Each gating runs at listed batch sizes (the dispatch mask at every one from 1 to 8, and at 16), then
+at doubled ones until memory ends or a pass would take too long, which the result then says
+(``endings``). Batches too slow to be timed run once, for their memory (``once``). What time there
+is (--seconds) goes first to what is judged: the dense twin, which has a part of it for its larger
+batches too, the listed batches, the breakdown, then at least 20 repetitions of every row that the
+headline takes; larger batches come after that. Per setting: time of every pass, memory beyond the
+weights. Written to DIR/paper_headline.json after every step.
 """
 
 from __future__ import annotations
@@ -21,7 +25,9 @@ import argparse
 import dataclasses
 import shlex
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -30,16 +36,10 @@ import torch
 from torch import nn
 
 from analysis.gpu.evidence import evidence, write_json
-from analysis.gpu.headline_runs import (
-    ForcedGate,
-    Prepare,
-    breakdown,
-    headline,
-    print_headline,
-    run_gating,
-)
+from analysis.gpu.headline_runs import ForcedGate, Prepare, RunLimits, print_headline, release
+from analysis.gpu.headline_series import Series, print_endings
+from analysis.gpu.time_spent import TimeSpent, print_seconds
 from moeprof.live.application import apply_gating
-from moeprof.live.kernels import KERNELS
 from moeprof.live.paper_lm import PaperFfn, PaperLm, PaperLmConfig
 from moeprof.live.routing_controls import RoutingShape, uniform_routing
 from moeprof.live.routing_sources import read_routing
@@ -60,6 +60,24 @@ BATCHES = {
     "dense": (1, 2, 4, 8, 16, 32, 64, 96, 128, 160),
 }
 BREAKDOWN_BATCH = 8
+# Most wanted first: what comes late may find its time used up.
+TURNS = (
+    "dynamic",
+    "static_mask",
+    "static_grouped",
+    "static_index",
+    "dynamic_grouped",
+    "dynamic_loop",
+)
+LIMITS = RunLimits(seconds=1.5, least_repeats=2)
+# Judged rows are run some 20 times more: what is timed must not be too slow for that.
+CLIMBING = RunLimits(seconds=0.0, least_repeats=2, point_seconds=5.0, pass_seconds=10.0)
+TINY_MOST_BATCH = 4
+# Of the time, when to be done with: the dense twin, and of the gatings listed batches, judged ones
+# for the first time, larger ones. What is left is for judged rows that are larger.
+SHARES = {"dense": 0.2, "listed": 0.6, "judged": 0.75, "larger": 0.87, "all": 1.0}
+# Of the dense twin's own time likewise.
+DENSE_SHARES = {"listed": 0.4, "judged": 0.6, "larger": 0.8, "all": 1.0}
 
 
 def recorded_choices(
@@ -137,58 +155,120 @@ def scoring(model: PaperLm, device: str) -> Prepare:
     return prepare
 
 
-def measure(options: argparse.Namespace) -> dict[str, Any]:
-    """Runs everything."""
+def even_share(until_s: float, num_left: int) -> float:
+    """Returns when one of ``num_left`` is to be done: up to nearly twice its even share.
+
+    Whoever comes last has some time left, however long the others took.
+    """
+    now = time.monotonic()
+    return min(until_s, now + 2 * (until_s - now) / (num_left + 1))
+
+
+def measure(options: argparse.Namespace, path: Path) -> dict[str, Any]:
+    """Runs everything; what there is is in ``path`` after every step."""
+    begun_s = time.monotonic()
+    spent = TimeSpent()
     device = "cpu" if options.tiny else "cuda"
-    command = shlex.join(["python", "-m", "analysis.gpu.paper_headline", *sys.argv[1:]])
+    command = shlex.join(["python", "-m", "analysis.gpu.paper_headline", *options.given])
     result = evidence(command, device)
     config = PaperLmConfig()
-    batches = dict(BATCHES)
+    batches: dict[str, Sequence[int]] = dict(BATCHES)
+    limits, climbing = LIMITS, CLIMBING
     if options.tiny:
         config = dataclasses.replace(
             config, vocab_size=64, num_layers=4, d_model=32, d_ff=64, num_heads=4, num_experts=16
         )
         batches = {name: each[:2] for name, each in batches.items()}
+        limits = dataclasses.replace(limits, seconds=0.0)
+        climbing = dataclasses.replace(climbing, most_batch=TINY_MOST_BATCH)
     result["config"] = dataclasses.asdict(config)
+    # Choices come again beyond that: see `ForcedGate`.
     most = max(max(each) for name, each in batches.items() if name != "dense") * LENGTH
-    choices, said = recorded_choices(options.routing, config, most, device)
+    with spent.part("routing"):
+        choices, said = recorded_choices(options.routing, config, most, device)
     result["routing"] = said
+    result["weight_bytes"] = None
     print(f"routing: {said}", flush=True)
-    rows: list[dict[str, Any]] = []
-    parts = []
-    model = build(config, device)
+
+    def keep() -> None:
+        result.update(series.result())
+        result["seconds_by_part"] = spent.seconds
+        result["wall_s"] = time.monotonic() - begun_s
+        write_json(path, result)
+
+    series = Series(
+        order=list(BATCHES), device=device, limits=limits, climbing=climbing, keep=keep,
+        spent=spent, label="LM",
+    )  # fmt: skip
+    ends = {name: begun_s + share * options.seconds for name, share in SHARES.items()}
+    run_dense(config, batches["dense"], series, ends["dense"])
+    release(device)
+    with spent.part("building the model"):
+        model = build(config, device)
     result["weight_bytes"] = sum(p.numel() * p.element_size() for p in model.parameters())
     routed = [layer.moe for layer in model.layers if layer.routes]
     for moe, (ids, weights) in zip(routed, choices, strict=True):
         moe.gate = ForcedGate(moe.gate, [(ids, weights)])
-    for name in KERNELS:
+
+    @contextmanager
+    def given(name: str) -> Iterator[Prepare]:
         fraction = TOKEN_FRACTION if name.startswith("static") else None
         with apply_gating(model, name, token_fraction=fraction):
-            prepare = scoring(model, device)
-            rows += run_gating(name, batches[name], prepare, device).rows
-            if device != "cpu":
-                parts.append(breakdown(model, name, BREAKDOWN_BATCH, prepare))
-    del model, routed
-    model = dense_twin(config, device)
-    prepare = scoring(model, device)
-    rows += run_gating("dense", batches["dense"], prepare, device).rows
-    if device != "cpu":
-        parts.append(breakdown(model, "dense", BREAKDOWN_BATCH, prepare))
-    result |= {"rows": rows, "breakdown": parts, "headline": headline(rows, list(BATCHES))}
-    print_headline(result["headline"])
+            yield scoring(model, device)
+
+    for index, name in enumerate(TURNS):
+        with given(name) as prepare:
+            until_s = even_share(ends["listed"], len(TURNS) - index)
+            series.sweep(name, batches[name], prepare, until_s=until_s)
+            series.break_down(model, name, BREAKDOWN_BATCH, prepare)
+    series.revisit(TURNS, given, until_s=ends["judged"])
+    for index, name in enumerate(TURNS):
+        with given(name) as prepare:
+            until_s = even_share(ends["larger"], len(TURNS) - index)
+            series.climb(name, prepare, first_batch=batches[name][0], until_s=until_s)
+    series.revisit(TURNS, given, until_s=ends["all"])
+    keep()
     return result
 
 
-def main() -> None:
+def run_dense(
+    config: PaperLmConfig, batches: Sequence[int], series: Series, until_s: float
+) -> None:
+    """Measures the dense twin, which must not share the device with the experts."""
+    now = time.monotonic()
+    ends = {name: now + share * (until_s - now) for name, share in DENSE_SHARES.items()}
+    with series.spent.part("building the dense twin"):
+        model = dense_twin(config, series.device)
+    prepare = scoring(model, series.device)
+
+    @contextmanager
+    def given(_: str) -> Iterator[Prepare]:
+        yield prepare
+
+    series.sweep("dense", batches, prepare, until_s=ends["listed"])
+    series.break_down(model, "dense", BREAKDOWN_BATCH, prepare)
+    series.revisit(["dense"], given, until_s=ends["judged"])
+    series.climb("dense", prepare, first_batch=batches[0], until_s=ends["larger"])
+    series.revisit(["dense"], given, until_s=ends["all"])
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
     """Measures and writes."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n", maxsplit=1)[0])
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--routing", required=True, help="a trace, or: uniform")
+    parser.add_argument("--seconds", type=float, default=460.0, help="time to be done in")
     parser.add_argument("--tiny", action="store_true", help="small sizes, on the CPU")
-    options = parser.parse_args()
-    write_json(options.out / RESULT, measure(options))
-    print(f"written to {options.out / RESULT}")
+    options = parser.parse_args(arguments)
+    options.given = sys.argv[1:] if arguments is None else list(arguments)
+    path = options.out / RESULT
+    result = measure(options, path)
+    print_headline(result["headline"])
+    print_endings(result["endings"])
+    print_seconds(result["seconds_by_part"])
+    print(f"written to {path}")
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

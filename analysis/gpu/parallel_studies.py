@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
 
+from analysis.gpu.time_spent import TimeSpent
 from moeprof.live.expert_parallel import PARTS, ParallelExperts, experts_of_rank, on_one_device
 from moeprof.live.experts import ExpertWeights, random_experts
 from moeprof.live.parallel_clocks import PartClock, repeat_together, slowest_ms
@@ -27,8 +28,10 @@ from moeprof.replay.loads import Layout
 
 NARROW: dict[str, Any] = {"d_model": 64, "d_ff": 64, "gated": True, "bias": True}
 NUM_CHECKED_OUTPUTS = 4
-CHECK_SHARE = 0.4
+CHECK_SHARE = 0.25
 """Of a study's time, most that its checks of loads take; at least `CHECK_BLOCK` dispatches are."""
+WANTED_PLANNERS = ("contiguous", "greedy", "eplb", "robust")
+"""Whose placements are estimated for more devices before any other."""
 CHECK_BLOCK = 8
 _BEGUN_S = time.time()
 
@@ -95,6 +98,7 @@ class Findings:
         size_exchange: By setting, times of the size exchange by itself.
         estimates: By (devices, setting), one per batch.
         steps: By setting, one per batch: times of the whole and of the parts.
+        seconds: By part of the study, where this rank's time went.
     """
 
     outputs: dict[PlannerSetting, dict[str, Any]]
@@ -103,10 +107,16 @@ class Findings:
     size_exchange: dict[PlannerSetting, Repetitions]
     estimates: dict[tuple[int, PlannerSetting], list[StepEstimate]]
     steps: dict[PlannerSetting, list[dict[str, Any]]]
+    seconds: dict[str, float] = field(default_factory=dict)
 
 
 def run_study(
-    device: torch.device, study: Study, plan: Plan, line: AllToAllLine, until_s: float
+    device: torch.device,
+    study: Study,
+    plan: Plan,
+    line: AllToAllLine,
+    until_s: float,
+    wanted_until_s: float,
 ) -> Findings:
     """Checks, predicts, then times; estimates for more devices in the time that is left.
 
@@ -116,47 +126,60 @@ def run_study(
         plan: How.
         line: Of all-to-alls.
         until_s: When to be done, by `time.time`; checks of loads take a part of the time till then.
+        wanted_until_s: When to begin no more of the estimates that are wanted most, if later.
     """
     num_ranks = dist.get_world_size()
     layouts = study.layouts[num_ranks]
-    outputs = {name: checked_outputs(device, study, each) for name, each in layouts.items()}
+    spent = TimeSpent()
+    with spent.part("outputs to the bit"):
+        outputs = {name: checked_outputs(device, study, each) for name, each in layouts.items()}
     num_equal, num_checked = (
         sum(each[key] for each in outputs.values()) for key in ("num_equal", "num_dispatches")
     )
     say(f"outputs equal to the bit in {num_equal}/{num_checked}")
     rows = []
-    for check in study.checks:
-        loads_until_s = time.time() + CHECK_SHARE * (until_s - time.time()) / len(study.checks)
-        rows.append(arrived(device, check, loads_until_s))
-        say(f"loads counted under {rows[-1].shape[1]} of {len(check.dispatches)} dispatches")
-    experts = full_experts(device, study, plan)
-    timed_outputs = {
-        name: close_outputs(device, study, experts, each, plan) for name, each in layouts.items()
-    }
+    # Of all checks together: what is left when they begin does not grow with their number.
+    checks_until_s = time.time() + CHECK_SHARE * max(until_s - time.time(), 0.0)
+    with spent.part("loads"):
+        for place, check in enumerate(study.checks):
+            now = time.time()
+            share_s = (checks_until_s - now) / (len(study.checks) - place)
+            rows.append(arrived(device, check, now + share_s))
+            say(f"loads counted under {rows[-1].shape[1]} of {len(check.dispatches)} dispatches")
+    with spent.part("outputs at full size"):
+        experts = full_experts(device, study, plan)
+        timed_outputs = {
+            name: close_outputs(device, study, experts, each, plan)
+            for name, each in layouts.items()
+        }
     say("outputs at full size compared")
-    sizes = {
-        name: size_exchange(device, study, experts, each, plan) for name, each in layouts.items()
-    }
+    with spent.part("size exchange"):
+        sizes = {
+            name: size_exchange(device, study, experts, each, plan)
+            for name, each in layouts.items()
+        }
     # Replicas make the exchange longer: rows are numbered after it, not meanwhile.
     by_kind: dict[bool, list[float]] = {}
     for name, each in layouts.items():
         by_kind.setdefault(is_replicated(each), []).append(sizes[name].median_ms)
     size_ms = {kind: statistics.median(times) for kind, times in by_kind.items()}
     jobs = [(num_ranks, name) for name in layouts]
-    estimates = all_estimates(jobs, study, experts, plan, line, size_ms)
+    with spent.part("predictions"):
+        estimates = all_estimates(jobs, study, experts, plan, line, size_ms)
     say("predicted")
-    steps = {
-        name: [time_step(device, experts, each, batch, plan) for batch in study.batches]
-        for name, each in layouts.items()
-    }
+    with spent.part("steps"):
+        steps = {
+            name: [time_step(device, experts, each, batch, plan) for batch in study.batches]
+            for name, each in layouts.items()
+        }
     say("steps timed")
-    scaled = [
-        (count, name)
-        for count, layouts in study.layouts.items()
-        for name in layouts
-        if count != num_ranks
-    ]
-    more = all_estimates(scaled, study, experts, plan, line, size_ms, until_s=until_s)
+    scaled = by_importance(study.layouts, num_ranks)
+    with spent.part("estimates for more devices"):
+        wanted = [job for job in scaled if is_wanted(job[1])]
+        rest = [job for job in scaled if not is_wanted(job[1])]
+        given = (study, experts, plan, line, size_ms)
+        more = all_estimates(wanted, *given, until_s=max(until_s, wanted_until_s))
+        more |= all_estimates(rest, *given, until_s=until_s)
     say(f"{len(more)} of {len(scaled)} settings of more devices estimated")
     return Findings(
         outputs=outputs,
@@ -165,7 +188,36 @@ def run_study(
         size_exchange=sizes,
         estimates=estimates | more,
         steps=steps,
+        seconds=spent.seconds,
     )
+
+
+def by_importance(
+    layouts: Mapping[int, Mapping[PlannerSetting, Layout]], num_ranks: int
+) -> list[tuple[int, PlannerSetting]]:
+    """Returns devices and setting of all placements for more devices than there are.
+
+    First those of `WANTED_PLANNERS` without replicas, on every number of devices, a planner after
+    the other; then the same with replicas; then the rest.
+
+    Args:
+        layouts: By number of devices, a placement per setting.
+        num_ranks: Devices there are.
+    """
+    every = [(count, name) for count, own in layouts.items() if count != num_ranks for name in own]
+
+    def place(job: tuple[int, PlannerSetting]) -> tuple[int, int, int]:
+        count, name = job
+        if name.planner not in WANTED_PLANNERS:
+            return 2, 0, 0
+        return int(not is_wanted(name)), WANTED_PLANNERS.index(name.planner), count
+
+    return sorted(every, key=place)
+
+
+def is_wanted(setting: PlannerSetting) -> bool:
+    """Returns True for what is estimated for more devices before anything else."""
+    return setting.planner in WANTED_PLANNERS and not setting.num_redundant
 
 
 def is_replicated(layout: Layout) -> bool:
@@ -319,10 +371,11 @@ def all_estimates(
     """Returns estimates by (devices, setting), one per batch; ranks share the work.
 
     A rank takes all placements of as many slots a device: each other number of slots may need
-    kernels of its own, which takes longer to compile than to run.
+    kernels of its own, which takes longer to compile than to run. Numbers of slots go to the ranks
+    in turn as ``jobs`` first has them, so that no rank has all that is wanted most.
 
     Args:
-        jobs: Devices and setting of each.
+        jobs: Devices and setting of each, most wanted first.
         study: What is run.
         experts: The whole layer.
         plan: How.
@@ -331,11 +384,10 @@ def all_estimates(
         until_s: When to begin no more, by `time.time`.
     """
     slots_per_device = [len(study.layouts[n][name].expert) // n for n, name in jobs]
-    kinds = sorted(set(slots_per_device), reverse=True)
     num_ranks = dist.get_world_size()
     mine = {}
-    for slots, (count, name) in zip(slots_per_device, jobs, strict=True):
-        if kinds.index(slots) % num_ranks != dist.get_rank():
+    for rank, (count, name) in zip(dealt(slots_per_device, num_ranks), jobs, strict=True):
+        if rank != dist.get_rank():
             continue
         if until_s is not None and time.time() > until_s:
             break
@@ -357,6 +409,12 @@ def all_estimates(
     dist.all_gather_object(every, mine)
     found = {key: value for each in every for key, value in each.items()}
     return {job: found[job] for job in jobs if job in found}
+
+
+def dealt(slots_per_device: Sequence[int], num_ranks: int) -> list[int]:
+    """Returns the rank of each job: all of as many slots have one, in turn by the first of them."""
+    kinds = list(dict.fromkeys(slots_per_device))
+    return [kinds.index(slots) % num_ranks for slots in slots_per_device]
 
 
 def time_step(

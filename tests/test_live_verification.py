@@ -23,7 +23,12 @@ from moeprof.errors import TraceError, UsageError  # noqa: E402
 from moeprof.live import verdicts, verification, verification_files, watched_steps  # noqa: E402
 from moeprof.live.setting_runs import open_stack  # noqa: E402
 from moeprof.live.source_digest import live_digest  # noqa: E402
-from moeprof.live.step_percentiles import spread_of, visits_of  # noqa: E402
+from moeprof.live.step_percentiles import (  # noqa: E402
+    NUM_DRAWS,
+    RepeatedSteps,
+    spread_of,
+    visits_of,
+)
 from moeprof.live.verification_files import PREDICTIONS_KIND  # noqa: E402
 from moeprof.live.verification_options import VerifyOptions  # noqa: E402
 from moeprof.live.watched_steps import StepTimes  # noqa: E402
@@ -302,6 +307,31 @@ def test_a_file_says_where_it_was_measured(
     said = json.loads(path.read_text())["hardware"]
     assert said == dataclasses.asdict(hardware("cpu"))
     assert said["device"] == "cpu" and said["device_name"] is None
+
+
+def test_all_draws_are_made_near_what_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn = []
+    real = RepeatedSteps.spreads
+
+    def spied(self: Any, percentiles: Any, **more: Any) -> Any:
+        drawn.append(more.get("num_draws", NUM_DRAWS))
+        return real(self, percentiles, **more)
+
+    monkeypatch.setattr(RepeatedSteps, "spreads", spied)
+    noise = np.random.default_rng(0).normal(size=(12, 9))
+    steps = np.linspace(1.0, 2.0, 9)
+
+    def known(share: float) -> float:
+        drawn.clear()
+        return verification.how_well_known(
+            RepeatedSteps(
+                times_ms=steps * (1 + share * noise), is_quiet=np.ones((12, 9), np.bool_),
+                visit_of=np.arange(12),
+            )
+        )  # fmt: skip
+
+    assert known(0.2) > 2 * verification.TOLERANCE and drawn == [200]
+    assert known(0.002) < verification.TOLERANCE and drawn == [200, 2000]
 
 
 def test_who_stops_knows_more_than_is_asked(

@@ -22,7 +22,7 @@ Flags = NDArray[np.bool_]
 
 # Fewer draws say by their own luck that something is known, and whoever visits until it is stops on
 # that luck.
-_NUM_DRAWS = 2000
+NUM_DRAWS = 2000
 # Of what is drawn at once, 32 MiB.
 _MOST_NUMBERS = 1 << 22
 _LEAST_REPETITIONS = 3
@@ -86,11 +86,12 @@ class RepeatedSteps:
         """Returns a percentile of all times, those that are set aside included."""
         return float(np.percentile(self.times_ms, percentile))
 
-    def spreads(self, percentiles: Sequence[int]) -> tuple[float, ...]:
+    def spreads(
+        self, percentiles: Sequence[int], *, num_draws: int = NUM_DRAWS
+    ) -> tuple[float, ...]:
         """Returns `spreads_of` without what is set aside."""
-        return spreads_of(
-            np.where(self.is_quiet, self.times_ms, np.nan), percentiles, self.visit_of
-        )
+        times = np.where(self.is_quiet, self.times_ms, np.nan)
+        return spreads_of(times, percentiles, self.visit_of, num_draws=num_draws)
 
 
 def repetitions_of(times: Mapping[str, Any]) -> RepeatedSteps:
@@ -151,25 +152,29 @@ def spread_of(times: Floats, percentile: int, visits: Numbers | None = None) -> 
 
 
 def spreads_of(
-    times: Floats, percentiles: Sequence[int], visits: Numbers | None = None
+    times: Floats,
+    percentiles: Sequence[int],
+    visits: Numbers | None = None,
+    *,
+    num_draws: int = NUM_DRAWS,
 ) -> tuple[float, ...]:
     """Returns `spread_of` of several percentiles, from the same draws."""
     if np.isfinite(times).sum(axis=0).min() < _LEAST_REPETITIONS:
         return (math.inf,) * len(percentiles)
     generator = np.random.default_rng(0)
     if visits is None:
-        drawn = generator.integers(len(times), size=(_NUM_DRAWS, len(times)))
+        drawn = generator.integers(len(times), size=(num_draws, len(times)))
         widened = 1.0
     else:
         fewest = _fewest_visits(np.isfinite(times), visits)
         if fewest < 2:  # noqa: PLR2004
             return (math.inf,) * len(percentiles)
-        drawn = _drawn(visits, generator)
+        drawn = _drawn(visits, generator, num_draws)
         widened = widening(fewest)
     medians = _medians(times, drawn)
     # A draw may have no time of a step that was seldom quiet.
     medians = medians[np.isfinite(medians).all(axis=1)]
-    if len(medians) < _NUM_DRAWS / 2:
+    if len(medians) < num_draws / 2:
         return (math.inf,) * len(percentiles)
     spreads = []
     for percentile in percentiles:
@@ -232,7 +237,7 @@ def visits_of(times: Mapping[str, Any]) -> Numbers | None:
     return np.repeat(np.arange(len(counts)), counts)
 
 
-def _drawn(visits: Numbers, generator: np.random.Generator) -> Numbers:
+def _drawn(visits: Numbers, generator: np.random.Generator, num_draws: int) -> Numbers:
     """Returns [draws, most] repetitions: visits with replacement, then as many of each as it has.
 
     -1 where a draw has fewer.
@@ -242,11 +247,11 @@ def _drawn(visits: Numbers, generator: np.random.Generator) -> Numbers:
     first = np.cumsum(counts) - counts
     # By visit, in order.
     members = np.argsort(visit, kind="stable")
-    chosen = generator.integers(len(counts), size=(_NUM_DRAWS, len(counts)))
+    chosen = generator.integers(len(counts), size=(num_draws, len(counts)))
     number = counts[chosen][..., None]
     within = (generator.random((*chosen.shape, most)) * number).astype(np.int64)
     found = members[first[chosen][..., None] + within]
-    return np.where(np.arange(most) < number, found, -1).reshape(_NUM_DRAWS, -1)
+    return np.where(np.arange(most) < number, found, -1).reshape(num_draws, -1)
 
 
 def _medians(times: Floats, drawn: Numbers) -> Floats:

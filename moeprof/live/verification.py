@@ -34,6 +34,7 @@ from moeprof.live.cache_plans import PreparedCaches
 from moeprof.live.core_binding import QuietCore, Unwatched, Watch, allowed_cores
 from moeprof.live.rounds import RoundLimits, Rounds, Visited, run_in_rounds
 from moeprof.live.setting_runs import ResidentExperts, RoutedStack, SettingRun, open_stack
+from moeprof.live.step_percentiles import RepeatedSteps
 from moeprof.live.transfers import made_current
 from moeprof.live.verdicts import summary
 from moeprof.live.verification_options import (
@@ -70,6 +71,8 @@ _LIBRARY_ROWS = 16
 # Settings are visited until they are known somewhat better than is asked: who stops at the first
 # visit that says so stops on a lucky one.
 _MARGIN = 0.9
+# So many draws tell who is far from known; all would take a tenth of the time of a visit.
+_FEW_DRAWS, _FAR = 200, 1.5
 _VISIT_COLUMNS = ("setting", "round", "begun_s", "probe_ms", "repetitions")
 
 
@@ -388,9 +391,6 @@ def _measured(
         )
         return _JudgedSteps(run=run, judged=judged.tolist(), watch=watch)
 
-    def spread(visited: Visited) -> float:
-        return max(visited.repeated.spreads(PERCENTILES))
-
     limits = RoundLimits(
         rounds=options.rounds,
         repetitions=options.repetitions,
@@ -404,13 +404,21 @@ def _measured(
             names,
             opened,
             limits,
-            spread=spread,
+            spread=lambda visited: how_well_known(visited.repeated),
             settle=watch.settle,
             earlier=earlier,
             progress=progress,
         )
     finally:
         resident.let_go()
+
+
+def how_well_known(repeated: RepeatedSteps) -> float:
+    """Returns the half width of the worse known percentile, over it; roughly where that is far."""
+    rough = max(repeated.spreads(PERCENTILES, num_draws=_FEW_DRAWS))
+    if rough > _FAR * TOLERANCE:
+        return rough
+    return max(repeated.spreads(PERCENTILES))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -142,6 +142,7 @@ def headline_part(data: Mapping[str, Any]) -> Described:
             "Only what is marked out of memory ran out of it.",
             "Static gating has a capacity of 0.05 of the tokens, as the paper's; tokens beyond it "
             "are dropped.",
+            *ending_notes(data),
             *(
                 (
                     "Other work held up the host meanwhile. A pass of few tokens waits for it: at "
@@ -417,6 +418,21 @@ def kernels_part(data: Mapping[str, Any]) -> Described:
         section=section,
         result=result,
     )
+
+
+def ending_notes(data: Mapping[str, Any]) -> list[str]:
+    """Returns at which batch each gating's series ended and why, where the result says so."""
+    return [
+        f"{GATINGS[each['gating']]}: timed up to batch {each['largest_timed']}, run up to "
+        f"{each['largest_run']}; {each['said']}."
+        + (
+            " In its only pass faster than the best that was timed: batch "
+            f"{', '.join(map(str, each['faster_once']))}."
+            if each["faster_once"]
+            else ""
+        )
+        for each in data.get("endings", ())
+    ]
 
 
 def _described(rows: Sequence[Mapping[str, Any]]) -> str:

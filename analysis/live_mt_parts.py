@@ -19,7 +19,7 @@ from analysis.live_evidence import (
     gains,
     headline_rows,
 )
-from analysis.live_gating_parts import throughput_metrics
+from analysis.live_gating_parts import ending_notes, throughput_metrics
 from analysis.live_goals import GIB, Goal, not_measured, percent
 from analysis.live_parts import (
     Addition,
@@ -344,6 +344,8 @@ def _stack_notes(
             f"{found['length']} of the encoder; their keys and values count as memory "
             "beyond the weights."
         )
+    if found.get("endings"):
+        return (*notes, *ending_notes(found))
     reasons: dict[tuple[str, str], list[int]] = {}
     for row in found["skipped"]:
         reasons.setdefault((row["gating"], row["reason"]), []).append(row["batch"])

@@ -26,6 +26,7 @@ from analysis.live_evidence import (
     read_evidence,
     share_of_floor,
 )
+from analysis.live_gating_parts import ending_notes
 from analysis.live_goals import README_HEADINGS, goals
 from analysis.live_parts import earlier_banners
 from analysis.live_routing_parts import checks_said
@@ -703,6 +704,20 @@ def test_hostile_text_is_escaped(tmp_path, raw):
     text = (tmp_path / "out" / "live-results.md").read_text()
     assert "<script" not in text
     assert "\\_a\\_" in text
+
+
+def test_how_each_series_of_batches_ended_is_said():
+    endings = [
+        {"gating": "static_mask", "largest_timed": 8, "largest_run": 8, "faster_once": [],
+         "out_of_memory_batch": 16, "said": "out of memory at batch 16"},
+        {"gating": "dynamic", "largest_timed": 160, "largest_run": 640, "faster_once": [320, 640],
+         "out_of_memory_batch": 1280, "said": "out of memory at batch 1280"},
+    ]  # fmt: skip
+    first, second = ending_notes({"endings": endings})
+    assert first.endswith(": timed up to batch 8, run up to 8; out of memory at batch 16.")
+    assert "timed up to batch 160, run up to 640; out of memory at batch 1280. In its" in second
+    assert second.endswith("faster than the best that was timed: batch 320, 640.")
+    assert ending_notes({}) == []
 
 
 def test_later_runs_of_buffers_are_held_to_more():

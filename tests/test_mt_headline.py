@@ -494,8 +494,15 @@ def test_the_part_shows_every_section(counted, tmp_path):
     text = Report(assembled([described], title="t", reading=reading)).markdown
     for label in (*live_mt_parts.STACKS.values(), "One rank's share"):
         assert label in text
-    assert "batches from 4 up: too slow" in text
+    assert "timed up to batch" in text and "too slow" not in text
     assert "Not among these results" not in text
+    # Results from before every series said how it ended.
+    before = copy.deepcopy(counted)
+    for part in before["parts"].values():
+        part.pop("endings", None)
+    described = live_mt_parts.mt_part(before)
+    text = Report(assembled([described], title="t", reading=reading)).markdown
+    assert "batches from 4 up: too slow" in text
     rows = live_mt_parts.mt_rows(counted)
     assert set(rows) == {"mt-encoder", "mt-decoder", "rank-share"}
     assert len(rows["rank-share"]) == 4 * len(rank_share.GATINGS)

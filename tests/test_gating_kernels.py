@@ -204,7 +204,7 @@ def tiny_run(tmp_path_factory):
 def test_it_names_the_code_the_command_and_what_was_not_run(tiny_run):
     data, _ = tiny_run
     assert data["complete"] and data["failures"] == []
-    assert data["source_sha256"] == source_digest(Path(moeprof.__file__).parent / "live")
+    assert data["source_sha256"] == source_digest(Path(moeprof.__file__).parent)
     assert data["command"].startswith("python -m analysis.gpu.gating_kernels --out")
     reason = data["public_not_run"]["vLLM fused_experts"]
     assert "experts here have a ReLU without a gate" in reason

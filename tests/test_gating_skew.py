@@ -140,7 +140,7 @@ def test_the_script_measures_and_the_page_shows_it(tmp_path, bare, capsys):
     path = tmp_path / ADDITIONAL_FILES["skew"]
     data = json.loads(path.read_text())
     assert data["complete"] and data["command"].endswith(f"--out {tmp_path} --tiny")
-    assert data["source_sha256"] == source_digest(Path(moeprof.__file__).parent / "live")
+    assert data["source_sha256"] == source_digest(Path(moeprof.__file__).parent)
     assert [row["exponent"] for row in data["agreement"]] == [0.0, 2.2, 3.0]
     for row in data["agreement"]:
         assert list(row["by_kernel"]) == list(parts.KERNELS)

@@ -124,8 +124,12 @@ def test_what_is_quicker_than_predicted_is_timed(machine):
 
     before = headline_runs.run_gating("x", (1,), prepare, "cpu", limits=LIMITS)
     found = headline_runs.climb("x", before, prepare, "cpu", limits=LIMITS)
-    assert not found.once
-    assert [row["batch"] for row in found.rows] == [2, 4, 8, 16, 32, 64, 128]
+    batches = [2, 4, 8, 16, 32, 64, 128]
+    assert [row["batch"] for row in found.rows] == batches
+    # The only pass that told so is kept until there is better.
+    assert [row["batch"] for row in found.once] == batches[:-1]
+    assert headline_runs.ending("x", found)["largest_timed"] == 64
+    assert headline_runs.ending("x", found)["faster_once"] == []
     assert all(row["median_ms"] == pytest.approx(800) for row in found.rows[:-1])
 
 
@@ -143,6 +147,47 @@ def test_the_end_of_the_time_is_said(machine):
     assert ending["said"] == (
         "not tried: batches from 16 up: the time given to larger batches is up"
     )
+
+
+def test_what_ran_once_is_kept_where_time_ends_before_it_is_timed(machine):
+    every = machine.prepare
+
+    def prepare(batch):
+        # Quick enough to be timed, as its only pass shows, which takes the time that there is.
+        machine.seconds = (0.8 if batch == 1 else 1.0) / batch
+        return every(batch)
+
+    before = headline_runs.run_gating("x", (1,), prepare, "cpu", limits=LIMITS)
+    limits = dataclasses.replace(LIMITS, deadline_s=machine.now + 1.7)
+    found = headline_runs.climb("x", before, prepare, "cpu", limits=limits)
+    assert [row["batch"] for row in found.once] == [2]
+    assert [row["batch"] for row in found.rows if "out_of_memory" not in row] == []
+    rows = [*before.rows, *found.rows]
+    ending = headline_runs.ending("x", BatchRuns(rows=rows, skipped=found.skipped, once=found.once))
+    assert ending["largest_run"] == 2 and ending["largest_timed"] == 1
+    assert "not tried below it: 4, 8" in ending["said"]
+
+
+def test_every_row_is_kept_as_soon_as_there_is_one(machine):
+    kept = []
+
+    def lost(batch):
+        if batch == 8:
+            raise KeyboardInterrupt
+        return machine.prepare(batch)
+
+    with pytest.raises(KeyboardInterrupt):
+        headline_runs.run_gating(
+            "x", (1, 4, 8), lost, "cpu", limits=LIMITS,
+            grown=lambda kind, row: kept.append((kind, row["batch"])),
+        )  # fmt: skip
+    assert kept == [("rows", 1), ("rows", 4)]
+    with pytest.raises(KeyboardInterrupt):
+        headline_runs.climb(
+            "x", BatchRuns(), lost, "cpu", limits=LIMITS,
+            grown=lambda kind, row: kept.append((kind, row["batch"])),
+        )  # fmt: skip
+    assert kept[2:] == [("rows", 1), ("rows", 2), ("rows", 4)]
 
 
 def test_a_pass_longer_than_the_time_left_is_not_begun(machine):

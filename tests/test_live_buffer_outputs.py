@@ -230,7 +230,7 @@ def test_studies_of_several_runs_end_in_one_file(tmp_path: Path) -> None:
         assert str(tmp_path) not in study["command"]
         assert "--out DIR --into FILE" in study["command"]
         assert {"date", "hardware", "versions"} <= set(study)
-        assert study["source_sha256"] == source_digest(Path(moeprof.__file__).parent / "live")
+        assert study["source_sha256"] == source_digest(Path(moeprof.__file__).parent)
         assert len(study["settings"]) == 1 and study["left_out_for_time"]
     assert own["zoo-lm"]["weights_source"] == "weights of zoo:lm"
     assert own["zoo-lm"]["geometry"]["dtype"] == "torch.float16"

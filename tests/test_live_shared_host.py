@@ -214,3 +214,33 @@ def test_the_little_that_is_shared_more_follows_from_the_layers(
         random_sites(trace, ExpertGeometry(d_model=256, d_ff=128), stack="decoder", share_host=True)
     # 196,608 bytes a block; each layer begins 128 x 64 numbers of two bytes behind the last.
     assert made == [128, 129, 128 + -(-47 * 16384 // 196608)]
+
+
+@pytest.mark.parametrize(
+    ("geometry", "counts"),
+    [
+        # Stores a window of all experts apart: the tenth would begin with a block of the first.
+        (ExpertGeometry(d_model=256, d_ff=48, dtype=torch.bfloat16), [64] * 16),
+        (GEOMETRIES[0], [8, 8, 7, 7]),
+        (GEOMETRIES[0], [7, 8, 1, 7]),
+        # Blocks so short that there is no room for as many beginnings.
+        (ExpertGeometry(d_model=8, d_ff=8, dtype=torch.bfloat16, gated=False), [4] * 12),
+    ],
+)
+def test_no_layer_has_a_block_of_another(geometry: ExpertGeometry, counts: list[int]) -> None:
+    shape = geometry.block_shape
+    source = routed_runs._source(shape, max(counts) * len(counts), 0)
+    stores = routed_runs._shared_stores(shape, counts, source, pinned=False)
+    assert [store.num_experts for store in stores] == counts
+    blocks = {
+        store.block(expert).numpy().tobytes()
+        for store in stores
+        for expert in range(store.num_experts)
+    }
+    assert len(blocks) == sum(counts)
+    for store in stores:
+        weights = store.all_weights("cpu")
+        assert all(bool(tensor.isfinite().all()) for tensor in weights.tensors())
+    own = sum(counts) * shape.block_bytes
+    # Hardly more than a store of each size, but where blocks are too short for that.
+    assert host_bytes(stores) <= (own if shape.block_bytes < 1024 else 0.8 * own)

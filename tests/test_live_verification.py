@@ -22,7 +22,7 @@ from moeprof import live  # noqa: E402
 from moeprof.errors import TraceError, UsageError  # noqa: E402
 from moeprof.live import verdicts, verification, verification_files, watched_steps  # noqa: E402
 from moeprof.live.setting_runs import open_stack  # noqa: E402
-from moeprof.live.source_digest import live_digest  # noqa: E402
+from moeprof.live.source_digest import code_digest  # noqa: E402
 from moeprof.live.step_percentiles import (  # noqa: E402
     NUM_DRAWS,
     RepeatedSteps,
@@ -446,7 +446,7 @@ def test_visits_are_added_to_those_of_an_earlier_run(
     assert [run["command"] for run in content["earlier_runs"]] == ["first"]
     # Which code ran, of each run.
     (first_run,) = content["earlier_runs"]
-    assert first_run["source_sha256"] == content["source_sha256"] == live_digest()
+    assert first_run["source_sha256"] == content["source_sha256"] == code_digest()
     first, second = (json.loads(path.read_text())["step_times"] for path in (file, again))
     old, new = first[names[0]], second[names[0]]
     assert new["measured_ms"][:2] == old["measured_ms"] and len(new["measured_ms"]) == 4

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from moeprof.live.source_digest import live_digest, source_digest
+from moeprof.live.source_digest import code_digest, source_digest
 from moeprof.recording.hardware import hardware, versions
 
 __all__ = ["evidence", "source_digest", "write_json"]
@@ -25,7 +25,7 @@ def evidence(command: str, device: torch.device | str) -> dict[str, Any]:
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "hardware": asdict(hardware(torch.device(device))),
         "versions": {**versions(), "python": sys.version.split()[0]},
-        "source_sha256": live_digest(),
+        "source_sha256": code_digest(),
     }
 
 

@@ -151,6 +151,14 @@ class BatchRuns:
     once: list[dict[str, Any]] = field(default_factory=list)
 
 
+Grown = Callable[[str, dict[str, Any]], object]
+"""Is given a list of `BatchRuns` by name, and a row that it has grown by."""
+
+
+def _ignored(_: str, __: dict[str, Any]) -> None:
+    pass
+
+
 def run_batch(
     prepare: Prepare, batch: int, device: str, limits: RunLimits | None = None
 ) -> dict[str, Any]:
@@ -250,6 +258,7 @@ def run_gating(
     *,
     limits: RunLimits | None = None,
     growth: int = 1,
+    grown: Grown = _ignored,
 ) -> BatchRuns:
     """Measures one gating at growing batches until memory ends.
 
@@ -261,6 +270,7 @@ def run_gating(
         limits: See there.
         growth: Power of the batch with which its time and memory grow at most: 1, or 2 for a
             dispatch mask whose slots are a share of the tokens.
+        grown: Called with every row, as soon as there is one.
     """
     limits = limits or RunLimits()
     found = BatchRuns()
@@ -268,14 +278,16 @@ def run_gating(
         reason = _too_far(found.rows, batch, limits, device, growth)
         if reason:
             print(f"  {name:16s} batch {batch:5d} and larger not tried: {reason}", flush=True)
-            found.skipped.extend(
-                {"gating": name, "batch": each, "reason": reason} for each in batches[index:]
-            )
+            for each in batches[index:]:
+                left_out = {"gating": name, "batch": each, "reason": reason}
+                found.skipped.append(left_out)
+                grown("skipped", left_out)
             break
         measure = functools.partial(run_batch, prepare, batch, device, limits)
         row = {"gating": name, "batch": batch, **attempted(measure, device)}
         print(row_text(row), flush=True)
         found.rows.append(row)
+        grown("rows", row)
         if "out_of_memory" in row:
             break
     return found
@@ -304,6 +316,7 @@ def climb(
     limits: RunLimits,
     first_batch: int = 1,
     growth: int = 1,
+    grown: Grown = _ignored,
 ) -> BatchRuns:
     """Doubles the batch of a gating, after the largest that ran, until memory ends.
 
@@ -320,6 +333,7 @@ def climb(
         limits: See there.
         first_batch: Where none has run.
         growth: See `run_gating`.
+        grown: See there.
 
     Returns:
         What came of larger batches.
@@ -331,9 +345,13 @@ def climb(
     last = max(own, key=lambda row: row["batch"], default=None)
     batch = first_batch if last is None else 2 * last["batch"]
 
+    def add(kind: str, row: dict[str, Any]) -> None:
+        getattr(found, kind).append(row)
+        grown(kind, row)
+
     def skip(reason: str) -> None:
         print(f"  {name:16s} batch {batch:5d} not tried: {reason}", flush=True)
-        found.skipped.append({"gating": name, "batch": batch, "reason": reason})
+        add("skipped", {"gating": name, "batch": batch, "reason": reason})
 
     while True:
         if limits.deadline_s is not None and time.monotonic() > limits.deadline_s:
@@ -369,14 +387,14 @@ def climb(
             return found
         print(row_text(row), flush=True)
         if "out_of_memory" in row:
-            found.rows.append(row)
+            add("rows", row)
             return found
-        if is_timed or not _is_quick(row, limits):
-            (found.rows if is_timed else found.once).append(row)
-            last, batch = row, 2 * batch
-            continue
-        # Quicker than predicted, as where it does not grow with the batch: timed after all.
+        add("rows" if is_timed else "once", row)
         last = row
+        if is_timed or not _is_quick(row, limits):
+            batch *= 2
+        # Else it was quicker than predicted, as where it does not grow with the batch: timed after
+        # all, where there is time.
 
 
 def _ahead(
@@ -426,7 +444,8 @@ def ending(name: str, found: BatchRuns) -> dict[str, Any]:
     rows = [row for row in found.rows if row["gating"] == name]
     skipped = [row for row in found.skipped if row["gating"] == name]
     ran = [row["batch"] for row in rows if "times_ms" in row]
-    once = [row["batch"] for row in found.once if row["gating"] == name]
+    only = [row for row in found.once if row["gating"] == name and row["batch"] not in ran]
+    once = [row["batch"] for row in only]
     largest = max([*ran, *once], default=0)
     out = min((row["batch"] for row in rows if "out_of_memory" in row), default=None)
     left = sorted(
@@ -451,9 +470,7 @@ def ending(name: str, found: BatchRuns) -> dict[str, Any]:
         "largest_timed": max(ran, default=None),
         "largest_run": largest or None,
         "faster_once": [
-            row["batch"]
-            for row in found.once
-            if row["gating"] == name and row["num_tokens"] / row["pass_ms"] * 1e3 > rate
+            row["batch"] for row in only if row["num_tokens"] / row["pass_ms"] * 1e3 > rate
         ],
         "out_of_memory_batch": out,
         "said": said,

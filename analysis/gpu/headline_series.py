@@ -76,10 +76,10 @@ class Series:
         """Measures the listed batches of a gating, until ``until_s`` by `time.monotonic`."""
         limits = dataclasses.replace(self.limits, deadline_s=until_s)
         with self.spent.part(f"{self.label}: {name}, listed batches"):
-            done = run_gating(
-                name, batches, prepare, self.device, limits=limits, growth=growth_of(name)
-            )
-        self._add(done)
+            run_gating(
+                name, batches, prepare, self.device, limits=limits, growth=growth_of(name),
+                grown=self._add,
+            )  # fmt: skip
 
     def break_down(self, model: nn.Module, name: str, batch: int, prepare: Prepare) -> None:
         """Measures where the time of a pass goes; not on a CPU."""
@@ -93,11 +93,10 @@ class Series:
         """Doubles the batch of a gating until memory ends, or until ``until_s``."""
         limits = dataclasses.replace(self.climbing, deadline_s=until_s)
         with self.spent.part(f"{self.label}: {name}, till memory ends"):
-            done = climb(
+            climb(
                 name, self.found, prepare, self.device, limits=limits, first_batch=first_batch,
-                growth=growth_of(name),
+                growth=growth_of(name), grown=self._add,
             )  # fmt: skip
-        self._add(done)
 
     def revisit(self, names: Iterable[str], given: Given, *, until_s: float) -> None:
         """Measures the rows that the headline takes again, until all were or time is up.
@@ -147,7 +146,9 @@ class Series:
     def result(self) -> dict[str, Any]:
         """Returns what a results file says of it."""
         place = {name: index for index, name in enumerate(self.order)}
-        ran = {(row["gating"], row["batch"]) for row in (*self.found.rows, *self.found.once)}
+        timed = {(row["gating"], row["batch"]) for row in self.found.rows}
+        once = [row for row in self.found.once if (row["gating"], row["batch"]) not in timed]
+        ran = timed | {(row["gating"], row["batch"]) for row in once}
 
         def ordered(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
             return sorted(rows, key=lambda row: (place[row["gating"]], row["batch"]))
@@ -155,7 +156,7 @@ class Series:
         rows = ordered(self.found.rows)
         return {
             "rows": rows,
-            "once": ordered(self.found.once),
+            "once": ordered(once),
             # Left out while listed, run while doubled.
             "skipped": ordered(
                 row for row in self.found.skipped if (row["gating"], row["batch"]) not in ran
@@ -172,10 +173,9 @@ class Series:
                 lambda: revisited(row, prepare, self.device, JUDGED_REPEATS), self.device
             )
 
-    def _add(self, done: BatchRuns) -> None:
-        self.found.rows.extend(done.rows)
-        self.found.skipped.extend(done.skipped)
-        self.found.once.extend(done.once)
+    def _add(self, kind: str, row: dict[str, Any]) -> None:
+        """Keeps what came of a batch, so that whatever happens next does not lose it."""
+        getattr(self.found, kind).append(row)
         self.keep()
 
 

@@ -8,6 +8,7 @@ normalization, experts, residual stream. Leaves out attention, embeddings and ga
 from __future__ import annotations
 
 import dataclasses
+import math
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -240,10 +241,11 @@ def _shared_stores(
     shape: BlockShape, counts: Sequence[int], source: Mapping[str, torch.Tensor], *, pinned: bool
 ) -> list[ExpertStore]:
     """Returns stores of so many experts each; those of as many lie in one piece of memory."""
-    every = {
-        count: iter(_windows(shape, count, num_stores, source, pinned=pinned))
-        for count, num_stores in Counter(counts).items()
-    }
+    every: dict[int, Iterator[ExpertStore]] = {}
+    first = 0
+    for count, num_stores in Counter(counts).items():
+        every[count] = iter(_windows(shape, count, num_stores, source, first, pinned=pinned))
+        first += count * num_stores
     return [next(every[count]) for count in counts]
 
 
@@ -252,6 +254,7 @@ def _windows(
     num_experts: int,
     num_stores: int,
     source: Mapping[str, torch.Tensor],
+    first: int,
     *,
     pinned: bool,
 ) -> list[ExpertStore]:
@@ -259,11 +262,12 @@ def _windows(
 
     Each begins a little further on than the last, by more than the windows of its experts differ:
     blocks of two stores are as different as those of two experts, and still lie one behind the
-    other, where whoever copies expects them.
+    other, where whoever copies expects them. No store begins where a block of another one does: it
+    would have that block.
     """
-    distance = _aligned(num_experts * _SHIFT * shape.itemsize)
+    distance = _distance(shape, num_experts, num_stores)
     spare = -(-(num_stores - 1) * distance // shape.block_bytes)
-    whole = _random_store(shape, num_experts + spare, source, 0, pinned=pinned)
+    whole = _random_store(shape, num_experts + spare, source, first, pinned=pinned)
     size = num_experts * shape.block_bytes
     return [
         dataclasses.replace(
@@ -275,6 +279,17 @@ def _windows(
         )
         for nth in range(num_stores)
     ]
+
+
+def _distance(shape: BlockShape, num_experts: int, num_stores: int) -> int:
+    """Returns the bytes between beginnings of stores; all of one where blocks are too short."""
+    distance = _aligned(num_experts * _SHIFT * shape.itemsize)
+    whole = num_experts * shape.block_bytes
+    while distance < whole:
+        if shape.block_bytes // math.gcd(shape.block_bytes, distance) >= num_stores:
+            return distance
+        distance += ALIGNMENT_BYTES
+    return whole
 
 
 def _aligned(size: int) -> int:

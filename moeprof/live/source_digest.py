@@ -1,17 +1,22 @@
 """Which code was measured: a digest of its source.
 
-A version says little between releases, and a measured tree may not be a commit.
+A version says little between releases, and a measured tree may not be a commit. What runs is in
+this package and in those that it takes its decisions from.
 """
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from pathlib import Path
 
+import moeprof
 
-def live_digest() -> str:
-    """Returns the digest of this package, which runs what is measured."""
-    return source_digest(Path(__file__).parent)
+
+@functools.cache
+def code_digest() -> str:
+    """Returns the digest of all of moeprof, as it was when it was asked for first."""
+    return source_digest(Path(moeprof.__file__).parent)
 
 
 def source_digest(folder: Path) -> str:

@@ -34,6 +34,7 @@ from moeprof.live.cache_plans import PreparedCaches
 from moeprof.live.core_binding import QuietCore, Unwatched, Watch, allowed_cores
 from moeprof.live.rounds import RoundLimits, Rounds, Visited, run_in_rounds
 from moeprof.live.setting_runs import ResidentExperts, RoutedStack, SettingRun, open_stack
+from moeprof.live.source_digest import code_digest
 from moeprof.live.step_percentiles import RepeatedSteps
 from moeprof.live.transfers import made_current
 from moeprof.live.verdicts import summary
@@ -71,8 +72,8 @@ _LIBRARY_ROWS = 16
 # Settings are visited until they are known somewhat better than is asked: who stops at the first
 # visit that says so stops on a lucky one.
 _MARGIN = 0.9
-# So many draws tell who is far from known; all would take a tenth of the time of a visit.
-_FEW_DRAWS, _FAR = 200, 1.5
+# So many draws tell who is not known, but for a sixth; all of them take as long as a short visit.
+_FEW_DRAWS, _FAR = 200, 1.15
 _VISIT_COLUMNS = ("setting", "round", "begun_s", "probe_ms", "repetitions")
 
 
@@ -266,6 +267,8 @@ def verify(
         raise TraceError(f"the predictions are not of {trace.path}", hint="give their trace")
     target = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     machine = hardware(target)
+    # The code that is loaded, whatever becomes of its files until the result is written.
+    code_digest()
     here = str(machine.device_name or machine.cpu_name)
     if earlier is not None:
         _check_earlier(earlier, predictions, question, here, is_watched=quiet_core)
@@ -414,9 +417,13 @@ def _measured(
 
 
 def how_well_known(repeated: RepeatedSteps) -> float:
-    """Returns the half width of the worse known percentile, over it; roughly where that is far."""
+    """Returns the half width of the worse known percentile, over it; roughly where it is not known.
+
+    Whoever is visited is asked after each visit, so that few draws must do until it may be the
+    last.
+    """
     rough = max(repeated.spreads(PERCENTILES, num_draws=_FEW_DRAWS))
-    if rough > _FAR * TOLERANCE:
+    if rough > _FAR * _MARGIN * TOLERANCE:
         return rough
     return max(repeated.spreads(PERCENTILES))
 

@@ -16,7 +16,7 @@ import numpy as np
 
 from moeprof.errors import MoeprofError, TraceError, UsageError
 from moeprof.live.rounds import Visit, Visited
-from moeprof.live.source_digest import live_digest
+from moeprof.live.source_digest import code_digest
 from moeprof.live.step_percentiles import repetitions_of
 from moeprof.live.verification_options import (
     NAME,
@@ -107,7 +107,7 @@ def write_verification(
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "hardware": result.tables["hardware"].iloc[0].to_dict(),
         "versions": versions(),
-        SOURCE: live_digest(),
+        SOURCE: code_digest(),
         **({} if earlier is None else {"earlier_runs": list(earlier.runs)}),
         "notes": list(result.notes),
         "findings": [finding.text for finding in result.findings],
@@ -179,7 +179,10 @@ def _earlier_run(content: Mapping[str, Any]) -> EarlierRun:
     hardware_of = checked.table(content["hardware"], "hardware")
     runs = [
         *checked.listed(content.get("earlier_runs", []), "earlier_runs"),
-        {name: content[name] for name in (*_OF_RUN, SOURCE) if name in content},
+        {
+            **{name: content[name] for name in _OF_RUN},
+            **({SOURCE: content[SOURCE]} if SOURCE in content else {}),
+        },
     ]
     for run in runs:
         for name in _OF_RUN[:2]:

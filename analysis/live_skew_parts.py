@@ -656,8 +656,9 @@ def draw_skew(data: Mapping[str, Any], path: Path) -> None:
         )  # fmt: skip
         least = skew_of(rows).least
         shares.annotate(
-            f"{_said(least)}, {least['active_experts']} active",
-            (least["exponent"], least["share"]), xytext=(0, -16), textcoords="offset points",
+            f"least, rested: {_said(least)}, {least['active_experts']} active",
+            # Below the curve of the loaded device.
+            (least["exponent"], least["share"]), xytext=(0, -40), textcoords="offset points",
             ha="center", fontsize=9, color=COLOURS[0],
         )  # fmt: skip
         shares.set(ylim=(0, max(1.15, 1.05 * rows["share_high"].max())))

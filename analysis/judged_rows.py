@@ -58,6 +58,11 @@ def pooled_rows(judgements: Sequence[Judgement]) -> pd.DataFrame:
     rows = []
     for one in judgements:
         times_of = one.content["step_times"]
+        asked = sorted({row["percentile"] for row in one.content["rows"]})
+        spreads = {
+            name: dict(zip(asked, repetitions_of(each).spreads(asked), strict=True))
+            for name, each in times_of.items()
+        }
         for row in one.content["rows"]:
             own = {
                 "trace": one.trace,
@@ -89,7 +94,7 @@ def pooled_rows(judgements: Sequence[Judgement]) -> pd.DataFrame:
                     "whole_ms": repeated.whole().percentile_ms(row["percentile"]),
                     "aside_share": repeated.num_aside / repeated.times_ms.size,
                     "never_quiet": repeated.num_never_quiet,
-                    "measured_spread": repeated.spreads((row["percentile"],))[0],
+                    "measured_spread": spreads[row["setting"]][row["percentile"]],
                     "inside": None if low is None else bool(low <= value <= high),
                     "error": row["predicted_ms"] / value - 1,
                     "naive_bandwidth_error": row["naive_bandwidth_ms"] / value - 1,

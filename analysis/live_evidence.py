@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from analysis.gpu.allocator_readings import is_steady
 from moeprof.errors import MoeprofError
 
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -520,7 +521,7 @@ def buffering_matrix(buffering: Mapping[str, Any]) -> pd.DataFrame:
                     "slots_intact": row["slots_broken"] == 0,
                     "profiler_copies_equal": row.get("profiler", {}).get("holds"),
                     "copies_as_planned": row.get("copies_as_planned"),
-                    "no_allocations": _is_steady(row),
+                    "no_allocations": is_steady(row),
                     "memory_as_predicted": row["requested_as_predicted"],
                     "link_error": max(errors),
                     "link_error_net": abs(float(np.median(net))),
@@ -528,15 +529,6 @@ def buffering_matrix(buffering: Mapping[str, Any]) -> pd.DataFrame:
                 }
             )
     return pd.DataFrame(rows)
-
-
-def _is_steady(row: Mapping[str, Any]) -> bool:
-    """Returns True where the driver was not asked for memory and no more of torch's came into use.
-
-    Runs from before the second was read say nothing of it.
-    """
-    own = row.get("allocator_in_steady_state") or {"grown_bytes": 0}
-    return bool(row["allocations_in_steady_state"] == 0 and own["grown_bytes"] <= 0)
 
 
 CHECK_COLUMNS = ("outputs_hold", "lookups_equal_replay", "slots_intact", "profiler_copies_equal",

@@ -15,12 +15,12 @@ torch = pytest.importorskip("torch")
 import moeprof  # noqa: E402
 from analysis import live_results as page  # noqa: E402
 from analysis.gpu import gating_kernels as script  # noqa: E402
-from analysis.gpu.evidence import source_digest  # noqa: E402
 from analysis.live_evidence import read_evidence  # noqa: E402
 from moeprof.live.ceilings import Ceilings  # noqa: E402
 from moeprof.live.experts import ExpertWeights, random_experts  # noqa: E402
 from moeprof.live.kernels import KERNELS, dynamic_loop, static_grouped  # noqa: E402
 from moeprof.live.repetitions import Repetitions, repeat  # noqa: E402
+from moeprof.live.source_digest import source_digest  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

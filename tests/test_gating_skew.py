@@ -19,7 +19,6 @@ import moeprof  # noqa: E402
 from analysis import live_results as page  # noqa: E402
 from analysis import live_skew_parts as parts  # noqa: E402
 from analysis.gpu import gating_skew as script  # noqa: E402
-from analysis.gpu.evidence import source_digest  # noqa: E402
 from analysis.live_evidence import (  # noqa: E402
     ADDITIONAL_FILES,
     FILES,
@@ -30,6 +29,7 @@ from moeprof.errors import MoeprofError  # noqa: E402
 from moeprof.live.ceilings import Ceilings  # noqa: E402
 from moeprof.live.experts import random_experts  # noqa: E402
 from moeprof.live.repetitions import Repetitions  # noqa: E402
+from moeprof.live.source_digest import source_digest  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

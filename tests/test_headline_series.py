@@ -372,15 +372,16 @@ def test_choices_come_again_in_batches_larger_than_they_are():
 
 def test_shares_of_the_time(monkeypatch):
     machine = Machine()
-    monkeypatch.setattr(paper_headline, "time", machine)
+    monkeypatch.setattr(headline_series, "time", machine)
     ends = []
     for left in (3, 2, 1):
-        ends.append(paper_headline.even_share(12.0, left))
+        ends.append(headline_series.even_share(12.0, left))
         machine.now = ends[-1]
     # Each takes all that it may; the last one has some time left.
     assert ends == pytest.approx([6.0, 10.0, 12.0])
-    for shares in (paper_headline.SHARES, paper_headline.DENSE_SHARES):
-        assert list(shares.values()) == sorted(shares.values()) and shares["all"] == 1.0
+    for shares in (paper_headline.SHARES, headline_series.DENSE_SHARES):
+        assert list(shares.values()) == sorted(shares.values()) and shares["again"] == 1.0
+    assert headline_series.ends_of({"a": 0.25, "b": 1.0}, 10.0, 18.0) == {"a": 12.0, "b": 18.0}
 
 
 def test_seconds_add_up(monkeypatch):
@@ -447,7 +448,7 @@ def test_what_is_judged_is_written_before_larger_batches(written):
     assert len(written[first - 1]["headline"]) == len(listed) - 1
     assert repetitions(written[first - 1]) == {20}
     seen = [{row["gating"] for row in result["rows"]} for result in written]
-    wanted = ["dense", *paper_headline.TURNS]
+    wanted = ["dense", *headline_series.TURNS]
     for number in range(1, len(wanted) + 1):
         assert set(wanted[:number]) in seen
     assert seen[0] == {"dense"}

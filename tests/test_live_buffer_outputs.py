@@ -26,7 +26,6 @@ from analysis.gpu.buffering_outputs import (  # noqa: E402
     wrong_layers,
     wrong_on_host,
 )
-from analysis.gpu.evidence import source_digest  # noqa: E402
 from moeprof.live.buffer_settings import BufferSettings  # noqa: E402
 from moeprof.live.expert_buffer import ExpertBuffer  # noqa: E402
 from moeprof.live.expert_store import ExpertStore  # noqa: E402
@@ -39,6 +38,7 @@ from moeprof.live.routed_runs import (  # noqa: E402
     starting_rows,
 )
 from moeprof.live.setting_runs import geometry_of, open_stack  # noqa: E402
+from moeprof.live.source_digest import source_digest  # noqa: E402
 from moeprof.trace.reader import open_trace  # noqa: E402
 from moeprof.trace.synthetic import synthetic_trace  # noqa: E402
 

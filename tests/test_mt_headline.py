@@ -20,9 +20,9 @@ from torch.utils._pytree import tree_leaves  # noqa: E402
 from analysis import live_mt_parts  # noqa: E402
 from analysis.gpu import (  # noqa: E402
     headline_runs,
+    headline_series,
     mt_headline,
     mt_routing,
-    paper_headline,
     rank_share,
 )
 from analysis.gpu.headline_runs import ForcedGate, RunLimits, StepCursor  # noqa: E402
@@ -310,7 +310,7 @@ def test_who_takes_all_the_time_there_is_leaves_some_for_the_control(traces, tmp
 
         return take
 
-    for module in (mt_headline, paper_headline):
+    for module in (mt_headline, headline_series):
         monkeypatch.setattr(module, "time", clock)
     for kind in ("sweep", "climb", "revisit"):
         monkeypatch.setattr(mt_headline.Series, kind, taking(kind))

@@ -12,10 +12,8 @@ from typing import Any
 
 import torch
 
-from moeprof.live.source_digest import code_digest, source_digest
+from moeprof.live.source_digest import code_digest
 from moeprof.recording.hardware import hardware, versions
-
-__all__ = ["evidence", "source_digest", "write_json"]
 
 
 def evidence(command: str, device: torch.device | str) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
@@ -37,6 +37,17 @@ from analysis.gpu.time_spent import TimeSpent
 JUDGED_REPEATS = 20
 """Repetitions of a row that the headline is taken from."""
 OURS = "dynamic"
+# Most wanted first: what comes late may find its time used up.
+TURNS = (
+    OURS,
+    "static_mask",
+    "static_grouped",
+    "static_index",
+    "dynamic_grouped",
+    "dynamic_loop",
+)
+DENSE_SHARES = {"listed": 0.4, "judged": 0.65, "larger": 0.85, "again": 1.0}
+"""Of the dense twin's time, when to be done with each step of `Series.run`."""
 Given = Callable[[str], AbstractContextManager[Prepare]]
 """From a gating to a context in which the model has it: what makes its passes."""
 
@@ -71,6 +82,40 @@ class Series:
     label: str = "model"
     found: BatchRuns = field(default_factory=BatchRuns)
     parts: list[dict[str, Any]] = field(default_factory=list)
+
+    def run(
+        self,
+        names: Sequence[str],
+        given: Given,
+        model: nn.Module,
+        batches: Mapping[str, Sequence[int]],
+        *,
+        breakdown_batch: int,
+        ends: Mapping[str, float],
+    ) -> None:
+        """Measures gatings: listed batches, judged rows, larger batches, then rows judged anew.
+
+        Args:
+            names: Of the gatings, most wanted first.
+            given: How.
+            model: Theirs.
+            batches: Listed ones of each.
+            breakdown_batch: Whose pass is broken down.
+            ends: When to be done with ``listed``, ``judged``, ``larger`` and ``again``, by
+                `time.monotonic`.
+        """
+        for index, name in enumerate(names):
+            with given(name) as prepare:
+                until_s = even_share(ends["listed"], len(names) - index)
+                self.sweep(name, batches[name], prepare, until_s=until_s)
+                if time.monotonic() < ends["judged"]:
+                    self.break_down(model, name, breakdown_batch, prepare)
+        self.revisit(names, given, until_s=ends["judged"])
+        for index, name in enumerate(names):
+            with given(name) as prepare:
+                until_s = even_share(ends["larger"], len(names) - index)
+                self.climb(name, prepare, first_batch=batches[name][0], until_s=until_s)
+        self.revisit(names, given, until_s=ends["again"])
 
     def sweep(self, name: str, batches: Sequence[int], prepare: Prepare, *, until_s: float) -> None:
         """Measures the listed batches of a gating, until ``until_s`` by `time.monotonic`."""
@@ -177,6 +222,20 @@ class Series:
         """Keeps what came of a batch, so that whatever happens next does not lose it."""
         getattr(self.found, kind).append(row)
         self.keep()
+
+
+def even_share(until_s: float, num_left: int) -> float:
+    """Returns when one of ``num_left`` is to be done: up to nearly twice its even share.
+
+    Whoever comes last has some time left, however long the others took.
+    """
+    now = time.monotonic()
+    return min(until_s, now + 2 * (until_s - now) / (num_left + 1))
+
+
+def ends_of(shares: Mapping[str, float], begun_s: float, until_s: float) -> dict[str, float]:
+    """Returns when to be done with each of ``shares`` of the time between."""
+    return {name: begun_s + share * (until_s - begun_s) for name, share in shares.items()}
 
 
 def judged_rows(rows: Sequence[dict[str, Any]], gatings: Sequence[str]) -> list[dict[str, Any]]:

@@ -51,7 +51,7 @@ from analysis.gpu.headline_runs import (
     print_headline,
     release,
 )
-from analysis.gpu.headline_series import Series, print_endings
+from analysis.gpu.headline_series import DENSE_SHARES, TURNS, Series, ends_of, print_endings
 from analysis.gpu.mt_routing import (
     LENGTH,
     RecordedBatches,
@@ -62,7 +62,7 @@ from analysis.gpu.mt_routing import (
 from analysis.gpu.mt_stacks import MT_CONFIG, MtDecoder, MtEncoder, MtStack, dense_config, widen
 from analysis.gpu.paper_headline import LENGTH as LM_LENGTH
 from analysis.gpu.paper_headline import TOKEN_FRACTION as LM_FRACTION
-from analysis.gpu.paper_headline import even_share, recorded_choices
+from analysis.gpu.paper_headline import recorded_choices
 from analysis.gpu.time_spent import TimeSpent, print_seconds
 from analysis.published import MEMORY_RATIOS, MT_GAINS
 from moeprof.live.application import apply_gating
@@ -73,16 +73,7 @@ RESULT = "mt_headline.json"
 MT_FRACTION = 1.0
 PAST_TOKENS = 16
 BREAKDOWN_BATCH = 48
-# Most wanted first: what comes late may find its time used up.
-GATINGS = (
-    "dense",
-    "dynamic",
-    "static_mask",
-    "static_grouped",
-    "static_index",
-    "dynamic_grouped",
-    "dynamic_loop",
-)
+GATINGS = ("dense", *TURNS)
 # Static gating is at its best at small batches, and slow at large ones. A mask's time is predicted
 # by the square of the step between two batches: no step may be so large that it forbids the next.
 _ENCODER_STATIC = (1, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192)
@@ -121,8 +112,6 @@ TIME_SHARES = {"rank-share": 0.2, "mt-encoder": 0.62, "mt-decoder": 1.0}
 # judged ones for the first time, larger ones, judged ones that are larger. The rest is the
 # control's.
 SHARES = {"dense": 0.2, "listed": 0.55, "judged": 0.68, "larger": 0.78, "again": 0.9}
-# Of the dense twin's time likewise.
-DENSE_SHARES = {"listed": 0.4, "judged": 0.65, "larger": 0.85, "again": 1.0}
 # Of the control's time, listed batches; the rest is for its best one again.
 CONTROL_LISTED = 0.6
 LIMITS = RunLimits(seconds=0.4, least_repeats=2, most_repeats=20, point_seconds=4.0)
@@ -253,8 +242,7 @@ def run_stack(
     """
     config, device = setup.config, setup.device
     sizes = setup.batches[part]
-    begun_s = time.monotonic()
-    ends = {name: begun_s + share * (deadline_s - begun_s) for name, share in SHARES.items()}
+    ends = ends_of(SHARES, time.monotonic(), deadline_s)
     with spent.part(f"{part}: routing"):
         recorded = (encoder_batches if part == "mt-encoder" else decoder_steps)(
             setup.routing, config, max(map(max, sizes.values())), device
@@ -297,7 +285,6 @@ def run_stack(
     with spent.part(f"{part}: building"):
         stack = build(part, config, device)
     made["weight_bytes"] = weight_bytes(stack)
-    routed = GATINGS[1:]
     cursor = force(stack, recorded.choices)
 
     @contextmanager
@@ -306,18 +293,7 @@ def run_stack(
         with apply_gating(stack, name, token_fraction=fraction):
             yield passes(part, stack, recorded, cursor)
 
-    for index, name in enumerate(routed):
-        with given(name) as prepare:
-            until_s = even_share(ends["listed"], len(routed) - index)
-            series.sweep(name, sizes[name], prepare, until_s=until_s)
-            if time.monotonic() < ends["listed"]:
-                series.break_down(stack, name, BREAKDOWN_BATCH, prepare)
-    series.revisit(routed, given, until_s=ends["judged"])
-    for index, name in enumerate(routed):
-        with given(name) as prepare:
-            until_s = even_share(ends["larger"], len(routed) - index)
-            series.climb(name, prepare, first_batch=sizes[name][0], until_s=until_s)
-    series.revisit(routed, given, until_s=ends["again"])
+    series.run(TURNS, given, stack, sizes, breakdown_batch=BREAKDOWN_BATCH, ends=ends)
     release(device)
 
     with spent.part(f"{part}: control, routing"):
@@ -372,9 +348,8 @@ def run_dense(
         recorded: Batches; of their routing nothing is used.
         until_s: When to be done, by `time.monotonic`.
     """
-    now = time.monotonic()
-    ends = {name: now + share * (until_s - now) for name, share in DENSE_SHARES.items()}
-    config, device, sizes = setup.config, setup.device, setup.batches[part]["dense"]
+    ends = ends_of(DENSE_SHARES, time.monotonic(), until_s)
+    config, device = setup.config, setup.device
     with series.spent.part(f"{part}: building the dense twin"):
         stack = build(part, dense_config(config), device)
         widen(stack, config, device)
@@ -385,12 +360,9 @@ def run_dense(
     def given(_: str) -> Iterator[Prepare]:
         yield prepare
 
-    series.sweep("dense", sizes, prepare, until_s=ends["listed"])
-    if time.monotonic() < until_s:
-        series.break_down(stack, "dense", BREAKDOWN_BATCH, prepare)
-    series.revisit(["dense"], given, until_s=ends["judged"])
-    series.climb("dense", prepare, first_batch=sizes[0], until_s=ends["larger"])
-    series.revisit(["dense"], given, until_s=ends["again"])
+    series.run(
+        ["dense"], given, stack, setup.batches[part], breakdown_batch=BREAKDOWN_BATCH, ends=ends
+    )
 
 
 def weight_bytes(stack: MtStack) -> int:

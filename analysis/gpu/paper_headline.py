@@ -26,7 +26,7 @@ import dataclasses
 import shlex
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -37,7 +37,7 @@ from torch import nn
 
 from analysis.gpu.evidence import evidence, write_json
 from analysis.gpu.headline_runs import ForcedGate, Prepare, RunLimits, print_headline, release
-from analysis.gpu.headline_series import Series, print_endings
+from analysis.gpu.headline_series import DENSE_SHARES, TURNS, Series, ends_of, print_endings
 from analysis.gpu.time_spent import TimeSpent, print_seconds
 from moeprof.live.application import apply_gating
 from moeprof.live.paper_lm import PaperFfn, PaperLm, PaperLmConfig
@@ -60,24 +60,13 @@ BATCHES = {
     "dense": (1, 2, 4, 8, 16, 32, 64, 96, 128, 160),
 }
 BREAKDOWN_BATCH = 8
-# Most wanted first: what comes late may find its time used up.
-TURNS = (
-    "dynamic",
-    "static_mask",
-    "static_grouped",
-    "static_index",
-    "dynamic_grouped",
-    "dynamic_loop",
-)
 LIMITS = RunLimits(seconds=1.5, least_repeats=2)
 # Judged rows are run some 20 times more: what is timed must not be too slow for that.
 CLIMBING = RunLimits(seconds=0.0, least_repeats=2, point_seconds=5.0, pass_seconds=10.0)
 TINY_MOST_BATCH = 4
 # Of the time, when to be done with: the dense twin, and of the gatings listed batches, judged ones
 # for the first time, larger ones. What is left is for judged rows that are larger.
-SHARES = {"dense": 0.2, "listed": 0.6, "judged": 0.75, "larger": 0.87, "all": 1.0}
-# Of the dense twin's own time likewise.
-DENSE_SHARES = {"listed": 0.4, "judged": 0.6, "larger": 0.8, "all": 1.0}
+SHARES = {"dense": 0.2, "listed": 0.6, "judged": 0.75, "larger": 0.87, "again": 1.0}
 
 
 def recorded_choices(
@@ -155,15 +144,6 @@ def scoring(model: PaperLm, device: str) -> Prepare:
     return prepare
 
 
-def even_share(until_s: float, num_left: int) -> float:
-    """Returns when one of ``num_left`` is to be done: up to nearly twice its even share.
-
-    Whoever comes last has some time left, however long the others took.
-    """
-    now = time.monotonic()
-    return min(until_s, now + 2 * (until_s - now) / (num_left + 1))
-
-
 def measure(options: argparse.Namespace, path: Path) -> dict[str, Any]:
     """Runs everything; what there is is in ``path`` after every step."""
     begun_s = time.monotonic()
@@ -200,8 +180,8 @@ def measure(options: argparse.Namespace, path: Path) -> dict[str, Any]:
         order=list(BATCHES), device=device, limits=limits, climbing=climbing, keep=keep,
         spent=spent, label="LM",
     )  # fmt: skip
-    ends = {name: begun_s + share * options.seconds for name, share in SHARES.items()}
-    run_dense(config, batches["dense"], series, ends["dense"])
+    ends = ends_of(SHARES, begun_s, begun_s + options.seconds)
+    run_dense(config, batches, series, ends["dense"])
     release(device)
     with spent.part("building the model"):
         model = build(config, device)
@@ -216,40 +196,24 @@ def measure(options: argparse.Namespace, path: Path) -> dict[str, Any]:
         with apply_gating(model, name, token_fraction=fraction):
             yield scoring(model, device)
 
-    for index, name in enumerate(TURNS):
-        with given(name) as prepare:
-            until_s = even_share(ends["listed"], len(TURNS) - index)
-            series.sweep(name, batches[name], prepare, until_s=until_s)
-            series.break_down(model, name, BREAKDOWN_BATCH, prepare)
-    series.revisit(TURNS, given, until_s=ends["judged"])
-    for index, name in enumerate(TURNS):
-        with given(name) as prepare:
-            until_s = even_share(ends["larger"], len(TURNS) - index)
-            series.climb(name, prepare, first_batch=batches[name][0], until_s=until_s)
-    series.revisit(TURNS, given, until_s=ends["all"])
+    series.run(TURNS, given, model, batches, breakdown_batch=BREAKDOWN_BATCH, ends=ends)
     keep()
     return result
 
 
 def run_dense(
-    config: PaperLmConfig, batches: Sequence[int], series: Series, until_s: float
+    config: PaperLmConfig, batches: Mapping[str, Sequence[int]], series: Series, until_s: float
 ) -> None:
     """Measures the dense twin, which must not share the device with the experts."""
-    now = time.monotonic()
-    ends = {name: now + share * (until_s - now) for name, share in DENSE_SHARES.items()}
+    ends = ends_of(DENSE_SHARES, time.monotonic(), until_s)
     with series.spent.part("building the dense twin"):
         model = dense_twin(config, series.device)
-    prepare = scoring(model, series.device)
 
     @contextmanager
     def given(_: str) -> Iterator[Prepare]:
-        yield prepare
+        yield scoring(model, series.device)
 
-    series.sweep("dense", batches, prepare, until_s=ends["listed"])
-    series.break_down(model, "dense", BREAKDOWN_BATCH, prepare)
-    series.revisit(["dense"], given, until_s=ends["judged"])
-    series.climb("dense", prepare, first_batch=batches[0], until_s=ends["larger"])
-    series.revisit(["dense"], given, until_s=ends["all"])
+    series.run(["dense"], given, model, batches, breakdown_batch=BREAKDOWN_BATCH, ends=ends)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

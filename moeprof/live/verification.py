@@ -513,6 +513,12 @@ def _table(
     rows: Sequence[Mapping[str, Any]], measured: Mapping[str, Visited | None]
 ) -> pd.DataFrame:
     found = []
+    asked = sorted({row["percentile"] for row in rows})
+    spreads = {
+        name: dict(zip(asked, visited.repeated.spreads(asked), strict=True))
+        for name, visited in measured.items()
+        if visited is not None
+    }
     for row in rows:
         visited = measured[row["setting"]]
         own: dict[str, Any] = {
@@ -533,7 +539,7 @@ def _table(
             own |= {
                 "measured_ms": value,
                 "raw_ms": times.raw_ms(row["percentile"]),
-                "measured_spread": times.spreads((row["percentile"],))[0],
+                "measured_spread": spreads[row["setting"]][row["percentile"]],
                 "repetitions": len(times.times_ms),
                 "error": row["predicted_ms"] / value - 1,
                 "inside": None if low is None else bool(low <= value <= high),

@@ -208,7 +208,11 @@ def measured_rows(data: Mapping[str, Any], field: str, named: str) -> list[Mappi
 
 
 def kernel_rows(kernels: Mapping[str, Any]) -> pd.DataFrame:
-    """Returns one row per kernel, size and routing: times in ms, and shares of the floor."""
+    """Returns one row per kernel, size and routing: times in ms, and shares of the floor.
+
+    Where the run held the outputs of timed layers to the definition, the largest relative error of
+    a token; where it counted it, memory beyond what the kernel was given.
+    """
     rows = []
     for row in measured_rows(kernels, "rows", "kernel"):
         rows.append(
@@ -221,9 +225,14 @@ def kernel_rows(kernels: Mapping[str, Any]) -> pd.DataFrame:
                 "mode": row["mode"],
                 **share_columns(row["floor_ms"], row["times_ms"]),
                 "num_repetitions": len(row["times_ms"]),
+                "largest_token_error": row.get("relative_error", math.nan),
+                "extra_bytes": row.get("extra_bytes", math.nan),
             }
         )
-    return pd.DataFrame(rows)
+    made = pd.DataFrame(rows)
+    later = ["largest_token_error", "extra_bytes"]
+    # Earlier results have neither, and graphs no memory of their own.
+    return made.drop(columns=[each for each in later if made[each].isna().all()])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -310,6 +319,27 @@ def headline_rows(headline: Mapping[str, Any]) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
+def once_rows(headline: Mapping[str, Any]) -> pd.DataFrame:
+    """Returns one row per gating and batch that ran a single time, for its memory.
+
+    Empty where there are none, as in results from before there were any. A single pass has no
+    percentiles and no range.
+    """
+    place = {name: index for index, name in enumerate(GATINGS)}
+    found = sorted(headline.get("once", ()), key=lambda row: (place[row["gating"]], row["batch"]))
+    return pd.DataFrame(
+        {
+            "gating": row["gating"],
+            "batch": row["batch"],
+            "num_tokens": row["num_tokens"],
+            "pass_ms": row["pass_ms"],
+            "tokens_per_s": 1e3 * row["num_tokens"] / row["pass_ms"],
+            "extra_bytes": row["extra_bytes"],
+        }
+        for row in found
+    )
+
+
 def best_of(rows: pd.DataFrame, gating: str) -> pd.Series[Any]:
     """Returns the row of a gating with the most tokens per second."""
     own = rows[(rows["gating"] == gating) & ~rows["out_of_memory"]]
@@ -323,12 +353,19 @@ def at_batch(rows: pd.DataFrame, gating: str, batch: int) -> pd.Series[Any]:
     return rows[(rows["gating"] == gating) & (rows["batch"] == batch)].iloc[0]
 
 
-def best_at_the_end(rows: pd.DataFrame) -> list[str]:
-    """Returns the gatings whose best batch is the largest tried: more might have given more."""
+def best_at_the_end(rows: pd.DataFrame, once: pd.DataFrame | None = None) -> list[str]:
+    """Returns the gatings whose best batch is the largest tried: more might have given more.
+
+    Args:
+        rows: Of `headline_rows`.
+        once: Of `once_rows`: larger batches, of which it is known what more gave in one pass.
+    """
     found = []
     for gating in GATINGS:
-        own = rows[rows["gating"] == gating]
-        if best_of(rows, gating)["batch"] == own["batch"].max():
+        tried = list(rows.loc[rows["gating"] == gating, "batch"])
+        if once is not None and len(once):
+            tried += list(once.loc[once["gating"] == gating, "batch"])
+        if best_of(rows, gating)["batch"] == max(tried):
             found.append(gating)
     return found
 
@@ -362,6 +399,41 @@ def gains(headline: Mapping[str, Any]) -> dict[str, Gain]:
     rows = headline_rows(headline)
     earlier = {row["gating"] for row in headline.get("earlier", {}).get("rows", ())}
     return found | {name: _gain(rows, name) for name in found if name in earlier}
+
+
+def gain_rows(headline: Mapping[str, Any]) -> pd.DataFrame:
+    """Returns one row per gating that moeprof's is set beside: what both gains rest on.
+
+    Batches, repetitions, 95th percentiles and memory of the other's best row, of moeprof's best and
+    of moeprof's at equal terms, which is blank where there is no such row.
+    """
+    rows, found = headline_rows(headline), []
+    for name, gain in gains(headline).items():
+        other, best = best_of(rows, name), best_of(rows, "dynamic")
+        fair = rows[(rows["gating"] == "dynamic") & (rows["batch"] == gain.equal_batch)]
+        equal = fair.iloc[0] if len(fair) else None
+        found.append(
+            {
+                "over": GATINGS[name],
+                "its_batch": int(other["batch"]),
+                "its_repetitions": int(other["num_repetitions"]),
+                "its_p95_ms": other["p95_ms"],
+                "its_extra_bytes": other["extra_bytes"],
+                "moeprof_batch": int(best["batch"]),
+                "moeprof_repetitions": int(best["num_repetitions"]),
+                "own_best_gain": f"{gain.own_best:.2f}x",
+                "equal_terms_batch": "none" if equal is None else f"{equal['batch']:,}",
+                "equal_terms_repetitions": (
+                    "" if equal is None else f"{equal['num_repetitions']:,}"
+                ),
+                "equal_terms_p95_ms": math.nan if equal is None else equal["p95_ms"],
+                "equal_terms_extra_bytes": math.nan if equal is None else equal["extra_bytes"],
+                "equal_terms_gain": (
+                    "not to be had" if gain.equal_terms is None else f"{gain.equal_terms:.2f}x"
+                ),
+            }
+        )
+    return pd.DataFrame(found)
 
 
 def _gain(rows: pd.DataFrame, gating: str) -> Gain:
@@ -476,7 +548,7 @@ def buffering_rows(buffering: Mapping[str, Any]) -> pd.DataFrame:
                 ),
                 "lookups_equal_replay": row.get("lookups_equal_replay"),
                 "profiler_copies_equal": profiler.get("holds"),
-                "link_error": max(row["link_errors"]) if buffered else math.nan,
+                "link_error": max(row.get("link_errors") or [math.nan]) if buffered else math.nan,
                 "allocations_in_steady_state": row.get("allocations_in_steady_state", 0),
                 "slots_broken": row.get("slots_broken", 0),
                 "num_repetitions": len(row["repetitions"]),
@@ -490,7 +562,9 @@ def buffering_matrix(buffering: Mapping[str, Any]) -> pd.DataFrame:
 
     A check that was not looked at is None. ``link_error`` is the largest of the repetitions.
     ``link_error_net`` is the middle one, less the bytes that the same run receives where no expert
-    is copied: commands, ids and rows, which vary from run to run.
+    is copied: commands, ids and rows, which vary from run to run. ``link_error_judged`` is the one
+    that is held to the goal: net, or of all bytes where no run without copies was counted, as the
+    run said. Results from before a run said so, and why the profiler was left out, have blanks.
     """
     rows = []
     for name, study in buffering["studies"].items():
@@ -498,6 +572,10 @@ def buffering_matrix(buffering: Mapping[str, Any]) -> pd.DataFrame:
             errors = row.get("link_errors") or [math.nan]
             net = row.get("link_errors_net") or [math.nan]
             control = row.get("wrong_expert_on_host")
+            net_error = abs(float(np.median(net)))
+            judged = row.get("link_judged")
+            rounded = row.get("output_errors") or {}
+            allocator = row.get("allocator_in_steady_state") or {}
             rows.append(
                 {
                     "study": STUDIES.get(name, name),
@@ -524,11 +602,30 @@ def buffering_matrix(buffering: Mapping[str, Any]) -> pd.DataFrame:
                     "no_allocations": is_steady(row),
                     "memory_as_predicted": row["requested_as_predicted"],
                     "link_error": max(errors),
-                    "link_error_net": abs(float(np.median(net))),
+                    "link_error_net": net_error,
                     "link_error_net_worst": max(abs(error) for error in net),
+                    "link_error_judged": net_error if judged is None else judged["error"],
+                    "link_judged_by": "" if judged is None else judged["by"],
+                    "link_not_judged": _why_link_not_judged(row),
+                    "profiler_left_out": row.get("profiler_left_out", ""),
+                    "most_blocks_of_a_step": allocator.get("most_blocks_of_a_step", math.nan),
+                    "worst_row_error": rounded.get("worst_row", math.nan),
+                    "row_tolerance": rounded.get("tolerance", math.nan),
                 }
             )
     return pd.DataFrame(rows)
+
+
+def _why_link_not_judged(row: Mapping[str, Any]) -> str:
+    """Returns why the link's counters were not held to the copies; nothing where they were."""
+    if row.get("link_judged") or row.get("link_errors"):
+        return ""
+    reasons = [said for each in row["repetitions"] if (said := each.get("link_reason"))]
+    if reasons:
+        return str(reasons[0])
+    if not row["copied_bytes"]:
+        return "no expert was copied"
+    return "what the link adds to a byte that is copied was not measured"
 
 
 CHECK_COLUMNS = ("outputs_hold", "lookups_equal_replay", "slots_intact", "profiler_copies_equal",
@@ -553,7 +650,7 @@ def checks_held(buffering: Mapping[str, Any]) -> dict[str, bool]:
     wrong = [study["wrong_slot_map"] for study in buffering["studies"].values()]
     # Runs from before there was this control lack it; a stack of one layer has none.
     layers = [each for study in buffering["studies"].values() if (each := study.get("wrong_layer"))]
-    errors = rows["link_error_net"].dropna()
+    errors = rows["link_error_judged"].dropna()
     found = {
         "outputs bit-equal to the model without a buffer": held("outputs_hold", loaded),
         "outputs of experts computed on the host within rounding, and outside it with wrong "

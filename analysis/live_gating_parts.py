@@ -22,11 +22,14 @@ from analysis.live_evidence import (
     best_at_the_end,
     best_of,
     breakdown_rows,
+    gain_rows,
     gains,
     graph_range,
     graph_sizes,
     headline_rows,
     kernel_rows,
+    measured_rows,
+    once_rows,
     share_of_floor,
 )
 from analysis.live_goals import (
@@ -42,6 +45,7 @@ from analysis.live_parts import (
     beside_banners,
     earlier_banners,
     figure_data,
+    model_said,
     panel,
     part,
     repetitions_said,
@@ -51,6 +55,7 @@ from analysis.live_parts import (
 from moeprof.replay import wording
 from moeprof.replay.result import SEVERITY_COST, SEVERITY_FACT, Finding, Metric, Result
 from moeprof.reporting.document import Described
+from moeprof.reporting.layout import TableData
 
 _SERIES: Mapping[str, str] = {"moe-ops": "moe_ops", "transformers grouped_mm": "grouped_mm"}
 
@@ -103,7 +108,8 @@ def headline_part(data: Mapping[str, Any]) -> Described:
     )  # fmt: skip
     loop = best["dynamic_loop"]["tokens_per_s"] / best["static_mask"]["tokens_per_s"]
     metrics, labels = throughput_metrics("headline", best, gained)
-    end = "; ".join(GATINGS[name] for name in best_at_the_end(rows))
+    once = once_rows(data)
+    end = "; ".join(GATINGS[name] for name in best_at_the_end(rows, once))
     findings = (
         Finding(
             text=f"Dynamic gating with moeprof's kernel scores {ours['tokens_per_s']:,.0f} "
@@ -138,11 +144,12 @@ def headline_part(data: Mapping[str, Any]) -> Described:
             "the weights and no longer at the 95th percentile than the other at its own best. The "
             f"model's weights, {wording.num_bytes(data['weight_bytes'])}, are the same for every "
             "gating; the dense twin has no experts and far fewer weights.",
-            f"Still at their best at the largest batch tried, so that more might give more: {end}. "
-            "Only what is marked out of memory ran out of it.",
+            f"Still at their best at the largest batch tried, so that more might give more: "
+            f"{end or 'none'}. Only what is marked out of memory ran out of it.",
             "Static gating has a capacity of 0.05 of the tokens, as the paper's; tokens beyond it "
             "are dropped.",
             *ending_notes(data),
+            *judged_notes(data),
             *(
                 (
                     "Other work held up the host meanwhile. A pass of few tokens waits for it: at "
@@ -173,8 +180,8 @@ def headline_part(data: Mapping[str, Any]) -> Described:
             "key": name,
             "label": GATINGS[name],
             "points": [
-                [row["batch"], row["extra_bytes"], None, None]
-                for _, row in ran[ran["gating"] == name].iterrows()
+                [batch, num_bytes, None, None]
+                for batch, num_bytes in memory_points(ran, once, name)
             ],
         }
         for name in labelled
@@ -189,7 +196,8 @@ def headline_part(data: Mapping[str, Any]) -> Described:
                 for name, row in best.items()
             ),
             how="Higher is faster on the left, lower is leaner on the right; bands are the "
-            "quartiles of the repetitions. A line ends at the last batch that was tried or fitted.",
+            "quartiles of the repetitions. A line ends at the last batch that was tried or fitted."
+            + once_said(once),
             panels=[
                 panel("throughput", "batch", "thousand tokens/s", "number", rates),
                 panel("memory beyond the weights", "batch", "bytes", "bytes", memory),
@@ -212,7 +220,7 @@ def headline_part(data: Mapping[str, Any]) -> Described:
         question="What does each way of gating make of the founding paper's 52B model?",
         labels=labels,
         figures=figures,
-        tables=[rows_table("Every batch", rows)],
+        tables=batch_tables(data, rows),
         headline=[f"headline/tokens_per_s/{name}" for name in
                   ("dynamic", "dense", "static_grouped", "static_mask")],
     )  # fmt: skip
@@ -225,12 +233,80 @@ def headline_part(data: Mapping[str, Any]) -> Described:
         f"and at {percent(dense.own_best)} of the speed of a dense model of equal FLOPs.",
         routing=[data["routing"]],
         facts={
-            "Repetitions": repetitions_said(rows.loc[~rows["out_of_memory"], "num_repetitions"])
+            "Model": model_said(data["config"]),
+            "Repetitions": repetitions_said(rows.loc[~rows["out_of_memory"], "num_repetitions"]),
         },
         banners=[*beside_banners([data]), *earlier_banners(data)],
         section=section,
         result=result,
     )
+
+
+def batch_tables(data: Mapping[str, Any], rows: pd.DataFrame) -> list[TableData]:
+    """Returns the tables of a series of batches: each timed, each that ran once, and the gains.
+
+    Args:
+        data: The series, perhaps with ``once``.
+        rows: Of `headline_rows`.
+    """
+    once, gained = once_rows(data), gain_rows(data)
+    return [
+        rows_table("Every batch", rows),
+        *([rows_table(ONCE_TITLE, once)] if len(once) else []),
+        *([rows_table("What moeprof's gains rest on", gained)] if len(gained) else []),
+    ]
+
+
+ONCE_TITLE = "Batches that ran a single time, for their memory: too slow to be timed"
+
+
+def once_said(once: pd.DataFrame) -> str:
+    """Returns what a figure says of batches that ran a single time, from `once_rows`."""
+    return " Memory is also that of batches that ran a single time." if len(once) else ""
+
+
+def memory_points(ran: pd.DataFrame, once: pd.DataFrame, gating: str) -> list[tuple[int, float]]:
+    """Returns batch and bytes beyond the weights of a gating, ascending by batch.
+
+    Args:
+        ran: Of `headline_rows`, those that memory was enough for.
+        once: Of `once_rows`.
+        gating: Its name.
+    """
+    own = [each[each["gating"] == gating] for each in (ran, once) if len(each)]
+    return sorted(
+        (int(batch), float(num_bytes))
+        for each in own
+        for batch, num_bytes in zip(each["batch"], each["extra_bytes"], strict=True)
+    )
+
+
+def judged_notes(data: Mapping[str, Any]) -> list[str]:
+    """Returns how often the rows that gains are taken from were repeated, where the run says so."""
+    if "judged_repeats" not in data:
+        return []
+    wanted, gained = data["judged_repeats"], gain_rows(data)
+    batches = {
+        *((row["over"], row["its_batch"]) for _, row in gained.iterrows()),
+        *((GATINGS["dynamic"], batch) for batch in gained.get("moeprof_batch", ())),
+        *(
+            (GATINGS["dynamic"], int(batch.replace(",", "")))
+            for batch in gained.get("equal_terms_batch", ())
+            if batch != "none"
+        ),
+    }
+    left = [
+        f"{GATINGS[row['gating']]}, batch {row['batch']}, {len(row['times_ms'])} repetitions"
+        for row in measured_rows(data, "rows", "gating")
+        if (GATINGS[row["gating"]], row["batch"]) in batches
+        and "times_ms" in row
+        and not row.get("revisited")
+    ]
+    return [
+        f"Rows that gains rest on are measured again, one after the other, {wanted} repetitions "
+        "each; all others have as many as there was time for."
+        + (f" Not measured again: {'; '.join(left)}." if left else "")
+    ]
 
 
 def _bar(row: pd.Series[Any], longest: float) -> dict[str, Any]:
@@ -344,7 +420,7 @@ def kernels_part(data: Mapping[str, Any]) -> Described:
             f"{data['ceilings']['matrix_flops_per_s'] / 1e12:.0f} TFLOP/s.",
             f"{len(errors)} kernels {_held_said(data['check'])}: "
             f"{', '.join(errors)}. The largest relative error is {max(errors.values()):.1e}, of "
-            f"moeprof's kernel {errors['dynamic']:.1e}.",
+            f"moeprof's kernel {errors['dynamic']:.1e}{_timed_errors_said(rows)}.",
         ),
     )
     own = rows[rows["geometry"] == GEOMETRY]
@@ -398,7 +474,10 @@ def kernels_part(data: Mapping[str, Any]) -> Described:
         question="How near does each kernel come to what the device allows?",
         labels=labels,
         figures=figures,
-        tables=[rows_table("Every kernel, size and routing", rows)],
+        tables=[
+            rows_table("Every kernel, size and routing", _with_errors_as_read(rows)),
+            *_routing_tables(data),
+        ],
         headline=[f"kernels/share/dynamic/{routing}" for routing in ROUTINGS],
     )
     return part(
@@ -440,7 +519,7 @@ def _described(rows: Sequence[Mapping[str, Any]]) -> str:
     if all("routing_source" in row for row in rows):
         return (
             f"those described above are of {MANY_TOKENS:,} tokens, every row of the result has its "
-            "own description"
+            "own description, which the last table has"
         )
     return "of each kind the result keeps the description of the last"
 
@@ -456,7 +535,54 @@ def _as_measured(data: Mapping[str, Any]) -> list[str]:
     if data.get("public_not_run"):
         reasons = (f"{name}: {reason}" for name, reason in data["public_not_run"].items())
         notes.append(f"Public kernels that this run did not time. {'. '.join(reasons)}.")
+    held = data["check"]["largest_relative_error"]
+    raised = [
+        f"{name}: {error}"
+        for name, error in data["check"].get("raised", {}).items()
+        if name in held
+    ]
+    if raised:
+        notes.append(f"Raised an error in a case, and was not held to that. {'. '.join(raised)}.")
     return notes
+
+
+def _timed_errors_said(rows: pd.DataFrame) -> str:
+    """Returns the largest errors of timed layers, where outputs of these were held to anything."""
+    if "largest_token_error" not in rows:
+        return ""
+    ours = rows.loc[rows["kernel"] == "dynamic", "largest_token_error"].max()
+    return (
+        f"; on the layers that are timed {rows['largest_token_error'].max():.1e}, of moeprof's "
+        f"{ours:.1e}"
+    )
+
+
+def _with_errors_as_read(rows: pd.DataFrame) -> pd.DataFrame:
+    """Returns rows with errors and memory in words, blanks where they were not looked at."""
+    if "largest_token_error" not in rows:
+        return rows
+    said = ["" if pd.isna(each) else f"{each:.1e}" for each in rows["largest_token_error"]]
+    made = rows.assign(largest_token_error=said)
+    if "extra_bytes" in rows:
+        sizes = ["" if pd.isna(each) else wording.num_bytes(each) for each in rows["extra_bytes"]]
+        made = made.drop(columns="extra_bytes").assign(extra_memory=sizes)
+    return made
+
+
+def _routing_tables(data: Mapping[str, Any]) -> list[TableData]:
+    """Returns what the routing of every row is, where rows say so."""
+    named = ("geometry", "num_tokens", "routing")
+    found = {
+        tuple(row[each] for each in named): row["routing_source"]
+        for row in measured_rows(data, "rows", "kernel")
+        if "routing_source" in row
+    }
+    if not found:
+        return []
+    made = pd.DataFrame(
+        {**dict(zip(named, key, strict=True)), "is": source} for key, source in found.items()
+    )
+    return [rows_table("Routing of every geometry and size", made)]
 
 
 def _held_said(check: Mapping[str, Any]) -> str:

@@ -18,13 +18,22 @@ from analysis.live_evidence import (
     breakdown_rows,
     gains,
     headline_rows,
+    once_rows,
 )
-from analysis.live_gating_parts import ending_notes, throughput_metrics
+from analysis.live_gating_parts import (
+    batch_tables,
+    ending_notes,
+    judged_notes,
+    memory_points,
+    once_said,
+    throughput_metrics,
+)
 from analysis.live_goals import GIB, Goal, not_measured, percent
 from analysis.live_parts import (
     Addition,
     beside_banners,
     figure_data,
+    model_said,
     panel,
     pooled_part,
     repetitions_said,
@@ -102,8 +111,10 @@ def share_rows(data: Mapping[str, Any]) -> pd.DataFrame:
 def mt_rows(data: Mapping[str, Any]) -> dict[str, pd.DataFrame]:
     """Returns what is written as CSV."""
     made = {name: headline_rows(found) for name in STACKS if (found := ran(data, name))}
+    once = {f"{name}-once": once_rows(found) for name in STACKS if (found := ran(data, name))}
     shares = share_rows(data)
-    return made | ({"rank-share": shares} if len(shares) else {})
+    every = made | once | {"rank-share": shares}
+    return {name: rows for name, rows in every.items() if len(rows)}
 
 
 def mt_goals(data: Mapping[str, Any] | None) -> list[Goal]:
@@ -223,7 +234,14 @@ def mt_part(data: Mapping[str, Any]) -> Described:
         title="The paper's translation model",
         verdict=verdict,
         routing=routing or ["none"],
-        facts={"Repetitions": repetitions_said(pd.concat(counts))} if counts else {},
+        facts={
+            **{
+                f"Model, {label}": model_said(found["config"])
+                for name, label in STACKS.items()
+                if (found := ran(data, name))
+            },
+            **({"Repetitions": repetitions_said(pd.concat(counts))} if counts else {}),
+        },
         banners=[
             *([f"Not among these results: {', '.join(missing)}."] if missing else []),
             *(
@@ -271,7 +289,13 @@ def _stack_section(name: str, label: str, found: Mapping[str, Any]) -> tuple[Res
     )
     ran_rows = rows[~rows["out_of_memory"]]
     parts = breakdown_rows(found) if found["breakdown"] else pd.DataFrame()
-    tables = [rows_table("Every batch", rows)]
+    once = once_rows(found)
+    tables = batch_tables(found, rows)
+    if found["control"]["rows"]:
+        tables.append(
+            rows_table("On uniform routing, which keeps all experts busy",
+                       headline_rows({"rows": found["control"]["rows"]}))
+        )  # fmt: skip
     if len(parts):
         tables.append(
             rows_table(
@@ -288,12 +312,13 @@ def _stack_section(name: str, label: str, found: Mapping[str, Any]) -> tuple[Res
             for each, row in best.items()
         ),
         how="Higher is faster on the left, lower is leaner on the right; bands are the quartiles "
-        "of the repetitions. A line ends at the last batch that was tried or fitted.",
+        "of the repetitions. A line ends at the last batch that was tried or fitted."
+        + once_said(once),
         panels=[
             panel("throughput", "batch", "thousand tokens/s", "number",
-                  [_line(ran_rows, each, rate=True) for each in measured]),
+                  [_rates(ran_rows, each) for each in measured]),
             panel("memory beyond the weights", "batch", "bytes", "bytes",
-                  [_line(ran_rows, each, rate=False) for each in measured]),
+                  [_memory(ran_rows, once, each) for each in measured]),
         ],
     )  # fmt: skip
     section = result_section(
@@ -311,16 +336,20 @@ def _stack_section(name: str, label: str, found: Mapping[str, Any]) -> tuple[Res
     return result, section
 
 
-def _line(rows: pd.DataFrame, gating: str, *, rate: bool) -> dict[str, Any]:
-    """Returns the points of a gating, ascending by batch."""
+def _rates(rows: pd.DataFrame, gating: str) -> dict[str, Any]:
+    """Returns thousands of tokens per second of a gating, ascending by batch."""
     own = rows[rows["gating"] == gating].sort_values("batch")
     points = [
         [row["batch"], row["tokens_per_s"] / 1e3, row["tokens_per_s_low"] / 1e3,
          row["tokens_per_s_high"] / 1e3]
-        if rate
-        else [row["batch"], row["extra_bytes"], None, None]
         for _, row in own.iterrows()
     ]  # fmt: skip
+    return {"key": gating, "label": GATINGS[gating], "points": points}
+
+
+def _memory(rows: pd.DataFrame, once: pd.DataFrame, gating: str) -> dict[str, Any]:
+    """Returns bytes beyond the weights of a gating, ascending by batch."""
+    points = [[*each, None, None] for each in memory_points(rows, once, gating)]
     return {"key": gating, "label": GATINGS[gating], "points": points}
 
 
@@ -344,16 +373,24 @@ def _stack_notes(
             f"{found['length']} of the encoder; their keys and values count as memory "
             "beyond the weights."
         )
+    control = [
+        f"On uniform routing {said[0].lower()}{said[1:]}"
+        for said in _not_tried(found["control"].get("skipped", ()))
+    ]
     if found.get("endings"):
-        return (*notes, *ending_notes(found))
+        return (*notes, *ending_notes(found), *judged_notes(found), *control)
+    return (*notes, *_not_tried(found["skipped"]), *control)
+
+
+def _not_tried(skipped: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Returns which batches were not tried and why, a sentence per gating and reason."""
     reasons: dict[tuple[str, str], list[int]] = {}
-    for row in found["skipped"]:
+    for row in skipped:
         reasons.setdefault((row["gating"], row["reason"]), []).append(row["batch"])
-    notes += [
+    return [
         f"Not tried: {GATINGS[gating]}, batches from {min(batches)} up: {reason}."
         for (gating, reason), batches in reasons.items()
     ]
-    return tuple(notes)
 
 
 def _share_section(data: Mapping[str, Any], share: Mapping[str, Any]) -> tuple[Result, Any]:
@@ -398,6 +435,12 @@ def _share_section(data: Mapping[str, Any], share: Mapping[str, Any]) -> tuple[R
             "the largest Mixture-of-Experts layer by arithmetic on shapes.",
             *([f"The paper does not say how many tokens a rank had. {'; '.join(others)}."]
               if others else []),
+            *map(_rank_said, judged.values()),
+            *(
+                f"Not run: {MODELS[each['model']]}, {each['batch_per_rank']} sequences a rank: "
+                f"{each['reason']}."
+                for each in share.get("skipped", ())
+            ),
         ),
     )  # fmt: skip
     section = result_section(
@@ -409,6 +452,27 @@ def _share_section(data: Mapping[str, Any], share: Mapping[str, Any]) -> tuple[R
         headline=[metric.name for metric in metrics],
     )
     return result, section
+
+
+def _rank_said(setting: Mapping[str, Any]) -> str:
+    """Returns which rank a share is of, what it receives, and what arithmetic says of it."""
+    weights = setting["rows"][0]["weight_bytes"]
+    by_shape = setting.get("weight_bytes_by_shape")
+    predicted = setting.get("predicted_ratios", {}).get(JUDGED_RATIO)
+    return (
+        f"{MODELS[setting['model']]}, {setting['tokens_per_rank']:,} tokens a rank: rank "
+        f"{setting['rank']}, whose largest layer receives {setting['rows_received_most']:,} rows, "
+        f"a mean one {setting['rows_received_mean']:,.0f}"
+        + ("" if predicted is None else f"; by arithmetic static over dynamic is {predicted:.2f}")
+        + (
+            ""
+            if by_shape is None
+            else f"; weights are {wording.num_bytes(weights)}, as arithmetic on shapes has it."
+            if by_shape == weights
+            else f"; weights are {wording.num_bytes(weights)}, arithmetic on shapes has "
+            f"{by_shape - weights:+,} bytes."
+        )
+    ).removesuffix(".") + "."
 
 
 def draw_mt(data: Mapping[str, Any], path: Path) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from analysis.live_styles import COLOURS, INK, STYLE, save
 from moeprof.live.parallel_corrections import CorrectedStep, corrected_step
 from moeprof.replay.result import SEVERITY_COST, SEVERITY_FACT, Finding, Metric, Result
 from moeprof.reporting.document import Described
+from moeprof.reporting.layout import TableData
 
 TOLERANCE = 1e-2
 """Largest relative error of the timed kernel against one device: roundings to bfloat16."""
@@ -91,6 +92,37 @@ def scaling_rows(data: Mapping[str, Any]) -> pd.DataFrame:
                 }
             )
     return pd.DataFrame(found)
+
+
+def not_estimated_rows(data: Mapping[str, Any]) -> pd.DataFrame:
+    """Returns what was not estimated for more devices: a row per trace, devices and reason.
+
+    Empty where everything was, and of results that do not say.
+    """
+    found: dict[tuple[str, int, str], list[Mapping[str, Any]]] = {}
+    for trace in data["traces"]:
+        for each in sorted(trace.get("not_estimated", ()), key=lambda row: row["num_devices"]):
+            key = (trace["trace"], each["num_devices"], each["reason"])
+            found.setdefault(key, []).append(each)
+    return pd.DataFrame(
+        {
+            "trace": trace,
+            "num_devices": num_devices,
+            "placements": _placements_said(every),
+            "wanted_most": _placements_said([each for each in every if each["wanted"]]),
+            "reason": reason,
+        }
+        for (trace, num_devices, reason), every in found.items()
+    )
+
+
+def _placements_said(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Returns the placements of rows of ``not_estimated``; one without a name stands for all."""
+    if not rows:
+        return "none"
+    if any(each["setting"] is None for each in rows):
+        return "all"
+    return ", ".join(str(each["setting"]).replace("+", " +") for each in rows)
 
 
 def uncorrected_of(row: Mapping[str, Any]) -> float:
@@ -306,6 +338,7 @@ def parallel_part(data: Mapping[str, Any]) -> Described:
                    better="lower")
         )  # fmt: skip
         findings.append(_gain(data, rows, error))
+    unscaled = not_estimated_rows(data)
     missing = [name for name in data.get("traces_asked_for", [])
                if name not in {each["trace"] for each in data["traces"]}]  # fmt: skip
     result = Result(
@@ -321,6 +354,7 @@ def parallel_part(data: Mapping[str, Any]) -> Described:
             f"All-to-all: {1e3 * line['latency_ms']:.0f} us plus bytes over "
             f"{line['bytes_per_s'] / 1e9:.1f} GB/s, off by at most "
             f"{percent(line['largest_error'])}.",
+            *_output_notes(data),
             *_estimate_notes(data),
             *_order_notes(rows),
             *([f"No time was left for {', '.join(missing)}."] if missing else []),
@@ -330,12 +364,17 @@ def parallel_part(data: Mapping[str, Any]) -> Described:
         [
             rows_table("Steps measured", rows),
             rows_table("How far off predictions were", error_rows(data).rename(columns=_HEADINGS)),
+            *_part_tables(data),
         ]
         if len(rows)
         else []
     )
     if len(scaling):
         tables.append(rows_table("More devices", scaling, figure_class="estimate"))
+    if len(unscaled):
+        tables.append(
+            rows_table("Not estimated for more devices", unscaled, figure_class="estimate")
+        )
     section = result_section(
         result,
         question="Is what a placement promises what several GPUs do?",
@@ -353,6 +392,7 @@ def parallel_part(data: Mapping[str, Any]) -> Described:
         facts={
             "Devices": f"{data['num_ranks']}, {data.get('backend', 'unknown backend')}",
             "Kernel": data["kernel"],
+            **_layer_facts(data),
         },
         banners=["Times for more devices than were there are estimates: the slowest share in turn "
                  "on one GPU, exchanges from the line through those measured, corrected by how far "
@@ -379,6 +419,75 @@ def _errors_by_trace(rows: pd.DataFrame) -> str:
             f"{(errors < 0).sum()} of {len(errors)} too short)"
         )
     return ", ".join(said)
+
+
+def part_rows(data: Mapping[str, Any]) -> pd.DataFrame:
+    """Returns one row per trace, number of tokens and part of a step: measured beside predicted.
+
+    Times are medians over placements. Empty where steps do not have parts.
+    """
+    found = []
+    for each in data["traces"]:
+        own = [row for row in each["steps"] if "parts_ms" in row]
+        for num_tokens in sorted({row["num_tokens"] for row in own}):
+            rows = [row for row in own if row["num_tokens"] == num_tokens]
+            for part_name in rows[0]["parts_ms"]:
+                measured, predicted = (
+                    statistics.median(row[key][part_name] for row in rows)
+                    for key in ("parts_ms", "predicted_parts_ms")
+                )
+                found.append(
+                    {
+                        "trace": each["trace"],
+                        "num_tokens": num_tokens,
+                        "part": part_name.replace("_", " "),
+                        "measured_ms": measured,
+                        "predicted_ms": predicted,
+                    }
+                )
+    return pd.DataFrame(found)
+
+
+def _part_tables(data: Mapping[str, Any]) -> list[TableData]:
+    """Returns the parts of steps, a column each, measured and predicted in one cell."""
+    rows = part_rows(data)
+    if rows.empty:
+        return []
+    said = [
+        f"{measured:.3f}, predicted {predicted:.3f}"
+        for measured, predicted in zip(rows["measured_ms"], rows["predicted_ms"], strict=True)
+    ]
+    wide = rows.assign(said=said).pivot_table(
+        index=["trace", "num_tokens"], columns="part", values="said", aggfunc="first", sort=False
+    )
+    return [rows_table("Parts of a step in ms, medians over placements", wide.reset_index())]
+
+
+def _layer_facts(data: Mapping[str, Any]) -> dict[str, str]:
+    """Returns whose experts each trace drove, and which layer was timed, where the result says."""
+    return {
+        f"Layer, {each['trace']}": f"{shape['num_experts']} experts of {shape['d_model']} x "
+        f"{shape['d_ff']} ({each['experts']}), layer timed: {each['timed_site']}"
+        for each in data["traces"]
+        if (shape := each.get("geometry")) and "timed_site" in each
+    }
+
+
+def _output_notes(data: Mapping[str, Any]) -> list[str]:
+    """Returns what outputs were held to, and by how much they held."""
+    exact = [row for each in data["traces"] for row in each["outputs"].values()]
+    timed = [row for each in data["traces"] for row in each["timed_outputs"].values()]
+    if not exact or not timed:
+        return []
+    return [
+        "Outputs are checked twice under every placement: narrow experts in float32 are equal to "
+        f"one device's to the bit in {sum(row['num_equal'] for row in exact):,} of "
+        f"{sum(row['num_dispatches'] for row in exact):,} dispatches; the timed kernel, at full "
+        f"size, is off by at most {max(row['relative_error'] for row in timed):.1e} "
+        f"({TOLERANCE:g} is allowed). Run again, they are the same to the bit in "
+        f"{sum(row['num_same_twice'] for row in exact):,} of those dispatches, and in "
+        f"{sum(bool(row['same_twice']) for row in timed)} of {len(timed)} runs of the kernel."
+    ]
 
 
 def _estimate_notes(data: Mapping[str, Any]) -> list[str]:

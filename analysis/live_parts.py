@@ -135,11 +135,13 @@ def pooled_part(
             )
         )
         dates.append(date_said(each["date"]))
+    code = code_said(measurements)
     lines = [
         ("Device", _once(devices)),
         ("Driver", _once(drivers)),
         ("Versions", _once(versions)),
         ("Date", _once(dates)),
+        *([("Code", code)] if code else []),
         ("Routing source", _once(routing)),
         *((label, [text]) for label, text in facts.items()),
         ("Class", [figure_class]),
@@ -159,6 +161,28 @@ def pooled_part(
             sections=list(sections),
         ),
         findings,
+    )
+
+
+_DIGEST_LENGTH = 16
+"""Of a digest, what a page shows; results have all of it."""
+
+
+def code_said(measurements: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Returns which code was measured, a line each; nothing where no result says so."""
+    digests = [each.get("source_sha256") for each in measurements]
+    said = _once([f"sha256 {str(each)[:_DIGEST_LENGTH]} of its source" for each in digests if each])
+    if said and not all(digests):
+        said.append("not recorded by earlier runs")
+    return said
+
+
+def model_said(config: Mapping[str, Any]) -> str:
+    """Returns the shape of a model of `moeprof.live.paper_lm`, in words."""
+    return (
+        f"{config['num_layers']} layers, one in {config['moe_every']} with "
+        f"{config['num_experts']} experts, top-{config['top_k']}, d_model {config['d_model']}, "
+        f"d_ff {config['d_ff']}, random weights"
     )
 
 

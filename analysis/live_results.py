@@ -32,6 +32,7 @@ from analysis.live_evidence import (
     headline_rows,
     held_out_rows,
     kernel_rows,
+    once_rows,
     read_evidence,
 )
 from analysis.live_gating_parts import headline_part, kernels_part
@@ -204,8 +205,10 @@ def save_page(evidence: Evidence, folder: Path) -> tuple[Path, ...]:
 
 def frames(evidence: Evidence) -> dict[str, pd.DataFrame]:
     """Returns the rows that are written as CSV, by file name."""
+    once = once_rows(evidence.headline)
     return {
         "headline": headline_rows(evidence.headline),
+        **({"headline-once": once} if len(once) else {}),
         "breakdown": breakdown_rows(evidence.headline),
         "kernels": kernel_rows(evidence.kernels),
         "buffering": buffering_rows(evidence.buffering),

@@ -23,6 +23,8 @@ from analysis.live_goals import (
     percent,
 )
 from analysis.live_parts import (
+    beside_banners,
+    code_said,
     figure_data,
     part,
     result_section,
@@ -69,6 +71,12 @@ def checks_rows(buffering: Mapping[str, Any]) -> pd.DataFrame:
     found["compared"] = rows["outputs_compared"]
     found["pcie_difference"] = [_percent_of(value) for value in rows["link_error"]]
     found["pcie_difference_net"] = [_percent_of(value) for value in rows["link_error_net"]]
+    judged = [
+        said or (f"not: {why}" if why else "")
+        for said, why in zip(rows["link_judged_by"], rows["link_not_judged"], strict=True)
+    ]
+    if any(judged):
+        found["pcie_judged"] = judged
     return found
 
 
@@ -110,7 +118,12 @@ def checks_said(data: Mapping[str, Any]) -> list[str]:
 
 def _link_said(data: Mapping[str, Any], rows: pd.DataFrame) -> str:
     """Returns how far the PCIe counters are from the copies, by study."""
-    worst = rows.groupby("study", sort=False)["link_error_net"].max()
+    judged = rows["link_error_judged"].notna()
+    if not judged.any():
+        return "Bytes on the PCIe counters were held to the copies at no setting."
+    if rows["link_error_net"].isna().all():
+        return _gross_said(rows)
+    worst = rows.groupby("study", sort=False)["link_error_net"].max().dropna()
     said = [
         f"{_percent_of(worst[label])} ({label}, experts of "
         f"{wording.num_bytes(study['expert_bytes'])})"
@@ -124,6 +137,7 @@ def _link_said(data: Mapping[str, Any], rows: pd.DataFrame) -> str:
         f"{wording.num_bytes(row['copied_bytes'])})"
         for _, row in rows[rows["link_error_net"] > GOAL_LINK_ERROR].iterrows()
     ]
+    gross = _gross_said(rows)
     return (
         "Bytes on the PCIe counters, less what the same run receives where no expert is copied, "
         f"differ from those of the copies by at most {', '.join(said)}: the middle of the "
@@ -134,9 +148,156 @@ def _link_said(data: Mapping[str, Any], rows: pd.DataFrame) -> str:
         + (
             f"Beyond the goal of {percent(GOAL_LINK_ERROR)}: {'; '.join(beyond)}."
             if beyond
-            else f"No setting is beyond the goal of {percent(GOAL_LINK_ERROR)}."
+            else f"{'None of these' if gross else 'No setting'} is beyond the goal of "
+            f"{percent(GOAL_LINK_ERROR)}."
         )
+        + (f" {gross}" if gross else "")
     )
+
+
+def _gross_said(rows: pd.DataFrame) -> str:
+    """Returns what of the link was judged with nothing taken off; nothing where none was."""
+    own = rows[rows["link_error_net"].isna() & rows["link_error_judged"].notna()]
+    if own.empty:
+        return ""
+    each = [
+        f"{_setting_said(row)} {_percent_of(row['link_error_judged'])}" for _, row in own.iterrows()
+    ]
+    beyond = int((own["link_error_judged"] > GOAL_LINK_ERROR).sum())
+    return (
+        "Where no run without copies was counted, all that the PCIe counters received was held to "
+        f"the copies: {'; '.join(each)}; {beyond} of {len(own)} beyond the goal of "
+        f"{percent(GOAL_LINK_ERROR)}."
+    )
+
+
+def _setting_said(row: pd.Series[Any]) -> str:
+    """Returns which setting a row of `buffering_matrix` is of."""
+    misses = "" if row["miss"] == LOAD else f", misses by {row['miss']}"
+    return f"{row['study']} {row['policy']}{misses}, {row['capacity']} slots"
+
+
+def _by_reason(rows: pd.DataFrame, column: str) -> str:
+    """Returns the settings that have a reason in a column, by reason and study."""
+    own = rows[rows[column] != ""]
+    return "; ".join(
+        f"{reason} ("
+        + "; ".join(
+            f"{study}: {', '.join(_briefly(row) for _, row in settings.iterrows())}"
+            for study, settings in each.groupby("study", sort=False)
+        )
+        + ")"
+        for reason, each in own.groupby(column, sort=False)
+    )
+
+
+def _briefly(row: pd.Series[Any]) -> str:
+    """Returns policy, slots and what else tells a setting of a study from its others."""
+    policy, *ahead = str(row["policy"]).split(", ", maxsplit=1)
+    misses = [] if row["miss"] == LOAD else [f"by {row['miss']}"]
+    return " ".join([policy, str(row["capacity"]), *misses, *ahead])
+
+
+def witness_notes(data: Mapping[str, Any]) -> list[str]:
+    """Returns what else is known of the checks: what was left out and why, and by how much it held.
+
+    Results say of it what the run that made them recorded; of earlier ones less is known.
+    """
+    rows = buffering_matrix(data)
+    made = []
+    for column, begins in (
+        ("profiler_left_out", "The profiler did not look at every setting"),
+        ("link_not_judged", "PCIe counters were not held to the copies at every setting"),
+    ):
+        if reasons := _by_reason(rows, column):
+            made.append(f"{begins}: {reasons}.")
+    blocks = rows.groupby("study", sort=False)["most_blocks_of_a_step"].max().dropna()
+    if len(blocks):
+        made.append(
+            "That the driver is not asked for memory does not say that none is handed out: torch's "
+            "allocator hands out, from what it holds, at most "
+            + ", ".join(f"{int(most):,} blocks in a step ({name})" for name, most in blocks.items())
+            + "."
+        )
+    rounded = rows[rows["worst_row_error"].notna()]
+    if len(rounded):
+        counts = [
+            control
+            for study in data["studies"].values()
+            for row in study["settings"]
+            if (control := row.get("wrong_expert_on_host"))
+        ]
+        share = rounded["worst_row_error"] / rounded["row_tolerance"]
+        nearest = rounded.loc[share.groupby(rounded["study"], sort=False).idxmax()]
+        made.append(
+            "Of experts on the host the row that is nearest to its tolerance is off by "
+            + "; ".join(
+                f"{100 * row['worst_row_error']:.2f}%, where rounding explains "
+                f"{100 * row['row_tolerance']:.2f}% ({_setting_said(row)})"
+                for _, row in nearest.iterrows()
+            )
+            + f". With wrong experts there {sum(each['dispatches_noticed'] for each in counts):,} "
+            f"of {sum(each['dispatches'] for each in counts):,} dispatches that had one are off by "
+            "more."
+        )
+    return made
+
+
+def _other_devices_notes(data: Mapping[str, Any]) -> list[str]:
+    """Returns how many lookups miss on the device that ran, beside the replay of all devices."""
+    made = []
+    for name, study in data["studies"].items():
+        each = [
+            f"{row['policy']} {row['capacity']}: {row['misses']:,} of {row['lookups']:,}, all "
+            f"{every['total_misses']:,} of {every['total_lookups']:,}"
+            for row in study["settings"]
+            if (every := row.get("replay_by_device"))
+        ]
+        if each:
+            source = study["routing_source"]
+            made.append(
+                f"Misses of lookups on the device that ran, {source['device']} of "
+                f"{source['devices']}, and on all as replayed ({STUDIES.get(name, name)}, policy "
+                f"and slots): {'; '.join(each)}."
+            )
+    return made
+
+
+def _link_notes(study: Mapping[str, Any], own: pd.DataFrame) -> list[str]:
+    """Returns how the PCIe counters are read, where they were.
+
+    Args:
+        study: Whose link it is.
+        own: Its rows of `buffering_rows`.
+    """
+    if study["link_bytes_per_byte_copied"] is None or own["link_error"].isna().all():
+        return []
+    return [
+        f"PCIe counters are read around each run; a byte copied takes "
+        f"{study['link_bytes_per_byte_copied']:.3f} bytes on the link, measured beforehand, and "
+        f"the largest difference from the copies is {100 * own['link_error'].max():.1f}% (goal: "
+        f"{percent(GOAL_LINK_ERROR)})."
+    ]
+
+
+def _left_out_notes(data: Mapping[str, Any]) -> list[str]:
+    """Returns which settings each study left out for time."""
+    said = [
+        f"{STUDIES.get(name, name)}: "
+        + ", ".join(_wanted_said(setting) for setting in study["left_out_for_time"])
+        for name, study in data["studies"].items()
+        if study.get("left_out_for_time")
+    ]
+    if not said:
+        return ["No setting was left out."]
+    return [f"Settings left out for time, policy and slots. {'; '.join(said)}."]
+
+
+def _wanted_said(setting: Sequence[Any]) -> str:
+    """Returns a setting of (policy, slots, miss action and perhaps experts copied ahead)."""
+    policy, capacity, miss, *ahead = setting
+    name = f"{policy} {capacity}" + ("" if miss == LOAD else f" by {miss}")
+    return name + (f" {ahead[0]} ahead" if ahead and ahead[0] else "")
 
 
 def _papers_points_said(data: Mapping[str, Any]) -> list[str]:
@@ -247,7 +408,6 @@ def buffering_part(data: Mapping[str, Any]) -> Described:
             *checks_said(data),
         )
     ]
-    left = study.get("left_out_for_time", [])
     result = Result(
         name="buffering",
         title="Steps and memory",
@@ -262,15 +422,12 @@ def buffering_part(data: Mapping[str, Any]) -> Described:
             "and the decode steps, of which alone the times are.",
             "Policies: paper is the founding paper's, min knows the future (Belady) and bounds "
             "the hits of every other.",
-            f"PCIe counters are read around each run; a byte copied takes "
-            f"{study['link_bytes_per_byte_copied']:.3f} bytes on the link, measured beforehand, "
-            f"and the largest difference from the copies is {100 * own['link_error'].max():.1f}% "
-            f"(goal: {percent(GOAL_LINK_ERROR)}).",
+            *_link_notes(study, own),
             f"The allocator rounds what is asked for up by at most "
             f"{int(own['rounding_bytes'].max())} bytes.",
-            f"{len(left)} further settings were left out for time."
-            if left
-            else "No setting was left out.",
+            *witness_notes(data),
+            *_other_devices_notes(data),
+            *_left_out_notes(data),
         ),
     )
     panel = {
@@ -380,7 +537,8 @@ def buffering_part(data: Mapping[str, Any]) -> Described:
             ("One copy of a layer's experts in host memory was shared by all layers, which holds "
              "less memory there than a model would and changes no copy; " if shared else "")
             + f"{study['steps']} steps and {repetitions} repetitions per setting, one request: "
-            "high percentiles rest on few steps."
+            "high percentiles rest on few steps.",
+            *beside_banners([study]),
         ],
         section=section,
         result=result,
@@ -388,13 +546,24 @@ def buffering_part(data: Mapping[str, Any]) -> Described:
 
 
 def _run_said(study: Mapping[str, Any]) -> str:
-    """Returns where and how a study was run, in a line."""
-    hardware = study["hardware"]
+    """Returns where, how and under which routing a study was run, in a line."""
+    hardware, source = study["hardware"], study["routing_source"]
+    code = "".join(f", code {each}" for each in code_said([study]))
     beside = f"; beside it {study['beside']}" if study.get("beside") else ""
+    spread = (
+        f", experts of device {source['device']} of {source['devices']}"
+        if source["devices"] > 1
+        else ""
+    )
+    shared = (
+        "; one host copy shared by all layers" if study["host_copy_shared_by_all_layers"] else ""
+    )
     return (
         f"{study['command']} on {hardware['device_name']}, "
         f"driver {hardware.get('driver') or 'not known'}, "
-        f"torch {study['versions']['torch']}, {str(study['date'])[:10]}{beside}"
+        f"torch {study['versions']['torch']}, {str(study['date'])[:10]}{code}; recorded routing "
+        f"{source['trace']} ({source['model']}, {source['stack']}, top-{source['top_k']}{spread}), "
+        f"{study['weights_source']}{shared}{beside}"
     )
 
 

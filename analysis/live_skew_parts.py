@@ -265,6 +265,20 @@ def largest_error(data: Mapping[str, Any]) -> float:
         ) from error
 
 
+def _others_said(data: Mapping[str, Any]) -> str:
+    """Returns the largest relative error of every other kernel, where they were held to anything.
+
+    Earlier runs held moeprof's kernel only.
+    """
+    errors: dict[str, float] = {}
+    for row in data["agreement"]:
+        for kernel, error in row.get("by_kernel", {}).items():
+            if kernel != OURS:
+                errors[kernel] = max(error, errors.get(kernel, 0.0))
+    said = ", ".join(f"{error:.1e} ({KERNELS.get(name, name)})" for name, error in errors.items())
+    return f" Those of the others: {said}." if said else ""
+
+
 def _reference(data: Mapping[str, Any] | None) -> str:
     """Returns what outputs are held to, in words."""
     return str((data or {}).get("reference", "one GEMM per expert"))
@@ -401,7 +415,7 @@ def skew_part(data: Mapping[str, Any]) -> Described:
                 text=f"At every exponent moeprof's outputs are held to {_reference(data)}: the "
                 f"largest relative error is {error:.1e}, "
                 f"{'within' if agrees else 'beyond'} the {data['tolerance']:g} that roundings to "
-                "bfloat16 allow.",
+                f"bfloat16 allow.{_others_said(data)}",
                 severity=SEVERITY_FACT - 1 if agrees else SEVERITY_COST + 10,
                 section="skew",
             ),

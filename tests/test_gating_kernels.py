@@ -424,6 +424,35 @@ def test_the_page_reads_results_of_before_and_says_what_later_ones_add(bare):
     assert not any("Wrong" in each for each in part["banners"])
 
 
+def test_the_page_shows_the_routing_of_every_size_and_the_errors_of_timed_layers(bare):
+    part, text = kernels_part(bare, bare.kernels)
+    known = all("routing_source" in row for row in bare.kernels["rows"])
+    assert ("Routing of every geometry and size" in text) == known
+    data = later(bare.kernels)
+    names = dict.fromkeys(
+        (row["geometry"], row["num_tokens"], row["routing"]) for row in data["rows"]
+    )
+    for row in data["rows"]:
+        row["routing_source"] = f"drawn for {row['num_tokens']} tokens <b>"
+        row["extra_bytes"] = 4096 if row["mode"] == "eager" else None
+        row["relative_error"] = 0.007 if row["kernel"] == "static_mask" else 0.004
+    data["check"]["raised"] = {"transformers grouped_mm": "ValueError: no such tile", "x": "y"}
+    part, text = kernels_part(bare, data)
+    tables = {table["title"]: table["rows"] for table in part["sections"][0]["tables"]}
+    rows = tables["Routing of every geometry and size"]
+    assert [(row["geometry"], row["num_tokens"], row["routing"]) for row in rows] == list(names)
+    assert all(row["is"] == f"drawn for {row['num_tokens']} tokens <b>" for row in rows)
+    assert "on the layers that are timed 7.0e-03, of moeprof's 4.0e-03." in text
+    assert "not held to that. transformers grouped_mm: ValueError: no such tile." in text
+    every = tables["Every kernel, size and routing"]
+    # Graphs count no memory; a public kernel of before has no error and no memory.
+    assert {row["extra_memory"] for row in every if row["mode"] == "graph"} == {""}
+    assert "4 KiB" in {row["extra_memory"] for row in every if row["mode"] == "eager"}
+    assert {row["largest_token_error"] for row in every} <= {"7.0e-03", "4.0e-03", ""}
+    report = page.results_page(dataclasses.replace(bare, kernels=data))
+    assert "tokens <b>" not in report.html and "tokens <b>" not in report.markdown
+
+
 def test_the_page_says_that_a_kernel_was_off(bare):
     data = later(bare.kernels)
     data["failures"] = [script.off_said("moe-ops", 0.5, "on small layers")]

@@ -234,6 +234,20 @@ def test_outputs_that_differ_are_said(tmp_path, monkeypatch, bare, capsys):
 
 
 @pytest.mark.usefixtures("quick")
+def test_errors_of_the_other_kernels_are_said_too(tmp_path, monkeypatch, bare):
+    with_kernel(monkeypatch, "dynamic_grouped", lambda hidden, *given: torch.zeros_like(hidden))
+    assert script.main(["--out", str(tmp_path), "--tiny"]) == 1
+    data = json.loads((tmp_path / script.RESULT).read_text())
+    part, _ = part_of(bare, data)
+    said = " ".join(each["text"] for each in part["sections"][0]["findings"])
+    assert "Those of the others: 1.0e+00 (torch grouped GEMM), " in said
+    for row in data["agreement"]:
+        del row["by_kernel"]
+    part, _ = part_of(bare, data)
+    assert not any("of the others" in each["text"] for each in part["sections"][0]["findings"])
+
+
+@pytest.mark.usefixtures("quick")
 @pytest.mark.parametrize("kernel", script.CALLS)
 def test_one_token_of_any_kernel_is_enough(tmp_path, monkeypatch, capsys, kernel):
     """Of all 256 it is too little for a norm over the layer to notice."""

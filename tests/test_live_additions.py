@@ -24,7 +24,10 @@ from analysis.live_evidence import ADDITIONAL_FILES, FILES, RESULTS, read_eviden
 from analysis.live_parallel_parts import (
     dispatches_checked,
     error_rows,
+    not_estimated_rows,
+    part_rows,
     scaling_rows,
+    setting_of,
     step_rows,
 )
 from analysis.live_parts import rows_table
@@ -227,6 +230,81 @@ def test_the_page_says_how_estimates_were_corrected(additions):
     titles = [table["title"] for table in section["tables"]]
     assert titles == ["Steps measured", "How far off predictions were", "More devices"]
     assert section["tables"][2]["figure_class"] == "estimate"
+
+
+def test_what_was_not_estimated_for_more_devices_is_shown(additions):
+    title = "Not estimated for more devices"
+    before = additions["parallel"]
+    (section,) = analysis.ADDITIONS["parallel"].part(before).data["sections"]
+    assert title not in {table["title"] for table in section["tables"]}
+    data = json.loads(json.dumps(before))
+    late = "the time given to this trace was up"
+    data["traces"][0]["not_estimated"] = [
+        {"num_devices": 32, "setting": None, "wanted": True, "reason": "experts do not deal"},
+        {"num_devices": 16, "setting": "eplb", "wanted": True, "reason": late},
+        {"num_devices": 8, "setting": "random", "wanted": False, "reason": late},
+        {"num_devices": 16, "setting": "eplb+8", "wanted": False, "reason": HOSTILE},
+        {"num_devices": 16, "setting": "peak+8", "wanted": False, "reason": late},
+    ]
+    described = analysis.ADDITIONS["parallel"].part(data)
+    (section,) = described.data["sections"]
+    (table,) = [each for each in section["tables"] if each["title"] == title]
+    assert table["figure_class"] == "estimate"
+    assert [tuple(row.values()) for row in table["rows"]] == [
+        ("t.moeprof", 8, "random", "none", late),
+        ("t.moeprof", 16, "eplb, peak +8", "eplb", late),
+        ("t.moeprof", 16, "eplb +8", "none", HOSTILE),
+        ("t.moeprof", 32, "all", "all", "experts do not deal"),
+    ]
+    # Everything was estimated.
+    data["traces"][0]["not_estimated"] = []
+    (section,) = analysis.ADDITIONS["parallel"].part(data).data["sections"]
+    assert title not in {table["title"] for table in section["tables"]}
+
+
+def test_what_the_script_leaves_out_reads_as_the_page_has_it():
+    subject = expert_parallel.PlannerSetting(planner="eplb", num_redundant=8)
+    data = parallel_result()
+    row = {"num_devices": 8, "setting": str(subject), "wanted": False, "reason": "time"}
+    data["traces"][0]["not_estimated"] = [row]
+    (found,) = not_estimated_rows(data).to_dict("records")
+    assert found["placements"] == setting_of({"planner": "eplb", "num_redundant": 8}) == "eplb +8"
+
+
+def test_parts_of_steps_stand_beside_what_was_predicted_of_them():
+    data = parallel_result()
+    assert part_rows(data).empty
+    (section,) = analysis.ADDITIONS["parallel"].part(data).data["sections"]
+    assert not any("Parts" in table["title"] for table in section["tables"])
+    times = ((1.0, 3.0), (2.0, 4.0))
+    for row, (whole, sent) in zip(data["traces"][0]["steps"], times, strict=True):
+        row["parts_ms"] = {"size_exchange": whole, "experts": sent}
+        row["predicted_parts_ms"] = {"experts": 1.0, "size_exchange": 0.25}
+    (section,) = analysis.ADDITIONS["parallel"].part(data).data["sections"]
+    (table,) = [each for each in section["tables"] if each["title"].startswith("Parts")]
+    assert table["rows"] == [
+        {"trace": "t.moeprof", "num_tokens": 32, "size exchange": "1.500, predicted 0.250",
+         "experts": "3.500, predicted 1.000"}
+    ]  # fmt: skip
+
+
+def test_what_outputs_were_held_to_is_said(additions):
+    data = json.loads(json.dumps(additions["parallel"]))
+    (trace,) = data["traces"]
+    trace["outputs"]["contiguous"] = {"num_dispatches": 4, "num_equal": 3, "num_same_twice": 2}
+    trace["timed_outputs"]["contiguous"] = {"relative_error": 4e-3, "same_twice": False}
+    described = analysis.ADDITIONS["parallel"].part(data)
+    (section,) = described.data["sections"]
+    (note,) = [each for each in section["notes"] if each.startswith("Outputs are checked")]
+    assert "to the bit in 7 of 8 dispatches" in note
+    assert "off by at most 4.0e-03 (0.01 is allowed)" in note
+    assert "in 6 of those dispatches, and in 1 of 2 runs" in note
+    labels = {fact["label"] for fact in described.data["facts"]}
+    assert not any(label.startswith("Layer") for label in labels)
+    trace |= {"timed_site": 6, "geometry": {"num_experts": 512, "d_model": 1024, "d_ff": 4096}}
+    facts = analysis.ADDITIONS["parallel"].part(data).data["facts"]
+    lines = {fact["label"]: fact["lines"] for fact in facts}
+    assert lines["Layer, t.moeprof"] == ["512 experts of 1024 x 4096 (paper LM), layer timed: 6"]
 
 
 def test_layers_whose_dispatches_were_checked_are_counted_over_all_traces():
@@ -552,6 +630,13 @@ def test_hostile_text_is_escaped(evidence, additions):
     hostile = json.loads(json.dumps(additions).replace("H200", "HOSTILE").replace("H100", "HOSTILE")
                          .replace("t.moeprof", "HOSTILE").replace("of t", "HOSTILE")
                          .replace('"model a"', '"HOSTILE"'))  # fmt: skip
+    (trace,) = hostile["parallel"]["traces"]
+    trace |= {
+        "timed_site": 1, "geometry": {"num_experts": 1, "d_model": 1, "d_ff": "HOSTILE"},
+        "not_estimated": [{"num_devices": 8, "setting": "HOSTILE", "wanted": True,
+                           "reason": "HOSTILE"}],
+    }  # fmt: skip
+    hostile["parallel"]["source_sha256"] = "<script>alert"
     text = json.dumps(hostile).replace("HOSTILE", json.dumps(HOSTILE)[1:-1])
     page = analysis.results_page(dataclasses.replace(evidence, additions=json.loads(text)))
     assert "<script>alert" not in page.html and "<script>alert" not in page.markdown

@@ -369,7 +369,11 @@ def test_tiny_runs_leave_a_gpu_alone_and_readers_take_them(
     (study,) = found["studies"].values()
     assert study["settings"][0]["repetitions"][0]["link_reason"] == "runs on the CPU"
     assert study["settings"][0]["repetitions"][0]["allocator"] is None
-    assert buffering_matrix(found)["no_allocations"].all()
+    rows = buffering_matrix(found)
+    assert rows["no_allocations"].all()
+    # What the page says was not looked at, and why.
+    assert set(rows["profiler_left_out"]) == set(rows["link_not_judged"]) == {"runs on the CPU"}
+    assert rows["link_error_judged"].isna().all() and set(rows["link_judged_by"]) == {""}
     assert all(checks_held(found).values())
 
 

@@ -198,6 +198,18 @@ def test_the_zoo_s_own_experts_are_within_rounding_too() -> None:
     assert not wrong["holds"]
 
 
+def test_a_folders_own_result_keeps_its_studies(tmp_path: Path) -> None:
+    kept = tmp_path / "buffering_live.json"
+    kept.write_text(json.dumps({"studies": {"other": {}, "zoo-lm": {}, "qwen3-30b-a3b": {}}}))
+    buffering_live.main([
+        "--tiny", "--max-steps", "4", "--repetitions", "1", "--seconds", "0.01", "--studies",
+        "mt-decoder", "--out", str(tmp_path), "--into", f"{tmp_path}/../{tmp_path.name}/{kept.name}",
+    ])  # fmt: skip
+    studies = json.loads(kept.read_text())["studies"]
+    assert list(studies) == ["qwen3-30b-a3b", "mt-decoder", "zoo-lm", "other"]
+    assert studies["mt-decoder"]["settings"] and not studies["zoo-lm"]
+
+
 def test_devices_of_the_replay_are_added_up(tmp_path: Path) -> None:
     trace = synthetic_trace(tmp_path / "t.moeprof", num_requests=3, num_experts=8, seed=0)
     predicted = moeprof.replay.buffering(

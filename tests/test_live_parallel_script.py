@@ -14,7 +14,7 @@ import torch.distributed as dist  # noqa: E402
 from replay_tools import make_site  # noqa: E402
 
 from analysis.gpu import expert_parallel, parallel_studies  # noqa: E402
-from analysis.live_parallel_parts import scaling_rows  # noqa: E402
+from analysis.live_parallel_parts import parallel_part, scaling_rows  # noqa: E402
 from moeprof.errors import UsageError  # noqa: E402
 from moeprof.live.expert_parallel import PARTS  # noqa: E402
 from moeprof.live.parallel_estimates import AllToAllLine  # noqa: E402
@@ -117,6 +117,20 @@ def test_what_was_not_estimated_is_said(result, tmp_path):
         (8, "random", False),
     ]
     assert "24 experts" in said[0]["reason"] and "time" in said[2]["reason"]
+
+
+def test_the_page_takes_what_the_script_says(result):
+    (section,) = parallel_part(result).data["sections"]
+    assert "Not estimated for more devices" not in {each["title"] for each in section["tables"]}
+    (note,) = [each for each in section["notes"] if each.startswith("Outputs are checked")]
+    num_checked = sum(row["num_dispatches"] for row in result["traces"][0]["outputs"].values())
+    assert f"to the bit in {num_checked} of {num_checked} dispatches" in note
+    facts = {each["label"]: each["lines"] for each in parallel_part(result).data["facts"]}
+    (trace,) = result["traces"]
+    assert facts[f"Layer, {trace['trace']}"] == [
+        f"32 experts of 64 x 128 (tiny), layer timed: {trace['timed_site']}"
+    ]
+    assert facts["Code"] == [f"sha256 {result['source_sha256'][:16]} of its source"]
 
 
 def test_what_is_wanted_most_is_estimated_first():

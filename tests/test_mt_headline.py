@@ -27,6 +27,7 @@ from analysis.gpu import (  # noqa: E402
 )
 from analysis.gpu.headline_runs import ForcedGate, RunLimits, StepCursor  # noqa: E402
 from analysis.gpu.mt_stacks import MT_CONFIG, MtDecoder, MtEncoder, dense_config, widen  # noqa: E402
+from analysis.live_gating_parts import ONCE_TITLE  # noqa: E402
 from moeprof.live.application import apply_gating  # noqa: E402
 from moeprof.live.kernels import KERNELS, kernel_named  # noqa: E402
 from moeprof.live.paper_lm import PaperExperts, PaperFfn, PaperLmConfig  # noqa: E402
@@ -509,6 +510,79 @@ def test_the_part_shows_every_section(counted, tmp_path):
     assert len(live_mt_parts.mt_readme_rows(counted)) == 3
     live_mt_parts.draw_mt(counted, tmp_path / "mt.png")
     assert (tmp_path / "mt.png").stat().st_size > 5000
+
+
+def shown(data):
+    """The tables, the notes and the facts of the part that the page makes of a result."""
+    described = live_mt_parts.mt_part(data).data
+    tables = {
+        (section["title"], table["title"]): table["rows"]
+        for section in described["sections"]
+        for table in section["tables"]
+    }
+    notes = " ".join(note for section in described["sections"] for note in section["notes"])
+    return tables, notes, {fact["label"]: fact["lines"] for fact in described["facts"]}
+
+
+def test_what_ran_once_and_the_control_are_shown(counted):
+    data = copy.deepcopy(counted)
+    encoder, decoder = (data["parts"][name] for name in live_mt_parts.STACKS)
+    encoder["once"] = []
+    decoder.pop("once")
+    encoder["control"]["rows"] = []
+    tables, notes, facts = shown(data)
+    assert not any(title == ONCE_TITLE for _, title in tables)
+    control = "On uniform routing, which keeps all experts busy"
+    assert ("MT decoder", control) in tables and ("MT encoder", control) not in tables
+    batches = [row["batch"] for row in tables["MT decoder", control]]
+    assert batches == [row["batch"] for row in decoder["control"]["rows"]]
+    once = headline_runs.run_once(lambda batch: (32 * batch, lambda: None), 64, "cpu")
+    once |= {"gating": "dynamic", "pass_ms": 8000.0, "extra_bytes": 5 << 30}
+    encoder["once"] = [once]
+    reason = "the time given to this gating is up"
+    encoder["control"]["skipped"] = [
+        {"gating": "dynamic", "batch": batch, "reason": reason} for batch in (96, 48)
+    ]
+    tables, notes, facts = shown(data)
+    ((row,),) = [rows for (_, title), rows in tables.items() if title == ONCE_TITLE]
+    # 64 sentences of 32 tokens in 8 s.
+    assert row["tokens_per_s"] == 256 and row["pass_ms"] == 8000
+    assert f"On uniform routing not tried: {live_mt_parts.GATINGS['dynamic']}, batches from 48" in (
+        notes
+    )
+    assert set(live_mt_parts.mt_rows(data)) >= {"mt-encoder-once"}
+    assert "mt-decoder-once" not in live_mt_parts.mt_rows(data)
+    assert facts["Model, MT encoder"][0].startswith("24 layers, one in 4 with 128 experts, top-2")
+    assert facts["Code"] == [f"sha256 {data['source_sha256'][:16]} of its source"]
+    assert ("MT encoder", "What moeprof's gains rest on") in tables
+
+
+def test_repetitions_of_the_script_are_those_that_gains_ask_for(counted):
+    tables, notes, _ = shown(counted)
+    rows = tables["MT decoder", "What moeprof's gains rest on"]
+    assert {row["its_repetitions"] for row in rows} == {headline_series.JUDGED_REPEATS}
+    assert "20 repetitions each" in notes and "Not measured again" not in notes
+
+
+def test_what_a_ranks_share_rests_on_is_said(counted):
+    data = copy.deepcopy(counted)
+    share = data["parts"]["rank-share"]
+    lm, mt = live_mt_parts.judged_settings(share).values()
+    lm |= {"rank": 4, "rows_received_most": 19333, "rows_received_mean": 16567.25}
+    weights = lm["rows"][0]["weight_bytes"]
+    lm["weight_bytes_by_shape"] = weights
+    mt["weight_bytes_by_shape"] = mt["rows"][0]["weight_bytes"] + 1024
+    share["skipped"] = [{"model": "mt", "batch_per_rank": 6, "reason": "no time"}]
+    _, notes, _ = shown(data)
+    assert "rank 4, whose largest layer receives 19,333 rows, a mean one 16,567" in notes
+    ratio = lm["predicted_ratios"][live_mt_parts.JUDGED_RATIO]
+    assert f"by arithmetic static over dynamic is {ratio:.2f}" in notes
+    assert notes.count("as arithmetic on shapes has it.") == 1
+    assert "arithmetic on shapes has +1,024 bytes." in notes
+    assert "Not run: MT of 54.5B, 6 sequences a rank: no time." in notes
+    # On a CPU the weights are not held to arithmetic.
+    lm["weight_bytes_by_shape"] = mt["weight_bytes_by_shape"] = None
+    assert "arithmetic on shapes has" not in shown(data)[1]
 
 
 def test_what_was_not_run_is_not_measured(counted, result):

@@ -162,9 +162,12 @@ def said_command(arguments: Sequence[str]) -> str:
 
 
 def put_into(path: Path, found: dict[str, Any]) -> None:
-    """Writes studies into a file, beside those of other names that it holds."""
+    """Writes studies into a file, beside those of other names that it holds, in their order."""
     held = json.loads(path.read_text(encoding="utf-8"))["studies"] if path.exists() else {}
-    write_json(path, {"studies": {**held, **found}})
+    every = {**held, **found}
+    known = [name for name in STUDIES if name in every]
+    others = [name for name in every if name not in STUDIES]
+    write_json(path, {"studies": {name: every[name] for name in (*known, *others)}})
 
 
 def named_studies(text: str) -> tuple[str, ...]:
@@ -222,7 +225,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
             **bench.table(),
         }
         bench.close()
-        write_json(target, {"studies": found})
+        # FILE may be DIR's own result, whose other studies must stay.
+        if options.into is None or options.into.resolve() != target.resolve():
+            write_json(target, {"studies": found})
         if options.into is not None:
             put_into(options.into, {study.name: found[study.name]})
     say(f"Wrote {target}")

@@ -574,6 +574,9 @@ def buffering_matrix(buffering: Mapping[str, Any]) -> pd.DataFrame:
             control = row.get("wrong_expert_on_host")
             net_error = abs(float(np.median(net)))
             judged = row.get("link_judged")
+            judged_error = net_error
+            if judged is not None and not row.get("link_errors_net"):
+                judged_error = abs(float(np.median(errors)))
             rounded = row.get("output_errors") or {}
             allocator = row.get("allocator_in_steady_state") or {}
             rows.append(
@@ -604,7 +607,7 @@ def buffering_matrix(buffering: Mapping[str, Any]) -> pd.DataFrame:
                     "link_error": max(errors),
                     "link_error_net": net_error,
                     "link_error_net_worst": max(abs(error) for error in net),
-                    "link_error_judged": net_error if judged is None else judged["error"],
+                    "link_error_judged": judged_error,
                     "link_judged_by": "" if judged is None else judged["by"],
                     "link_not_judged": _why_link_not_judged(row),
                     "profiler_left_out": row.get("profiler_left_out", ""),

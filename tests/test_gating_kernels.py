@@ -6,6 +6,8 @@ import contextlib
 import copy
 import dataclasses
 import json
+import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -15,6 +17,7 @@ torch = pytest.importorskip("torch")
 import moeprof  # noqa: E402
 from analysis import live_results as page  # noqa: E402
 from analysis.gpu import gating_kernels as script  # noqa: E402
+from analysis.gpu.kernel_tuning import forget_tuning  # noqa: E402
 from analysis.live_evidence import read_evidence  # noqa: E402
 from moeprof.live.ceilings import Ceilings  # noqa: E402
 from moeprof.live.experts import ExpertWeights, random_experts  # noqa: E402
@@ -337,6 +340,52 @@ def test_a_public_kernel_that_fails_does_not_cost_the_run(tmp_path, monkeypatch,
     )
 
 
+class Autotuner:
+    """As Triton's, as far as it is asked."""
+
+    def __init__(self, **chosen):
+        self.cache = chosen
+
+
+def test_others_choose_their_tiles_anew(monkeypatch):
+    class Touchy:
+        def __getattribute__(self, name):
+            raise ImportError(name)
+
+    package, module = types.ModuleType("tuned"), types.ModuleType("tuned.gemm")
+    other = types.ModuleType("tunedtoo")
+    module.first, module.unused = Autotuner(a=1, b=2), Autotuner()
+    package.again, package.touchy, other.first = module.first, Touchy(), Autotuner(a=1)
+    for each in (package, module, other):
+        monkeypatch.setitem(sys.modules, each.__name__, each)
+    assert forget_tuning(["tuned", "absent"]) == 1
+    assert module.first.cache == {} and other.first.cache == {"a": 1}
+    assert forget_tuning(["tuned"]) == 0
+
+
+@pytest.mark.usefixtures("quick")
+def test_no_choice_of_another_size_is_timed(tmp_path, monkeypatch):
+    """A kernel that chooses once would take for 256 tokens what it chose for the check's few."""
+    module = types.ModuleType("tuned")
+    module.gemm = Autotuner()
+    monkeypatch.setitem(sys.modules, "tuned", module)
+
+    def choosing(hidden, ids, weights, experts):
+        module.gemm.cache.setdefault("experts", len(hidden))
+        chosen.append((len(hidden), module.gemm.cache["experts"]))
+        return script.transformers_grouped(hidden, ids, weights, experts)
+
+    chosen = []
+    monkeypatch.setattr(script, "PUBLIC", {"moe-ops": ("tuned", choosing)})
+    monkeypatch.setattr(script, "_ON_GPU_ONLY", ())
+    monkeypatch.setattr(script.importlib.util, "find_spec", lambda name: name)
+    assert script.main(["--out", str(tmp_path), "--tiny"]) == 0
+    sizes = {pair for pair in chosen if pair[0] in (8, 256)}
+    assert (256, 256) in sizes and (8, 8) in sizes
+    # The check's own cases have 1 and 8 tokens.
+    assert sizes <= {(8, 1), (8, 8), (256, 256)}
+
+
 def test_why_public_kernels_are_not_run(monkeypatch):
     monkeypatch.setattr(script.importlib.util, "find_spec", lambda name: None)
     calls, not_run = script.public_kernels()
@@ -404,6 +453,19 @@ def later(data):
     return data
 
 
+def before(data):
+    """Returns a result as runs wrote it at first."""
+    data = copy.deepcopy(data)
+    for row in data["rows"]:
+        for each in ("routing_source", "relative_error", "extra_bytes", "ahead"):
+            row.pop(each, None)
+    for each in ("tolerance", "cases_by_kernel", "raised"):
+        del data["check"][each]
+    for each in ("public_not_run", "failures", "source_sha256"):
+        del data[each]
+    return data
+
+
 def kernels_part(bare, data):
     report = page.results_page(dataclasses.replace(bare, kernels=data))
     (part,) = [each for each in report.json_data["traces"] if each["id"] == "kernels"]
@@ -411,7 +473,7 @@ def kernels_part(bare, data):
 
 
 def test_the_page_reads_results_of_before_and_says_what_later_ones_add(bare):
-    part, text = kernels_part(bare, bare.kernels)
+    part, text = kernels_part(bare, before(bare.kernels))
     assert "of each kind the result keeps the description of the last." in text
     assert "kernels agree with float64 in 36 cases each" in text
     assert "asks for all repetitions" not in text and "did not time" not in text

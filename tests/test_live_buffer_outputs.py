@@ -201,9 +201,10 @@ def test_the_zoo_s_own_experts_are_within_rounding_too() -> None:
 def test_a_folders_own_result_keeps_its_studies(tmp_path: Path) -> None:
     kept = tmp_path / "buffering_live.json"
     kept.write_text(json.dumps({"studies": {"other": {}, "zoo-lm": {}, "qwen3-30b-a3b": {}}}))
+    same = tmp_path / ".." / tmp_path.name / kept.name
     buffering_live.main([
         "--tiny", "--max-steps", "4", "--repetitions", "1", "--seconds", "0.01", "--studies",
-        "mt-decoder", "--out", str(tmp_path), "--into", f"{tmp_path}/../{tmp_path.name}/{kept.name}",
+        "mt-decoder", "--out", str(tmp_path), "--into", str(same),
     ])  # fmt: skip
     studies = json.loads(kept.read_text())["studies"]
     assert list(studies) == ["qwen3-30b-a3b", "mt-decoder", "zoo-lm", "other"]

@@ -8,7 +8,8 @@ tokens; MT, 128 experts of 2048 x 8192, capacity 1.0; top-2 in both, experts wit
 rectifier. Routing is drawn (uniform; a Zipf law) and, where a trace is given, taken from it. The
 floor of a layer is max(active expert bytes / copy bandwidth, FLOPs / matrix rate), both rates
 measured in the same run. Public kernels run where they are installed: transformers' grouped_mm, and
-moe-ops (PyPI); the result says which were not run, and why.
+moe-ops (PyPI), which chooses its tiles anew for every number of tokens; the result says which were
+not run, and why.
 
 Outputs of every kernel are held to float64, token by token: on many shapes first, then on each
 layer that is timed. A missing, doubled or wrongly weighted slot of one token is beyond the
@@ -36,6 +37,7 @@ import torch
 import torch.nn.functional as F
 
 from analysis.gpu.evidence import evidence, write_json
+from analysis.gpu.kernel_tuning import forget_tuning
 from moeprof.live.ceilings import Ceilings, measure_ceilings
 from moeprof.live.experts import ExpertWeights, random_experts
 from moeprof.live.kernels import KERNELS
@@ -617,6 +619,7 @@ def measure(options: argparse.Namespace) -> list[str]:
         public={name: call for name, call in public.items() if name in held},
         ceilings=ceilings, device=device, repeats=repeats, rest_s=rest_s,
     )  # fmt: skip
+    others = [module for module, _ in PUBLIC.values()]
     rows: list[dict[str, Any]] = []
     for full in (LM, MT):
         geometry = tiny(full) if options.tiny else full
@@ -630,10 +633,12 @@ def measure(options: argparse.Namespace) -> list[str]:
         ]  # fmt: skip
         if full is LM:
             for num_tokens in FEW_TOKENS[: 1 if options.tiny else None]:
+                forget_tuning(others)
                 for source in sources(geometry, num_tokens, GRAPH_CALLS, device, options.routing):
                     rows += time_few(geometry, layers, num_tokens, source, run)
         del layers[1:]
         for num_tokens in (256,) if options.tiny else MANY_TOKENS[full.name]:
+            forget_tuning(others)
             for source in sources(geometry, num_tokens, 1, device, options.routing):
                 rows += time_many(geometry, layers[0], num_tokens, source, run)
         del layers

@@ -35,6 +35,7 @@ from analysis.live_evidence import (
     gains,
     headline_rows,
     kernel_rows,
+    once_rows,
 )
 from analysis.live_goals import (
     GIB,
@@ -45,6 +46,8 @@ from analysis.live_goals import (
 from analysis.live_styles import INK, SOFT, STYLE, save
 
 _LABELLED_BATCH = 64
+_LEAST_APART = 1.24
+_MOST_DOUBLINGS = 256
 _STYLES: Mapping[str, tuple[str, str, Any]] = MappingProxyType(
     {
         "dense": ("#6b7280", ".", (0, (1, 1.6))),
@@ -103,7 +106,7 @@ def draw_headline(evidence: Evidence, path: Path) -> None:
         upper, lower = right.subfigures(2, 1, height_ratios=[1, 1.05])
         rows = headline_rows(evidence.headline)
         _draw_rates(left.subplots(), rows, evidence)
-        _draw_memory(upper.subplots(), rows)
+        _draw_memory(upper.subplots(), rows, once_rows(evidence.headline))
         _draw_parts(lower.subplots(), breakdown_rows(evidence.headline))
         config = evidence.headline["config"]
         heading.text(
@@ -116,11 +119,19 @@ def draw_headline(evidence: Evidence, path: Path) -> None:
             0.012, 0.1,
             f"{config['num_layers']} layers, every second with {config['num_experts']} experts, "
             f"top-{config['top_k']}; bf16; scored under routing recorded from a trained twin; "
-            "medians of repetitions"
-            + ("; the loop: an earlier run" if "earlier" in evidence.headline else ""),
+            "medians of repetitions" + _marks_said(evidence.headline, rows),
             fontsize=9.5, color=SOFT, va="center",
         )  # fmt: skip
         save(figure, path)
+
+
+def _marks_said(headline: Mapping[str, Any], rows: pd.DataFrame) -> str:
+    """Returns what else a reader of the figure must know."""
+    earlier = {row["gating"] for row in headline.get("earlier", {}).get("rows", ())}
+    names = [_SHORT[name] for name in GATINGS if name in earlier]
+    return ("; x: out of memory" if rows["out_of_memory"].any() else "") + (
+        f"; of an earlier run: {', '.join(names)}" if names else ""
+    )
 
 
 def _draw_rates(axes: Axes, rows: pd.DataFrame, evidence: Evidence) -> None:
@@ -146,11 +157,6 @@ def _draw_rates(axes: Axes, rows: pd.DataFrame, evidence: Evidence) -> None:
             row["batch"], last["tokens_per_s"], marker="x", color=_STYLES[row["gating"]][0],
             markersize=8, markeredgewidth=2,
         )  # fmt: skip
-        axes.annotate(
-            f"{_best_said(row['gating'], best)}\nout of memory",
-            (row["batch"], last["tokens_per_s"]), xytext=(9, 5), textcoords="offset points",
-            fontsize=9.5, va="top", color=_STYLES[row["gating"]][0],
-        )  # fmt: skip
     _label_ends(axes, rows, best)
     gain = gains(evidence.headline)["static_mask"].own_best
     ours, mask = best["dynamic"], best["static_mask"]
@@ -163,12 +169,12 @@ def _draw_rates(axes: Axes, rows: pd.DataFrame, evidence: Evidence) -> None:
         linestyle=(0, (1, 2)), zorder=1,
     )  # fmt: skip
     axes.text(
-        mask["batch"] * 0.93, 1.35 * (ours["tokens_per_s"] * mask["tokens_per_s"]) ** 0.5,
-        f"{gain:.1f}x", fontsize=15, fontweight="bold", ha="right", va="center",
-        bbox={"facecolor": "white", "edgecolor": "none", "pad": 1.5},
+        mask["batch"] * 1.12, 0.79 * ours["tokens_per_s"], f"{gain:.1f}x", fontsize=14,
+        fontweight="bold", va="center",
     )  # fmt: skip
-    axes.set(xscale="log", yscale="log", xlim=(0.85, 1_600), ylim=(3_600, 640_000))
-    _power_ticks(axes, [1, 2, 4, 8, 16, 32, 64, 128])
+    axes.set(xscale="log", yscale="log", ylim=(3_600, 640_000))
+    axes.set_xlim(0.85, rows["batch"].max() * 1.25)
+    _power_ticks(axes, _batch_ticks(rows))
     axes.yaxis.set_major_locator(FixedLocator([5e3, 1e4, 2e4, 5e4, 1e5, 2e5, 5e5]))
     axes.yaxis.set_minor_locator(NullLocator())
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value / 1e3:g}k"))
@@ -177,22 +183,16 @@ def _draw_rates(axes: Axes, rows: pd.DataFrame, evidence: Evidence) -> None:
 
 
 def _label_ends(axes: Axes, rows: pd.DataFrame, best: Mapping[str, Any]) -> None:
-    """Writes each gating's name and best figure behind its line, pushed apart where they meet."""
-    least = 1.24
+    """Writes each gating's name and best figure beside its line's end, pushed apart."""
     ends = []
     for name in _gating_styles():
         own = rows[(rows["gating"] == name) & ~rows["out_of_memory"]]
-        ends.append((name, own.iloc[-1]["batch"], own.iloc[-1]["tokens_per_s"]))
-    ends.sort(key=lambda end: -end[2])
+        ends.append((name, own.iloc[-1]["tokens_per_s"]))
     previous = float("inf")
-    out = set(rows.loc[rows["out_of_memory"], "gating"])
-    for name, batch, rate in ends:
-        if name in out:
-            continue  # Its name stands where it ran out.
-        y = min(rate, previous / least) if batch > _LABELLED_BATCH else rate
-        previous = y if batch > _LABELLED_BATCH else previous
+    for name, rate in sorted(ends, key=lambda end: -end[1]):
+        previous = min(rate, previous / _LEAST_APART)
         axes.text(
-            batch * 1.13, y, _best_said(name, best),
+            1.015, previous, _best_said(name, best), transform=axes.get_yaxis_transform(),
             fontsize=9.5, va="center", color=_STYLES[name][0],
             fontweight="bold" if name == "dynamic" else "normal",
         )  # fmt: skip
@@ -202,16 +202,18 @@ def _best_said(name: str, best: Mapping[str, Any]) -> str:
     return f"{_SHORT[name]}: {best[name]['tokens_per_s'] / 1e3:.0f}k"
 
 
-def _draw_memory(axes: Axes, rows: pd.DataFrame) -> None:
+def _draw_memory(axes: Axes, rows: pd.DataFrame, once: pd.DataFrame) -> None:
+    """Draws memory, also that of batches that ran a single time."""
+    ran = pd.concat([rows[~rows["out_of_memory"]], once]).sort_values("batch")
     for name, (colour, mark, line) in _gating_styles().items():
-        own = rows[(rows["gating"] == name) & ~rows["out_of_memory"]]
+        own = ran[ran["gating"] == name]
         axes.plot(
             own["batch"], own["extra_bytes"] / GIB, color=colour, marker=mark, linestyle=line,
             markersize=4, linewidth=2.4 if name == "dynamic" else 1.5, label=_SHORT[name],
         )  # fmt: skip
     axes.set(xscale="log", yscale="log")
-    _power_ticks(axes, [1, 2, 4, 8, 16, 32, 64, 128])
-    axes.yaxis.set_major_locator(FixedLocator([0.5, 1, 2, 5, 10, 20]))
+    _power_ticks(axes, _batch_ticks(ran))
+    axes.yaxis.set_major_locator(FixedLocator([0.5, 1, 2, 5, 10, 20, 50]))
     axes.yaxis.set_minor_locator(NullLocator())
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     for name, words, shift, side in (
@@ -220,7 +222,7 @@ def _draw_memory(axes: Axes, rows: pd.DataFrame) -> None:
         ("static_index", "indices", (7, -1), "left"),
         ("dynamic", "dynamic, dense", (-2, -22), "right"),
     ):
-        last = rows[(rows["gating"] == name) & ~rows["out_of_memory"]].iloc[-1]
+        last = ran[ran["gating"] == name].iloc[-1]
         if name == "dynamic":
             last = at_batch(rows, name, _LABELLED_BATCH)
         axes.annotate(
@@ -382,6 +384,13 @@ def _power_ticks(axes: Axes, ticks: list[int]) -> None:
     axes.xaxis.set_major_locator(FixedLocator(ticks))
     axes.xaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+
+
+def _batch_ticks(rows: pd.DataFrame) -> list[int]:
+    """Returns powers of two, or of four where there are many, up to the largest batch."""
+    most = int(rows["batch"].max())
+    step = 1 if most <= _MOST_DOUBLINGS else 2
+    return [1 << power for power in range(0, most.bit_length(), step)]
 
 
 def _length(rows: pd.DataFrame) -> int:

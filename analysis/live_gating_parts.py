@@ -40,6 +40,7 @@ from analysis.live_goals import (
     PUBLISHED_GAIN,
     PUBLISHED_GAIN_NODES,
     percent,
+    share_said,
 )
 from analysis.live_parts import (
     beside_banners,
@@ -361,7 +362,7 @@ def kernels_part(data: Mapping[str, Any]) -> Described:
     for routing, found in many.items():
         goal = GOAL_MANY_UNIFORM if routing == "uniform" else GOAL_MANY_SKEWED
         (reached if found >= goal else missed).append(
-            f"{percent(found)} on {ROUTINGS[routing]} routing (goal {percent(goal)})"
+            f"{share_said(found, goal)} on {ROUTINGS[routing]} routing (goal {percent(goal)})"
         )
     errors = data["check"]["largest_relative_error"]
     findings = (
@@ -377,9 +378,9 @@ def kernels_part(data: Mapping[str, Any]) -> Described:
             metric=f"kernels/share/dynamic/{RECORDED}",
         ),
         Finding(
-            text=f"At {sizes[0]} to {sizes[-1]} tokens, as CUDA graphs, it reaches {percent(low)} "
-            f"to {percent(high)} of the floor on uniform routing "
-            f"(goal {percent(GOAL_FEW_UNIFORM)}: "
+            text=f"At {sizes[0]} to {sizes[-1]} tokens, as CUDA graphs, it reaches "
+            f"{share_said(low, GOAL_FEW_UNIFORM)} to {percent(high)} of the floor on uniform "
+            f"routing (goal {percent(GOAL_FEW_UNIFORM)}: "
             f"{'reached' if low >= GOAL_FEW_UNIFORM else 'missed'}).",
             severity=SEVERITY_FACT,
             section="kernels",

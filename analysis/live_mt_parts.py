@@ -478,6 +478,7 @@ def _rank_said(setting: Mapping[str, Any]) -> str:
 def draw_mt(data: Mapping[str, Any], path: Path) -> None:
     """Draws tokens per second and memory beyond the weights by batch, a column per stack."""
     stacks = [(label, found) for name, label in STACKS.items() if (found := ran(data, name))]
+    ended = False
     with mpl.rc_context(dict(STYLE)):
         width = max(1, len(stacks))
         figure, grid = plt.subplots(
@@ -485,8 +486,9 @@ def draw_mt(data: Mapping[str, Any], path: Path) -> None:
             height_ratios=[3, 2], layout="constrained",
         )  # fmt: skip
         for column, (label, found) in enumerate(stacks):
-            rows = headline_rows(found)
-            rows = rows[~rows["out_of_memory"]]
+            every = headline_rows(found)
+            rows, out = every[~every["out_of_memory"]], every[every["out_of_memory"]]
+            ended |= not out.empty
             rates, sizes = grid[0][column], grid[1][column]
             for gating, said in GATINGS.items():
                 own = rows[rows["gating"] == gating].sort_values("batch")
@@ -496,7 +498,17 @@ def draw_mt(data: Mapping[str, Any], path: Path) -> None:
                          "linestyle": "--" if gating == "dense" else "-",
                          "color": _COLOURS[gating]}  # fmt: skip
                 rates.plot(own["batch"], own["tokens_per_s"], label=said, **style)
-                sizes.plot(own["batch"], own["extra_bytes"] / GIB, **style)
+                points = memory_points(rows, once_rows(found), gating)
+                sizes.plot(
+                    *zip(*((batch, size / GIB) for batch, size in points), strict=True), **style
+                )
+                last = own.iloc[-1]
+                for batch in out.loc[out["gating"] == gating, "batch"]:
+                    rates.plot(
+                        [last["batch"], batch], [last["tokens_per_s"]] * 2, linestyle=":",
+                        linewidth=0.8, marker="x", markersize=6, markevery=[1],
+                        color=_COLOURS[gating],
+                    )  # fmt: skip
             for axes in (rates, sizes):
                 axes.set_xscale("log", base=2)
                 axes.set_yscale("log")
@@ -513,7 +525,8 @@ def draw_mt(data: Mapping[str, Any], path: Path) -> None:
                           fontsize=8.5)  # fmt: skip
         device = data["hardware"]["device_name"] or data["hardware"]["cpu_name"]
         figure.suptitle(
-            f"The paper's translation model on one {device}",
+            f"The paper's translation model on one {device}"
+            + ("; x: out of memory" if ended else ""),
             x=0.01, ha="left", fontsize=12.5, fontweight="bold",
         )  # fmt: skip
         save(figure, path)

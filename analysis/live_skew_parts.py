@@ -21,6 +21,7 @@ from analysis.live_goals import (
     Goal,
     not_measured,
     percent,
+    share_said,
 )
 from analysis.live_parts import (
     Addition,
@@ -232,13 +233,6 @@ def uniform_row(rows: pd.DataFrame) -> pd.Series[Any] | None:
     """Returns moeprof's kernel on uniform routing; None where that was not measured."""
     own = rows[(rows["kernel"] == OURS) & (rows["exponent"] == 0)]
     return None if own.empty else own.iloc[0]
-
-
-def share_said(share: float, goal: float) -> str:
-    """Returns a share as a percentage that does not read as its goal where it misses that."""
-    if share < goal and percent(share) == percent(goal):
-        return f"{math.floor(1000 * share) / 10:.1f}%"
-    return percent(share)
 
 
 def beside_multiplying(row: pd.Series[Any]) -> str:

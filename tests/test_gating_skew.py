@@ -25,6 +25,7 @@ from analysis.live_evidence import (  # noqa: E402
     RESULTS,
     read_evidence,
 )
+from analysis.live_goals import share_said  # noqa: E402
 from moeprof.errors import MoeprofError  # noqa: E402
 from moeprof.live.ceilings import Ceilings  # noqa: E402
 from moeprof.live.experts import random_experts  # noqa: E402
@@ -324,7 +325,7 @@ def test_another_outcome_is_said_otherwise():
     ("share", "said"), [(0.6, "60%"), (0.5999, "59.9%"), (0.597, "59.7%"), (0.594, "59%")]
 )
 def test_a_missed_goal_does_not_read_as_reached(share, said):
-    assert parts.share_said(share, 0.6) == said
+    assert share_said(share, 0.6) == said
 
 
 def test_the_part_says_what_was_found(bare):

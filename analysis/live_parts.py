@@ -12,6 +12,7 @@ from pandas.api.types import is_float_dtype, is_integer_dtype
 
 from analysis.live_evidence import ADDITIONAL_FILES, FILES
 from analysis.live_goals import Goal
+from moeprof.live.source_digest import code_digest
 from moeprof.replay import wording
 from moeprof.replay.result import Finding, Result
 from moeprof.reporting.document import Described, with_findings
@@ -171,7 +172,12 @@ _DIGEST_LENGTH = 16
 def code_said(measurements: Sequence[Mapping[str, Any]]) -> list[str]:
     """Returns which code was measured, a line each; nothing where no result says so."""
     digests = [each.get("source_sha256") for each in measurements]
-    said = _once([f"sha256 {str(each)[:_DIGEST_LENGTH]} of its source" for each in digests if each])
+    now = code_digest()
+    said = _once([
+        f"sha256 {str(each)[:_DIGEST_LENGTH]} of its source, "
+        + ("that of this page" if each == now else "not that of this page")
+        for each in digests if each
+    ])  # fmt: skip
     if said and not all(digests):
         said.append("not recorded by earlier runs")
     return said

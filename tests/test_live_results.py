@@ -46,6 +46,7 @@ from analysis.live_routing_parts import (
     witness_notes,
 )
 from analysis.run_differences import run_of_rounds
+from moeprof.live.source_digest import code_digest
 from moeprof.live.step_percentiles import repetitions_of
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -855,14 +856,20 @@ def test_what_gains_rest_on(raw):
 
 def test_the_code_and_the_model_that_were_measured_are_named(raw):
     assert code_said([{}, {}]) == []
-    assert code_said([{"source_sha256": "ab" * 32}] * 2) == [f"sha256 {'ab' * 8} of its source"]
+    other = f"sha256 {'ab' * 8} of its source, not that of this page"
+    assert code_said([{"source_sha256": "ab" * 32}] * 2) == [other]
+    now = code_digest()
+    said = [f"sha256 {now[:16]} of its source, that of this page"]
+    assert code_said([{"source_sha256": now}]) == said
     assert code_said([{"source_sha256": "ab" * 32}, {}])[1:] == ["not recorded by earlier runs"]
     bare = {key: value for key, value in raw["headline"].items() if key != "source_sha256"}
     for digest in (None, "0123456789abcdef" * 4):
         data = bare if digest is None else {**bare, "source_sha256": digest}
         facts = {each["label"]: each["lines"] for each in headline_part(data).data["facts"]}
         assert facts.get("Code") == (
-            None if digest is None else ["sha256 0123456789abcdef of its source"]
+            None
+            if digest is None
+            else ["sha256 0123456789abcdef of its source, not that of this page"]
         )
         assert facts["Model"] == [
             "24 layers, one in 2 with 512 experts, top-2, d_model 1024, d_ff 4096, random weights"
@@ -990,7 +997,7 @@ def test_studies_of_buffers_say_their_routing_and_what_they_left_out(raw):
     assert said.endswith(f"{row['policy']} {row['capacity']}: 52 of 528, all 519 of 4,224.")
     facts = {each["label"]: " ".join(each["lines"]) for each in described.data["facts"]}
     run = facts["Run of the paper's MT decoder"]
-    assert f"code sha256 {'c' * 16} of its source" in run
+    assert f"code sha256 {'c' * 16} of its source, not that of this page" in run
     assert "(twin-mt, decoder, top-2, experts of device 0 of 8), random weights; one host" in run
     assert "weights of zoo:lm" in facts["Run of zoo:lm"]
     assert "one host" not in facts["Run of zoo:lm"]

@@ -18,6 +18,7 @@ import numpy as np
 import pandas as pd
 
 from analysis.gpu.allocator_readings import is_steady
+from analysis.gpu.link_readings import LINK_TOLERANCE, half_width, link_judged
 from moeprof.errors import MoeprofError
 
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -105,7 +106,7 @@ ROUTINGS: Mapping[str, str] = MappingProxyType(
     }
 )
 
-GOAL_LINK_ERROR = 0.02
+GOAL_LINK_ERROR = LINK_TOLERANCE
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -564,7 +565,9 @@ def buffering_matrix(buffering: Mapping[str, Any]) -> pd.DataFrame:
     ``link_error_net`` is the middle one, less the bytes that the same run receives where no expert
     is copied: commands, ids and rows, which vary from run to run. ``link_error_judged`` is the one
     that is held to the goal: net, or of all bytes where no run without copies was counted, as the
-    run said. Results from before a run said so, and why the profiler was left out, have blanks.
+    run said. ``link_error_known`` tells where half of its 90% interval is within the goal: runs
+    that copy little differ by more than they copy. Results from before a run said so, and why the
+    profiler was left out, have blanks.
     """
     rows = []
     for name, study in buffering["studies"].items():
@@ -573,10 +576,9 @@ def buffering_matrix(buffering: Mapping[str, Any]) -> pd.DataFrame:
             net = row.get("link_errors_net") or [math.nan]
             control = row.get("wrong_expert_on_host")
             net_error = abs(float(np.median(net)))
-            judged = row.get("link_judged")
-            judged_error = net_error
-            if judged is not None and not row.get("link_errors_net"):
-                judged_error = abs(float(np.median(errors)))
+            # Runs from before there was this judgement had no other than net.
+            judged = link_judged(row) if row.get("link_judged") else None
+            width = half_width(row.get("link_errors_net") or errors)
             rounded = row.get("output_errors") or {}
             allocator = row.get("allocator_in_steady_state") or {}
             rows.append(
@@ -607,16 +609,28 @@ def buffering_matrix(buffering: Mapping[str, Any]) -> pd.DataFrame:
                     "link_error": max(errors),
                     "link_error_net": net_error,
                     "link_error_net_worst": max(abs(error) for error in net),
-                    "link_error_judged": judged_error,
-                    "link_judged_by": "" if judged is None else judged["by"],
+                    "link_error_judged": net_error if judged is None else judged["error"],
+                    "link_error_half_width": width,
+                    "link_error_known": not width > GOAL_LINK_ERROR,
+                    "link_judged_by": "" if judged is None else row["link_judged"]["by"],
                     "link_not_judged": _why_link_not_judged(row),
                     "profiler_left_out": row.get("profiler_left_out", ""),
+                    "p50_ms": row.get("decode_p50_ms", math.nan),
+                    "p95_ms": row.get("decode_p95_ms", math.nan),
+                    "num_repetitions": len(row["repetitions"]),
+                    "copy_overlap_share": _overlap(row),
                     "most_blocks_of_a_step": allocator.get("most_blocks_of_a_step", math.nan),
                     "worst_row_error": rounded.get("worst_row", math.nan),
                     "row_tolerance": rounded.get("tolerance", math.nan),
                 }
             )
     return pd.DataFrame(rows)
+
+
+def _overlap(row: Mapping[str, Any]) -> float:
+    """Returns the share of the copies' time in which a kernel ran, as the profiler saw it."""
+    share = (row.get("profiler") or {}).get("copies_overlapped_by_kernels")
+    return math.nan if share is None else float(share)
 
 
 def _why_link_not_judged(row: Mapping[str, Any]) -> str:
@@ -653,7 +667,7 @@ def checks_held(buffering: Mapping[str, Any]) -> dict[str, bool]:
     wrong = [study["wrong_slot_map"] for study in buffering["studies"].values()]
     # Runs from before there was this control lack it; a stack of one layer has none.
     layers = [each for study in buffering["studies"].values() if (each := study.get("wrong_layer"))]
-    errors = rows["link_error_judged"].dropna()
+    errors = rows.loc[rows["link_error_known"], "link_error_judged"].dropna()
     found = {
         "outputs bit-equal to the model without a buffer": held("outputs_hold", loaded),
         "outputs of experts computed on the host within rounding, and outside it with wrong "

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from analysis.live_evidence import (
@@ -258,6 +259,7 @@ def batch_tables(data: Mapping[str, Any], rows: pd.DataFrame) -> list[TableData]
     ]
 
 
+_UNSTEADY = 0.05
 ONCE_TITLE = "Batches that ran a single time, for their memory: too slow to be timed"
 
 
@@ -296,6 +298,17 @@ def judged_notes(data: Mapping[str, Any]) -> list[str]:
             if batch != "none"
         ),
     }
+    unsteady = [
+        f"{GATINGS[row['gating']]}, batch {row['batch']}, {first:.0f} ms and then {again:.0f}"
+        for row in measured_rows(data, "rows", "gating")
+        if row.get("sweep_times_ms")
+        and abs(
+            (first := float(np.median(row["sweep_times_ms"])))
+            / (again := float(np.median(row["times_ms"])))
+            - 1
+        )
+        > _UNSTEADY
+    ]
     left = [
         f"{GATINGS[row['gating']]}, batch {row['batch']}, {len(row['times_ms'])} repetitions"
         for row in measured_rows(data, "rows", "gating")
@@ -307,6 +320,11 @@ def judged_notes(data: Mapping[str, Any]) -> list[str]:
         f"Rows that gains rest on are measured again, one after the other, {wanted} repetitions "
         "each; all others have as many as there was time for."
         + (f" Not measured again: {'; '.join(left)}." if left else "")
+        + (
+            f" Over {percent(_UNSTEADY)} from what they were at first: {'; '.join(unsteady)}."
+            if unsteady
+            else ""
+        )
     ]
 
 
@@ -601,7 +619,7 @@ def _held_said(check: Mapping[str, Any]) -> str:
 def _strictly(many: Mapping[str, float]) -> list[str]:
     """Returns what the goal for near-uniform routing would say of routing that is only skewed."""
     short = [
-        f"{ROUTINGS[routing]} ({percent(share)})"
+        f"{ROUTINGS[routing]} ({share_said(share, GOAL_MANY_SKEWED)})"
         for routing, share in many.items()
         if routing != "uniform" and share < GOAL_MANY_UNIFORM
     ]

@@ -175,7 +175,8 @@ def goals(evidence: Evidence) -> list[Goal]:
         bool(counted.all()) if len(counted) else None,
         "buffering",
     )
-    judged = looked["link_error_judged"].dropna()
+    unknown = int((looked["link_error_judged"].notna() & ~looked["link_error_known"]).sum())
+    judged = looked.loc[looked["link_error_known"], "link_error_judged"].dropna()
     within = int((judged <= GOAL_LINK_ERROR).sum())
     gross = int((looked["link_error_net"].isna() & looked["link_error_judged"].notna()).sum())
     add(
@@ -184,6 +185,7 @@ def goals(evidence: Evidence) -> list[Goal]:
         f"within {percent(GOAL_LINK_ERROR)}",
         f"{100 * judged.max():.1f}%; within at {within} of {len(judged)} settings"
         + (f", with nothing taken off at {gross}" if gross else "")
+        + (f"; not known that well at {unknown}" if unknown else "")
         if len(judged)
         else NOT_MEASURED,
         within == len(judged) if len(judged) else None,
@@ -317,7 +319,7 @@ def readme_rows(evidence: Evidence) -> list[tuple[str, str, str, str]]:
             f"hit rate {percent(lru['hit_rate'])} with the cold prefill, "
             f"{lru['saved_bytes'] / GIB:.1f} of "
             f"{base['device_bytes'] / GIB:.1f} GiB saved, median decode step "
-            f"{base['p50_ms']:.0f} to {lru['p50_ms']:.0f} ms; "
+            f"{base['p50_ms']:.1f} to {lru['p50_ms']:.1f} ms; "
             f"{sum(held.values())} of {len(held)} checks held, profiler's count of copies at "
             f"{counted.sum()} of {len(counted)} settings",
             "all checks",

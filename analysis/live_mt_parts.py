@@ -56,6 +56,7 @@ SHARE_GATINGS: Mapping[str, str] = {
     "dynamic": "dynamic, moeprof's kernel",
 }
 JUDGED_RATIO = "static_mask over dynamic"
+_LONGER = 1.15
 """The lean mask against moeprof's kernel: the smaller of the two static baselines."""
 _COLOURS: Mapping[str, str] = {
     "dense": COLOURS[5],
@@ -81,7 +82,7 @@ def ran(data: Mapping[str, Any] | None, name: str) -> Mapping[str, Any] | None:
 
 
 def judged_settings(share: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
-    """Returns per model the setting that the goal is about: the paper's batch on each rank."""
+    """Returns per model the setting that the goal is held to: the most tokens on each rank."""
     return {
         each["model"]: each
         for each in share["settings"]
@@ -187,12 +188,28 @@ def mt_readme_rows(data: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
                     f"{MODELS[model]} ({each['tokens_per_rank']:,} tokens)"
                     for model, each in judged.items()
                 ),
-                ", ".join(f"{each['ratios'][JUDGED_RATIO]:.2f}x" for each in judged.values()),
+                ", ".join(f"{each['ratios'][JUDGED_RATIO]:.2f}x" for each in judged.values())
+                + _fewer_tokens(share, judged),
                 ", ".join(f"{MEMORY_RATIOS[model]:g}x" for model in judged),
                 _COMMAND,
             )
         )
     return made
+
+
+def _fewer_tokens(share: Mapping[str, Any], judged: Mapping[str, Mapping[str, Any]]) -> str:
+    """Returns the ratios at half of the judged tokens, of which the paper does not say how many."""
+    halves = {
+        each["model"]: each["ratios"][JUDGED_RATIO]
+        for each in share["settings"]
+        if each["model"] in judged
+        and 2 * each["tokens_per_rank"] == judged[each["model"]]["tokens_per_rank"]
+        and each["ratios"][JUDGED_RATIO] is not None
+    }
+    if set(halves) != set(judged):
+        return ""
+    said = ", ".join(f"{halves[model]:.2f}x" for model in judged)
+    return f"; with half the tokens, which the paper does not say, {said}"
 
 
 def mt_part(data: Mapping[str, Any]) -> Described:
@@ -273,9 +290,18 @@ def _stack_section(name: str, label: str, found: Mapping[str, Any]) -> tuple[Res
     active, num_experts = _busy(found, int(best["dynamic"]["batch"]))
     text += f" The routing keeps {active:.0f} of {num_experts} experts of a layer busy."
     if control is not None:
-        text += f" On uniform routing, which keeps all experts busy, it is {control:.1f} times."
+        equal = _control_gain(found, "gain_at_equal_terms")
+        text += (
+            f" On uniform routing, which keeps all experts busy, it is {control:.1f} times "
+            f"({_times(equal)} at equal memory and p95)."
+        )
     if dense is not None:
-        text += f" The dense twin of equal FLOPs is reached to {percent(dense.own_best)}."
+        padded = _padding(found)
+        text += (
+            f" The dense twin of equal FLOPs is reached to {percent(dense.own_best)}."
+            if padded is None
+            else f" The dense twin is reached to {percent(dense.own_best)}; {padded}."
+        )
     finding = Finding(
         text=text, severity=SEVERITY_COST + 1, section=name, metric=f"{name}/gain/static_mask"
     )
@@ -377,6 +403,7 @@ def _stack_notes(
         f"On uniform routing {said[0].lower()}{said[1:]}"
         for said in _not_tried(found["control"].get("skipped", ()))
     ]
+    notes += _waits(found)
     if found.get("endings"):
         return (*notes, *ending_notes(found), *judged_notes(found), *control)
     return (*notes, *_not_tried(found["skipped"]), *control)
@@ -542,11 +569,60 @@ def _mask_gain(found: Mapping[str, Any]) -> Gain:
     return gains(found)["static_mask"]
 
 
-def _control_gain(found: Mapping[str, Any]) -> float | None:
+def _control_gain(found: Mapping[str, Any], terms: str = "gain_at_own_best") -> float | None:
     """Returns the gain over one mask on uniform routing."""
     rows: Sequence[Mapping[str, Any]] = found["control"]["headline"]
-    own = [row["gain_at_own_best"] for row in rows if row["baseline"] == "static_mask"]
+    own = [row[terms] for row in rows if row["baseline"] == "static_mask"]
     return own[0] if own else None
+
+
+def _padding(found: Mapping[str, Any]) -> str | None:
+    """Returns what the dense twin computes more than the experts; None where it is nothing.
+
+    In the place of experts, which leave out padding, its networks computed it in earlier runs.
+    """
+    if found.get("past_tokens") is not None or found.get("dense_leaves_out_padding"):
+        return None
+    rows = [row for row in found["rows"] if row["gating"] == "dense" and "num_tokens" in row]
+    tokens = sum(row["num_tokens"] for row in rows) / sum(
+        row["batch"] * found["length"] for row in rows
+    )
+    if tokens == 1:
+        return None
+    config = found["config"]
+    width = config["d_model"]
+    attention, network = 8 * width**2, 4 * width * config["d_ff"]
+    period, top_k = config["moe_every"], config["top_k"]
+    common = period * attention + (period - 1) * network
+    more = (common + top_k * network) / (common + top_k * network * tokens)
+    return (
+        f"in the place of experts it also computes padding, {percent(1 - tokens)} of all "
+        f"positions, and so {more:.2f} times the operations (attention's scores left out): of "
+        "equal operations it would be less"
+    )
+
+
+def _waits(found: Mapping[str, Any]) -> list[str]:
+    """Returns of which gatings a pass that is timed part by part takes longer than a whole one."""
+    if not found["breakdown"]:
+        return []
+    whole = {
+        (row["gating"], row["batch"]): row["median_ms"]
+        for row in found["rows"]
+        if "median_ms" in row
+    }
+    parts = breakdown_rows(found)
+    longer = [
+        f"{GATINGS[row['gating']]} {row['all'] / whole[key]:.1f} times"
+        for _, row in parts.iterrows()
+        if (key := (row["gating"], row["batch"])) in whole and row["all"] > _LONGER * whole[key]
+    ]
+    if not longer:
+        return []
+    return [
+        f"Timed part by part, a pass of batch {int(parts['batch'].iloc[0])} takes longer than whole"
+        f": {', '.join(longer)}. There the device waits for the host, and parts say where it waits."
+    ]
 
 
 def _published(name: str) -> str:

@@ -63,6 +63,10 @@ def checks_rows(buffering: Mapping[str, Any]) -> pd.DataFrame:
         for capacity, experts in zip(rows["capacity"], rows["experts_per_layer"], strict=True)
     ]
     found[["hit_rate", "copies"]] = rows[["hit_rate", "copies"]]
+    found[["decode_p50_ms", "decode_p95_ms"]] = rows[["p50_ms", "p95_ms"]]
+    found["copy_time_under_kernels"] = [
+        "" if pd.isna(each) else percent(each) for each in rows["copy_overlap_share"]
+    ]
     for column in (*CHECK_COLUMNS, "wrong_expert_noticed"):
         found[column] = [
             "" if held is None or pd.isna(held) else "yes" if held else "no"
@@ -123,19 +127,27 @@ def _link_said(data: Mapping[str, Any], rows: pd.DataFrame) -> str:
         return "Bytes on the PCIe counters were held to the copies at no setting."
     if rows["link_error_net"].isna().all():
         return _gross_said(rows)
-    worst = rows.groupby("study", sort=False)["link_error_net"].max().dropna()
+    known = rows["link_error_known"]
+    worst = rows[known].groupby("study", sort=False)["link_error_net"].max().dropna()
     said = [
         f"{_percent_of(worst[label])} ({label}, experts of "
         f"{wording.num_bytes(study['expert_bytes'])})"
         for name, study in data["studies"].items()
         if (label := STUDIES.get(name, name)) in worst
     ]
-    widest = rows.loc[rows["link_error_net_worst"].idxmax()]
+    if worst.empty:
+        return "Bytes on the PCIe counters are known well enough at no setting."
+    widest = rows.loc[rows.loc[known, "link_error_net_worst"].idxmax()]
     beyond = [
         f"{100 * row['link_error_net']:.1f}% at {row['study']} {row['policy']}, misses by "
         f"{row['miss']}, {row['capacity']} slots ({row['copies']:,} copies, "
         f"{wording.num_bytes(row['copied_bytes'])})"
-        for _, row in rows[rows["link_error_net"] > GOAL_LINK_ERROR].iterrows()
+        for _, row in rows[known & (rows["link_error_net"] > GOAL_LINK_ERROR)].iterrows()
+    ]
+    unknown = [
+        f"{_setting_said(row)} (half of a 90% interval is "
+        f"{_percent_of(row['link_error_half_width'])})"
+        for _, row in rows[judged & ~known].iterrows()
     ]
     gross = _gross_said(rows)
     return (
@@ -148,8 +160,14 @@ def _link_said(data: Mapping[str, Any], rows: pd.DataFrame) -> str:
         + (
             f"Beyond the goal of {percent(GOAL_LINK_ERROR)}: {'; '.join(beyond)}."
             if beyond
-            else f"{'None of these' if gross else 'No setting'} is beyond the goal of "
+            else f"{'None of these' if gross or unknown else 'No setting'} is beyond the goal of "
             f"{percent(GOAL_LINK_ERROR)}."
+        )
+        + (
+            f" Not known that well, because runs differ by more than they copy: "
+            f"{'; '.join(unknown)}."
+            if unknown
+            else ""
         )
         + (f" {gross}" if gross else "")
     )
@@ -300,6 +318,39 @@ def _wanted_said(setting: Sequence[Any]) -> str:
     return name + (f" {ahead[0]} ahead" if ahead and ahead[0] else "")
 
 
+def _variants_said(data: Mapping[str, Any]) -> list[str]:
+    """Returns how long steps take whose misses are not copied as they come, beside those copied."""
+    said = []
+    for name, study in data["studies"].items():
+        plain = {
+            (row["policy"], row["capacity"]): row["decode_p50_ms"]
+            for row in study["settings"]
+            if row["miss"] == LOAD and not row.get("prefetch")
+        }
+        others = [row for row in study["settings"] if row["miss"] != LOAD or row.get("prefetch")]
+        each = []
+        for row in others:
+            key = row["policy"], row["capacity"]
+            how = (
+                f"up to {row['prefetch']} experts copied ahead"
+                if row.get("prefetch")
+                else f"misses by {row['miss']}"
+            )
+            beside = f" where copying misses takes {plain[key]:.1f}" if key in plain else ""
+            each.append(
+                f"{row['policy']}, {row['capacity']} slots, {how}: {row['decode_p50_ms']:.1f} ms"
+                + beside
+            )
+        if each:
+            said.append(f"{STUDIES.get(name, name)}: {'; '.join(each)}")
+    if not said:
+        return []
+    return [
+        "Median decode steps where misses are computed on the host, or experts copied before they "
+        f"are looked up. {'. '.join(said)}."
+    ]
+
+
 def _papers_points_said(data: Mapping[str, Any]) -> list[str]:
     """Returns what the founding paper's own points came to, where its decoder was run."""
     study = data["studies"].get("mt-decoder")
@@ -405,6 +456,7 @@ def buffering_part(data: Mapping[str, Any]) -> Described:
         Finding(text=said, severity=SEVERITY_FACT, section="buffering")
         for said in (
             *_papers_points_said(data),
+            *_variants_said(data),
             *checks_said(data),
         )
     ]
@@ -425,6 +477,9 @@ def buffering_part(data: Mapping[str, Any]) -> Described:
             *_link_notes(study, own),
             f"The allocator rounds what is asked for up by at most "
             f"{int(own['rounding_bytes'].max())} bytes.",
+            "Copy time under kernels is the share of the copies' time in which a kernel ran, seen "
+            "by the profiler, which slows the host. Without copies ahead only the experts of the "
+            "same dispatch that hit can be computed meanwhile.",
             *witness_notes(data),
             *_other_devices_notes(data),
             *_left_out_notes(data),

@@ -23,16 +23,19 @@ from analysis.gpu.allocator_readings import (  # noqa: E402
     steady_state,
 )
 from analysis.gpu.buffering_bench import (  # noqa: E402
-    NET_OF_CONTROL,
-    NOT_NET,
     Bench,
     Study,
     failed_checks,
-    link_judged,
     profiled_windows,
     without_rows,
 )
-from analysis.live_evidence import GOAL_LINK_ERROR, buffering_matrix, checks_held  # noqa: E402
+from analysis.gpu.link_readings import (  # noqa: E402
+    NET_OF_CONTROL,
+    NOT_NET,
+    is_link_within,
+    link_judged,
+)
+from analysis.live_evidence import buffering_matrix, checks_held  # noqa: E402
 from moeprof.live import copy_witness  # noqa: E402
 from moeprof.live.routed_runs import RoutedStep  # noqa: E402
 from moeprof.live.transfers import HostTransfers  # noqa: E402
@@ -150,10 +153,13 @@ def test_a_leak_in_the_timed_runs_is_found_and_blocks_are_said(
 
 def test_the_link_is_judged_by_the_middle_net_of_what_else_it_carries() -> None:
     gross, net = [0.5, 0.4, 0.6], [-0.001, 0.03, 0.004]
-    assert link_judged({"link_errors": gross, "link_errors_net": net}) == {
-        "error": 0.004, "by": NET_OF_CONTROL,
-    }  # fmt: skip
-    assert link_judged({"link_errors": [-0.03, 0.001, -0.02]}) == {"error": 0.02, "by": NOT_NET}
+    judged = link_judged({"link_errors": gross, "link_errors_net": net})
+    assert judged is not None
+    # 1.645 times the deviation, 0.0166, times the root of pi / 2 over three.
+    assert judged.pop("half_width") == pytest.approx(0.0198, abs=5e-5)
+    assert judged == {"error": 0.004, "by": NET_OF_CONTROL}
+    judged = link_judged({"link_errors": [-0.02]})
+    assert judged == {"error": 0.02, "half_width": None, "by": NOT_NET}
     assert link_judged({"link_error": None}) is None
     assert link_judged({"link_errors": [], "link_errors_net": []}) is None
 
@@ -163,7 +169,10 @@ def test_the_link_is_judged_by_the_middle_net_of_what_else_it_carries() -> None:
     [
         ({"link_errors": [0.5], "link_errors_net": [0.0201]}, True),
         ({"link_errors": [0.5], "link_errors_net": [-0.0201]}, True),
-        ({"link_errors": [0.5], "link_errors_net": [0.5, 0.001, -0.001]}, False),
+        ({"link_errors": [0.5], "link_errors_net": [0.05, 0.001, -0.001]}, False),
+        ({"link_errors": [0.5], "link_errors_net": [0.05, 0.049, 0.048]}, True),
+        # Too far apart to tell.
+        ({"link_errors": [0.5], "link_errors_net": [0.5, 0.05, -0.5]}, False),
         ({"link_errors": [0.5]}, True),
         ({"link_errors": [0.01]}, False),
         ({"link_error": None}, False),
@@ -174,8 +183,13 @@ def test_counters_that_disagree_with_the_copies_fail(fields: dict[str, Any], los
     assert failed(**fields) == (["lru 8 load: link"] if lost else [])
 
 
-def test_the_tolerance_of_the_link_is_that_of_the_page() -> None:
-    assert buffering_bench.LINK_TOLERANCE == GOAL_LINK_ERROR
+def test_counters_that_vary_by_more_than_they_are_to_agree_tell_nothing() -> None:
+    assert is_link_within({"link_errors_net": [0.05, 0.049, 0.048]}) is False
+    assert is_link_within({"link_errors_net": [0.001, 0.002, 0.003]}) is True
+    assert is_link_within({"link_errors_net": [0.1, 0.001, -0.1]}) is None
+    # Nine runs tell what three do not.
+    assert is_link_within({"link_errors_net": [0.03, 0.001, -0.03]}) is None
+    assert is_link_within({"link_errors_net": [0.03, 0.001, -0.03] * 3}) is True
 
 
 def test_each_setting_says_what_its_link_is_judged_by(bench: Bench) -> None:
@@ -187,8 +201,12 @@ def test_each_setting_says_what_its_link_is_judged_by(bench: Bench) -> None:
         gross = bench.link(runs, [])
     finally:
         bench.overhead = None
-    assert net["link_judged"] == {"error": pytest.approx(0.0), "by": NET_OF_CONTROL}
-    assert gross["link_judged"] == {"error": pytest.approx(30 / 1100), "by": NOT_NET}
+    assert net["link_judged"] == {
+        "error": pytest.approx(0.0), "half_width": None, "by": NET_OF_CONTROL,
+    }  # fmt: skip
+    assert gross["link_judged"] == {
+        "error": pytest.approx(30 / 1100), "half_width": None, "by": NOT_NET,
+    }  # fmt: skip
     assert bench.link(runs, [20]) == {"link_error": None}
 
 

@@ -15,6 +15,7 @@ import pytest
 
 from analysis import live_results as analysis
 from analysis.gpu import headline_runs
+from analysis.gpu.link_readings import is_link_within
 from analysis.live_evidence import (
     FILES,
     GATINGS,
@@ -194,7 +195,9 @@ def test_goals_are_judged_as_they_fell(evidence, raw):
     assert skewed.met is False and skewed.verdict == "missed"
     assert found["The same at equal memory beyond the weights and equal p95"].met is True
     link = next(goal for goal in found.values() if "less what the run receives" in goal.quantity)
-    assert link.met is True and "within at 44 of 44 settings" in link.found
+    assert (
+        link.met is True and "within at 43 of 43 settings; not known that well at 1" in link.found
+    )
     assert sum(goal.met is True for goal in found.values()) >= 8
     assert {goal.found for goal in found.values() if goal.verdict == "not measured"} <= {
         "not measured"
@@ -259,11 +262,12 @@ def test_what_the_witnesses_say(raw):
     told, link = checks_said(raw["buffering"])
     assert "at 44 of 44 settings looked at" in told
     assert "Of 44 settings 44 held every check" in told
-    assert "No setting is beyond the goal of 2%" in link
+    assert "None of these is beyond the goal of 2%" in link
+    assert "Not known that well, because" in link and "zoo:lm pinned, misses by host, 16" in link
     broken = json.loads(json.dumps(raw["buffering"]))
     row = broken["studies"]["zoo-lm"]["settings"][0]
     row["profiler"]["holds"] = row["outputs_hold"] = False
-    row["link_errors_net"] = [-0.05, 0.001, -0.03]
+    row["link_errors_net"] = [-0.031, -0.029, -0.03]
     told, link = checks_said(broken)
     assert "at 43 of 44 settings" in told and "Of 44 settings 43 held" in told
     assert "not: zoo:lm lru, 16 of 32 slots: outputs hold, profiler copies equal" in told
@@ -1021,6 +1025,58 @@ def test_how_far_off_experts_on_the_host_were(raw):
     assert "16 of 18 dispatches" in said and "0.10%" not in said
 
 
+def test_variants_of_buffers_are_set_beside_those_that_copy(raw):
+    data = json.loads(json.dumps(raw["buffering"]))
+    (said,) = [each for each in found_texts(data) if each.startswith("Median decode steps where")]
+    named = {
+        (row["policy"], row["capacity"], row["miss"], row["prefetch"]): row["decode_p50_ms"]
+        for row in data["studies"]["qwen3-30b-a3b"]["settings"]
+    }
+    ahead, plain = named["lru", 32, "load", 2], named["lru", 32, "load", 0]
+    assert (
+        f"lru, 32 slots, up to 2 experts copied ahead: {ahead:.1f} ms where copying misses takes "
+        f"{plain:.1f}" in said
+    )
+    host = named["pinned", 32, "host", 0]
+    assert f"pinned, 32 slots, misses by host: {host:.1f} ms;" in said
+    for study in data["studies"].values():
+        study["settings"] = [
+            row for row in study["settings"] if row["miss"] == "load" and not row["prefetch"]
+        ]
+    assert not [each for each in found_texts(data) if each.startswith("Median decode steps where")]
+
+
+def found_texts(data):
+    return [finding["text"] for finding in buffering_part(data).findings]
+
+
+def test_every_setting_has_its_times_and_what_overlaps(raw):
+    rows = checks_rows(raw["buffering"])
+    settings = [row for each in raw["buffering"]["studies"].values() for row in each["settings"]]
+    assert list(rows["decode_p50_ms"]) == [row["decode_p50_ms"] for row in settings]
+    shares = [row["profiler"]["copies_overlapped_by_kernels"] for row in settings]
+    assert list(rows["copy_time_under_kernels"]) == [
+        "" if share is None else f"{share:.0%}" for share in shares
+    ]
+
+
+def test_rows_that_changed_until_they_were_measured_again_are_said(raw):
+    data = json.loads(json.dumps(raw["headline"]))
+    for row in data["rows"]:
+        if "sweep_times_ms" in row:
+            row["sweep_times_ms"] = list(row["times_ms"])
+    (said,) = judged_notes(data)
+    assert "from what they were at first" not in said
+    row = next(row for row in data["rows"] if row["gating"] == "dense" and row.get("revisited"))
+    row["sweep_times_ms"] = [2 * time for time in row["times_ms"]]
+    (said,) = judged_notes(data)
+    time = float(np.median(row["times_ms"]))
+    assert said.endswith(
+        f" Over 5% from what they were at first: {GATINGS['dense']}, batch {row['batch']}, "
+        f"{2 * time:.0f} ms and then {time:.0f}."
+    )
+
+
 def test_later_runs_of_buffers_are_held_to_more():
     buffering = json.loads((RESULTS / "buffering_live.json").read_text())
     study = buffering["studies"]["zoo-lm"]
@@ -1088,7 +1144,7 @@ def test_what_the_notes_say_of_how_gatings_ended(raw):
     assert passed_over(encoder) == {
         "dense": [slow, (65536, ["4", "s"])], "dynamic": [slow], "dynamic_loop": [slow],
     }  # fmt: skip
-    assert "4 s (encoder: 32,768, of its dense twin 65,536 as well)" in text
+    assert "4 s (encoder: `dynamic`, the loop and the dense twin 32,768, the twin 65,536" in text
     assert passed_over(decoder) == {}
     faster = [
         {each["gating"] for each in data["endings"] if each["faster_once"]}
@@ -1096,6 +1152,50 @@ def test_what_the_notes_say_of_how_gatings_ended(raw):
     ]
     assert faster == [set(), {"dynamic", "dynamic_grouped", "dynamic_loop", "dense"}, set()]
     assert "Of the encoder `dynamic`, `dynamic_grouped`, the loop and the dense twin" in text
+
+
+def test_what_the_notes_say_of_equal_terms(raw):
+    text = measured_text()
+    rows = {
+        (row["gating"], row["batch"]): row for row in raw["headline"]["rows"] if "times_ms" in row
+    }
+
+    def rate(row):
+        return row["num_tokens"] / np.median(row["times_ms"])
+
+    mask = max((row for (name, _), row in rows.items() if name == "static_mask"), key=rate)
+    gain = gains(raw["headline"])["static_mask"]
+    assert gain.equal_batch == 4
+    assert f"room for a batch of 4, whose memory is the head's logits: {gain.equal_terms:.1f}x" in (
+        text
+    )
+    config = raw["headline"]["config"]
+    # In bf16, in single precision, and their logarithms.
+    logits = 4 * 1024 * config["vocab_size"] * (2 + 4 + 4)
+    assert rows["dynamic", 4]["extra_bytes"] == pytest.approx(logits, rel=0.02)
+    said = []
+    for batch in (8, 24):
+        row = rows["dynamic", batch]
+        assert np.percentile(row["times_ms"], 95) < np.percentile(mask["times_ms"], 95)
+        more = (row["extra_bytes"] - mask["extra_bytes"]) / 2**20
+        said += [f"{more:.0f}", f"{rate(row) / rate(mask):.1f}"]
+    words = "With {} MiB more a batch of 8 would fit ({}x), with {} MiB more one of 24 ({}x)"
+    assert words.format(*said) in text
+    dense = [row for (name, _), row in rows.items() if name == "dense"]
+    best, shares = max(map(rate, dense)), []
+    for other in dense:
+        fair = [
+            rate(row) / rate(other)
+            for (name, _), row in rows.items()
+            if name == "dynamic"
+            and row["extra_bytes"] <= other["extra_bytes"]
+            and row["p95_ms"] <= other["p95_ms"]
+        ]
+        if rate(other) >= 0.996 * best:
+            shares.append(max(fair))
+    assert f"within 0.4% of its best, `dynamic` reaches {min(shares):.0%} to {max(shares):.0%}" in (
+        text
+    )
 
 
 def test_what_the_notes_say_of_uniform_routing():
@@ -1113,6 +1213,16 @@ def test_what_the_notes_say_of_uniform_routing():
         busy = max(each["mean"] for each in parts[name]["active_experts"])
         said += [rates[0] / rates[2], rates[1] / rates[2], busy]
     text = measured_text()
+    fair = []
+    for name in ("mt-encoder", "mt-decoder"):
+        (own,) = [
+            row["gain_at_equal_terms"]
+            for row in parts[name]["control"]["headline"]
+            if row["baseline"] == "static_mask"
+        ]
+        fair += [own, gains(parts[name])["static_mask"].equal_terms]
+    words = "and {:.1f}x instead of {:.1f}x ({:.1f}x instead of {:.1f}x) at equal memory and p95"
+    assert words.format(*fair) in text
     assert f"has {said[0]:.1f}x the mask's tokens/s instead of {said[1]:.1f}x (decoder, " in text
     assert f"{said[5]:.0f} busy: {said[3]:.1f}x instead of {said[4]:.1f}x)" in text
     assert f"encoder keeps {said[2]:.0f} of 128 experts busy" in text
@@ -1146,11 +1256,18 @@ def test_what_the_notes_say_of_buffers(raw):
     profiled = [one["profiler"]["steps"] for one in every if one.get("profiler")]
     assert f"at {len(profiled)} of {len(every)} settings, a prefill and 8 decode steps" in text
     assert {len(steps) for steps in profiled} == {1 + 8}
+    known = [[row for row in own if is_link_within(row) is not None] for own in settings]
+    (other,) = [row for row in every if is_link_within(row) is None]
+    assert (other["policy"], other["miss"]) == ("pinned", "host") and other in settings[2]
+    assert f"At {sum(map(len, known))} of {len(every)} settings they are off" in text
+    assert f"on the host) {other['copied_bytes'] / 2**20:.1f} MiB are copied" in text
     net, gross = (
-        [100 * max(abs(np.median(row[field])) for row in own) for own in settings]
+        [100 * max(abs(np.median(row[field])) for row in own) for own in known]
         for field in ("link_errors_net", "link_errors")
     )
     assert "at most {:.2f}% (Qwen3), {:.2f}% (translation) and {:.1f}% (zoo)".format(*net) in text
+    factors = {f"{each['link_bytes_per_byte_copied']:.2f}" for each in studies.values()}
+    assert factors == {"1.08"} and "takes on the link, 1.08 by measurement" in text
     assert "{:.1f}%, {:.1f}% and, of the zoo's small experts, {:.0f}%".format(*gross) in text
     grown = [one["allocator_in_steady_state"] for one in every]
     assert {each["grown_bytes"] for each in grown} == {0}
@@ -1167,4 +1284,63 @@ def test_what_the_notes_say_of_buffers(raw):
         if (row["policy"], row["capacity"], row["miss"], row["prefetch"]) == ("lru", 32, "load", 0)
     ]
     assert f"a median of {lru:.0f} ms over all 64" in text
+    plain = studies["qwen3-30b-a3b"]["unbuffered"]["decode_p50_ms"]
+    judged = json.loads((RESULTS / "verified-qwen3-h200.json").read_text())["rows"]
+    (other_ms,) = [
+        row["measured_ms"]
+        for row in judged
+        if (row["setting"], row["percentile"]) == ("unbuffered", 50)
+    ]
+    assert f"took {plain:.1f} ms in this run, and {other_ms:.1f} ms in the runs that judge" in text
+    (whole,) = [
+        row["profiler"]["copies_overlapped_by_kernels"]
+        for row in settings[0]
+        if (row["policy"], row["capacity"], row["miss"], row["prefetch"]) == ("lru", 32, "load", 0)
+    ]
+    assert f"of LRU kernels ran in {whole:.0%} of the time of copies" in text
+    slower = {
+        (row["miss"], row["prefetch"]): row["decode_p50_ms"]
+        for row in settings[0]
+        if row["miss"] != "load" or row["prefetch"]
+    }
+    assert set(slower) == {("host", 0), ("split", 0), ("load", 2)}
+    words = "are slower than copying there: {:.1f}, {:.1f} and {:.1f} ms a step"
+    assert words.format(slower["host", 0], slower["split", 0], slower["load", 2]) in text
     assert {each["hardware"]["device_name"] for each in studies.values()} == {"NVIDIA H200"}
+
+
+def test_what_the_notes_say_of_the_translation_models_twin_and_parts():
+    text = measured_text()
+    parts = json.loads((RESULTS / "mt_headline.json").read_text())["parts"]
+    encoder = parts["mt-encoder"]
+    (row,) = [row for row in encoder["rows"] if (row["gating"], row["batch"]) == ("dense", 8192)]
+    share = row["num_tokens"] / (row["batch"] * encoder["length"])
+    assert f"leave it out, {1 - share:.0%} of all positions and 1.10x the operations" in text
+    # Four layers: attention's projections in each, a network in three, top-2 experts in one.
+    width, inner = encoder["config"]["d_model"], encoder["config"]["d_ff"]
+    common = 4 * 8 * width**2 + 3 * 4 * width * inner
+    experts = 2 * 4 * width * inner
+    assert (common + experts) / (common + experts * share) == pytest.approx(1.10, abs=0.005)
+    dense = gains(encoder)["dense"].own_best
+    assert f"is at {dense:.0%} of it is no comparison" in text
+    longest = 0.0
+    for name in ("mt-encoder", "mt-decoder"):
+        found = parts[name]
+        for each in found["breakdown"]:
+            assert each["batch"] == 48
+            whole = [
+                row["median_ms"]
+                for row in found["rows"]
+                if (row["gating"], row["batch"]) == (each["gating"], 48)
+            ]
+            if whole:
+                longest = max(longest, each["parts_ms"]["all"] / whole[0])
+    assert f"takes up to {longest:.1f}x as long part by part as whole" in text
+    shares = parts["rank-share"]["settings"]
+    said = []
+    for ratio in ("static_mask over dynamic", "static_mask_fairseq over dynamic"):
+        for tokens in (8192, 1536, 4096, 768):
+            (own,) = [each for each in shares if each["tokens_per_rank"] == tokens]
+            said.append(f"{own['ratios'][ratio]:.2f}x")
+    assert "takes {} and {} the memory, with half of them {} and {},".format(*said[:4]) in text
+    assert "fairseq's masks {} and {}.".format(*said[6:]) in text

@@ -26,7 +26,14 @@ from analysis.gpu import (  # noqa: E402
     rank_share,
 )
 from analysis.gpu.headline_runs import ForcedGate, RunLimits, StepCursor  # noqa: E402
-from analysis.gpu.mt_stacks import MT_CONFIG, MtDecoder, MtEncoder, dense_config, widen  # noqa: E402
+from analysis.gpu.mt_stacks import (  # noqa: E402
+    MT_CONFIG,
+    MtDecoder,
+    MtEncoder,
+    UnpaddedFfn,
+    dense_config,
+    widen,
+)
 from analysis.live_gating_parts import ONCE_TITLE  # noqa: E402
 from moeprof.live.application import apply_gating  # noqa: E402
 from moeprof.live.kernels import KERNELS, kernel_named  # noqa: E402
@@ -119,6 +126,32 @@ def test_the_dense_twin_has_equal_operations():
     assert not any(isinstance(module, PaperExperts) for module in stack.modules())
     assert all(not p.requires_grad for p in stack.parameters())
     assert all(isinstance(layer.ffn, PaperFfn) for layer in stack.layers)
+
+
+@torch.no_grad()
+def test_the_dense_twin_leaves_padding_to_no_wider_network(traces):
+    """Its output is that of the same networks on all positions, which padding has none of."""
+    recorded = mt_routing.encoder_batches(traces["small"], TINY, 4, "cpu")
+    stack = MtEncoder(dense_config(TINY), device="cpu").double()
+    widen(stack, TINY, "cpu")
+    stack.double()
+    wide = [layer.ffn for layer in stack.layers if isinstance(layer.ffn, UnpaddedFfn)]
+    assert len(wide) == sum(TINY.is_moe_layer(index) for index in range(TINY.num_layers)) > 0
+    widths = []
+    for network in wide:
+        network.w_in.register_forward_hook(lambda _, given, __: widths.append(given[0].shape[:-1]))
+    tokens = torch.randint(50, (4, mt_routing.LENGTH))
+    padded = stack(tokens, recorded.keep)
+    assert set(widths) == {(4, mt_routing.LENGTH)}
+    widths.clear()
+    batch, run = mt_headline.passes("mt-encoder", stack, recorded, StepCursor())(4)
+    run()
+    assert batch == recorded.keep.sum() < 4 * mt_routing.LENGTH
+    assert set(widths) == {(batch,)}
+    again = stack(tokens, recorded.keep)
+    torch.testing.assert_close(again[recorded.keep], padded[recorded.keep])
+    hidden = torch.randn(4, mt_routing.LENGTH, TINY.d_model, dtype=torch.float64)
+    assert not wide[0](hidden)[~recorded.keep].any() and wide[0](hidden)[recorded.keep].all()
 
 
 @torch.no_grad()
@@ -556,6 +589,54 @@ def test_what_ran_once_and_the_control_are_shown(counted):
     (code,) = facts["Code"]
     assert code.startswith(f"sha256 {data['source_sha256'][:16]} of its source, ")
     assert ("MT encoder", "What moeprof's gains rest on") in tables
+
+
+def test_padding_that_the_dense_twin_computed_is_said(counted):
+    """In runs from before it left padding out."""
+    data = copy.deepcopy(counted)
+    own = data["parts"]["mt-encoder"]
+    told = str(live_mt_parts.mt_part(data).findings)
+    assert "also computes padding" not in told and "dense twin of equal FLOPs is" in told
+    del own["dense_leaves_out_padding"]
+    told = str(live_mt_parts.mt_part(data).findings)
+    rows = [row for row in own["rows"] if row["gating"] == "dense" and "num_tokens" in row]
+    share = sum(row["num_tokens"] for row in rows) / sum(32 * row["batch"] for row in rows)
+    assert f"it also computes padding, {100 * (1 - share):.0f}% of all positions" in told
+    # Of d_model 16 and d_ff 32, four layers: 8,192 for attention, 6,144 for networks, 4,096 wide.
+    more = (8192 + 6144 + 4096) / (8192 + 6144 + 4096 * share)
+    assert f"and so {more:.2f} times the operations" in told
+    for row in rows:
+        row["num_tokens"] = 32 * row["batch"]
+    assert "also computes padding" not in str(live_mt_parts.mt_part(data).findings)
+
+
+def test_parts_that_wait_for_the_host_are_said(counted):
+    data = copy.deepcopy(counted)
+    own = data["parts"]["mt-encoder"]
+    (whole,) = [row for row in own["rows"] if (row["gating"], row["batch"]) == ("dynamic", 2)]
+    own["breakdown"][0]["parts_ms"]["all"] = 2.2 * whole["median_ms"]
+    _, notes, _ = shown(data)
+    assert "a pass of batch 2 takes longer than whole: " in notes
+    assert f"{live_mt_parts.GATINGS['dynamic']} 2.2 times. There the device waits" in notes
+    own["breakdown"][0]["parts_ms"]["all"] = 1.1 * whole["median_ms"]
+    _, notes, _ = shown(data)
+    assert "{} 2.2 times".format(live_mt_parts.GATINGS["dynamic"]) not in notes
+
+
+def test_the_ratio_at_half_the_tokens_stands_beside_the_judged(counted):
+    (row,) = [each for each in live_mt_parts.mt_readme_rows(counted) if "share of 8" in each[0]]
+    settings = counted["parts"]["rank-share"]["settings"]
+    said = []
+    for model in ("lm", "mt"):
+        judged, fewer = sorted(
+            (each for each in settings if each["model"] == model),
+            key=lambda each: -each["tokens_per_rank"],
+        )[:2]
+        assert judged["judged"] and 2 * fewer["tokens_per_rank"] == judged["tokens_per_rank"]
+        said.append(f"{fewer['ratios'][live_mt_parts.JUDGED_RATIO]:.2f}x")
+    assert row[1].endswith(
+        f"; with half the tokens, which the paper does not say, {', '.join(said)}"
+    )
 
 
 def test_repetitions_of_the_script_are_those_that_gains_ask_for(counted):

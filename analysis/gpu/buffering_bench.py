@@ -26,6 +26,7 @@ from analysis.gpu.allocator_readings import (
     steady_state,
 )
 from analysis.gpu.buffering_outputs import compared, noticed, wrong_layers, wrong_on_host
+from analysis.gpu.link_readings import is_link_within, link_judged
 from moeprof.live.buffer_settings import BufferedSite, BufferMemory, BufferSettings, described
 from moeprof.live.copy_witness import (
     copies_by_step,
@@ -54,9 +55,6 @@ KEYS = ["step", "stack", "site", "layer", "expert", "hit"]
 GIB = 2**30
 # What else crosses the link while these are copied must be nothing beside them.
 OVERHEAD_COPIES, OVERHEAD_BYTES = 256, 2 * GIB
-LINK_TOLERANCE = 0.02
-NET_OF_CONTROL = "net of runs of the same setting without copies"
-NOT_NET = "all that was received: no run without copies was counted"
 # Enough to see every layer compute with experts of another one, prefill and decode.
 WRONG_LAYER_STEPS = 4
 
@@ -680,27 +678,6 @@ def requested_as_predicted(
         return None
     slots = memory.cache_bytes + memory.staging_bytes + memory.padding_bytes
     return grown["requested"] == slots + memory.workspace_bytes
-
-
-def link_judged(row: Mapping[str, Any]) -> dict[str, Any] | None:
-    """Returns how far the link's counters are from the copies, the middle of the repetitions.
-
-    Args:
-        row: With ``link_errors`` and, where runs without copies were counted, ``link_errors_net``.
-
-    Returns:
-        ``error``, without sign, and ``by``: what was taken off; None where nothing was counted.
-    """
-    for name, by in (("link_errors_net", NET_OF_CONTROL), ("link_errors", NOT_NET)):
-        if errors := row.get(name):
-            return {"error": abs(float(np.median(errors))), "by": by}
-    return None
-
-
-def is_link_within(row: Mapping[str, Any]) -> bool | None:
-    """Returns True where the link's counters agree with the copies; None where there are none."""
-    judged = link_judged(row)
-    return None if judged is None else judged["error"] <= LINK_TOLERANCE
 
 
 def by_device(lookups: pd.DataFrame, num_devices: int) -> dict[str, Any]:

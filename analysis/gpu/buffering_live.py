@@ -27,9 +27,9 @@ The column ``checks`` reads B (outputs), H (lookups), S (slots hold what the map
 profiler), C (the copies asked for equal those predicted), A (in the timed runs, after one of all
 steps, torch did not ask the driver for memory, and no more of its own was in use afterwards), M
 (bytes requested on the device equal the prediction) and L (PCIe counters within 2 % of the copies);
-``!`` where one of them fails, ``-`` where it was not looked at. ``blocks`` are what torch's
-allocator hands out in a step, at most: A does not say that this is none. ``lru+2`` copies up to 2
-experts ahead after each dispatch.
+``!`` where one of them fails, ``-`` where it was not looked at, or is not known that well.
+``blocks`` are what torch's allocator hands out in a step, at most: A does not say that this is
+none. ``lru+2`` copies up to 2 experts ahead after each dispatch.
 
     python analysis/gpu/buffering_live.py --trace qwen3.moeprof --out DIR
     python analysis/gpu/buffering_live.py --studies zoo-lm,mt-decoder --out DIR

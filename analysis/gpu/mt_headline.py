@@ -59,7 +59,15 @@ from analysis.gpu.mt_routing import (
     encoder_batches,
     uniform_control,
 )
-from analysis.gpu.mt_stacks import MT_CONFIG, MtDecoder, MtEncoder, MtStack, dense_config, widen
+from analysis.gpu.mt_stacks import (
+    MT_CONFIG,
+    MtDecoder,
+    MtEncoder,
+    MtStack,
+    dense_config,
+    leave_out_padding,
+    widen,
+)
 from analysis.gpu.paper_headline import LENGTH as LM_LENGTH
 from analysis.gpu.paper_headline import TOKEN_FRACTION as LM_FRACTION
 from analysis.gpu.paper_headline import recorded_choices
@@ -72,7 +80,8 @@ from moeprof.replay.capacity import PAPER_LM, PAPER_MT, ModelShape
 RESULT = "mt_headline.json"
 MT_FRACTION = 1.0
 PAST_TOKENS = 16
-BREAKDOWN_BATCH = 48
+# Large enough for the device to be what a pass waits for.
+BREAKDOWN_BATCHES: Mapping[str, int] = {"mt-encoder": 192, "mt-decoder": 1536}
 GATINGS = ("dense", *TURNS)
 # Static gating is at its best at small batches, and slow at large ones. A mask's time is predicted
 # by the square of the step between two batches: no step may be so large that it forbids the next.
@@ -103,7 +112,8 @@ BATCHES: Mapping[str, Mapping[str, tuple[int, ...]]] = {
     },
 }
 TINY_BATCHES = (1, 2)
-# Sequences a rank has; the last is the paper's batch, which is what the goal is held to.
+# Sequences a rank has. The paper says neither whether its batch, 8 and 48, is a rank's nor how long
+# sequences are; the last is the batch taken for a rank's, of 1,024 and 32 tokens, and is judged.
 RANK_BATCHES = {"lm": (1, 4, 8), "mt": (6, 24, 48)}
 PARTS = ("rank-share", "mt-encoder", "mt-decoder")
 # Share of the time that is left for a part and those after it.
@@ -134,6 +144,7 @@ class Setup:
         rank_batches: By model.
         limits: Of a listed batch.
         climbing: Of a larger one.
+        breakdown_batches: By part, whose pass is broken down.
     """
 
     config: PaperLmConfig
@@ -145,6 +156,7 @@ class Setup:
     rank_batches: Mapping[str, Sequence[int]]
     limits: RunLimits
     climbing: RunLimits
+    breakdown_batches: Mapping[str, int]
 
 
 def setup_of(options: argparse.Namespace) -> Setup:
@@ -153,12 +165,14 @@ def setup_of(options: argparse.Namespace) -> Setup:
     batches: Mapping[str, Mapping[str, Sequence[int]]] = BATCHES
     limits, climbing = LIMITS, CLIMBING
     rank_batches: Mapping[str, Sequence[int]] = RANK_BATCHES
+    breakdown_batches = BREAKDOWN_BATCHES
     if options.tiny:
         tiny: dict[str, Any] = {"vocab_size": 64, "d_model": 16, "d_ff": 32, "num_heads": 2}
         config = dataclasses.replace(config, **tiny)
         lm_config = dataclasses.replace(lm_config, **tiny)
         batches = {part: dict.fromkeys(own, TINY_BATCHES) for part, own in BATCHES.items()}
         rank_batches = dict.fromkeys(RANK_BATCHES, TINY_BATCHES)
+        breakdown_batches = dict.fromkeys(BREAKDOWN_BATCHES, TINY_BATCHES[-1])
         limits = dataclasses.replace(limits, seconds=0.0)
         climbing = dataclasses.replace(climbing, seconds=0.0, most_batch=TINY_MOST_BATCH)
     return Setup(
@@ -171,6 +185,7 @@ def setup_of(options: argparse.Namespace) -> Setup:
         rank_batches=rank_batches,
         limits=limits,
         climbing=climbing,
+        breakdown_batches=breakdown_batches,
     )
 
 
@@ -195,6 +210,7 @@ def passes(part: str, stack: MtStack, batches: RecordedBatches, cursor: StepCurs
         if part == "mt-encoder":
             assert batches.keep is not None
             keep = first_rows(batches.keep, batch)
+            leave_out_padding(stack, keep)
             return batches.num_tokens(batch), lambda: stack(tokens, keep)
         # In the place of the encoder's output.
         noise = torch.Generator(device).manual_seed(batch)
@@ -255,6 +271,7 @@ def run_stack(
         "past_tokens": PAST_TOKENS if part == "mt-decoder" else None,
         "token_fraction": MT_FRACTION,
         "num_distinct": recorded.num_distinct,
+        "dense_leaves_out_padding": part == "mt-encoder",
         "published": dict(zip(("single_node", "multi_node"), MT_GAINS[part], strict=True)),
         "weight_bytes": None,
         "control": {"routing": UNIFORM, "rows": [], "skipped": [], "headline": []},
@@ -293,7 +310,8 @@ def run_stack(
         with apply_gating(stack, name, token_fraction=fraction):
             yield passes(part, stack, recorded, cursor)
 
-    series.run(TURNS, given, stack, sizes, breakdown_batch=BREAKDOWN_BATCH, ends=ends)
+    breakdown_batch = setup.breakdown_batches[part]
+    series.run(TURNS, given, stack, sizes, breakdown_batch=breakdown_batch, ends=ends)
     release(device)
 
     with spent.part(f"{part}: control, routing"):
@@ -361,8 +379,9 @@ def run_dense(
         yield prepare
 
     series.run(
-        ["dense"], given, stack, setup.batches[part], breakdown_batch=BREAKDOWN_BATCH, ends=ends
-    )
+        ["dense"], given, stack, setup.batches[part],
+        breakdown_batch=setup.breakdown_batches[part], ends=ends,
+    )  # fmt: skip
 
 
 def weight_bytes(stack: MtStack) -> int:
@@ -375,7 +394,7 @@ def run_rank_share(setup: Setup, deadline_s: float) -> dict[str, Any]:
     settings: list[dict[str, Any]] = []
     skipped: list[dict[str, Any]] = []
     for model, batches in setup.rank_batches.items():
-        # The paper's batch first.
+        # The judged batch first.
         for batch in sorted(batches, reverse=True):
             if time.monotonic() > deadline_s:
                 reason = "the time given to this part is up"

@@ -131,6 +131,25 @@ class GreedyHead(nn.Module):
         return F.linear(hidden, self.weight).argmax(dim=-1)
 
 
+class UnpaddedFfn(PaperFfn):
+    """A feed-forward network that leaves out padding, as experts do; its output there is zero.
+
+    Attributes:
+        rows: [N] int64 places of tokens that are no padding, of all B x S; None where all are.
+    """
+
+    rows: torch.Tensor | None = None
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Returns the network's output [B, S, d_model]."""
+        if self.rows is None:
+            return super().forward(hidden_states)
+        flat = hidden_states.flatten(0, -2)
+        out = torch.zeros_like(flat)
+        out[self.rows] = super().forward(flat[self.rows])
+        return out.view_as(hidden_states)
+
+
 class MtStack(nn.Module):
     """Embedding, positions and layers of one stack.
 
@@ -270,13 +289,29 @@ def dense_config(config: PaperLmConfig) -> PaperLmConfig:
 
 
 def widen(stack: MtStack, config: PaperLmConfig, device: str) -> None:
-    """Gives a stack without experts wider networks where ``config`` routes: equal operations."""
+    """Gives a stack without experts wider networks where ``config`` routes: equal operations.
+
+    Like experts, they leave out padding, where it is known (`leave_out_padding`).
+    """
     wide = dataclasses.replace(config, d_ff=config.d_ff * config.top_k)
     generator = torch.Generator(device).manual_seed(2)
     for index, layer in enumerate(stack.layers):
         if config.is_moe_layer(index):
             holder = nn.ModuleDict(
-                {"ffn": PaperFfn(wide, device=torch.device(device), dtype=DTYPE)}
+                {"ffn": UnpaddedFfn(wide, device=torch.device(device), dtype=DTYPE)}
             )
             fill_weights(holder, generator)
             layer.ffn = holder["ffn"].requires_grad_(requires_grad=False)
+
+
+def leave_out_padding(stack: MtStack, keep: torch.Tensor) -> None:
+    """Tells the networks that stand for experts which tokens of the next pass are padding.
+
+    Args:
+        stack: With such networks, or without.
+        keep: [B, S] True where a token is no padding.
+    """
+    networks = [each for each in stack.modules() if isinstance(each, UnpaddedFfn)]
+    rows = keep.flatten().nonzero().squeeze(1) if networks else None
+    for network in networks:
+        network.rows = rows

@@ -27,7 +27,6 @@ from analysis.live_evidence import (
     PARTS,
     ROUTINGS,
     Evidence,
-    at_batch,
     best_of,
     breakdown_rows,
     buffering_rows,
@@ -47,7 +46,7 @@ from analysis.live_styles import INK, SOFT, STYLE, save
 
 _LABELLED_BATCH = 64
 _LEAST_APART = 1.24
-_MOST_DOUBLINGS = 256
+_MOST_TICKS = 8
 _STYLES: Mapping[str, tuple[str, str, Any]] = MappingProxyType(
     {
         "dense": ("#6b7280", ".", (0, (1, 1.6))),
@@ -119,7 +118,7 @@ def draw_headline(evidence: Evidence, path: Path) -> None:
             0.012, 0.1,
             f"{config['num_layers']} layers, every second with {config['num_experts']} experts, "
             f"top-{config['top_k']}; bf16; scored under routing recorded from a trained twin; "
-            "medians of repetitions" + _marks_said(evidence.headline, rows),
+            "medians" + _marks_said(evidence.headline, rows),
             fontsize=9.5, color=SOFT, va="center",
         )  # fmt: skip
         save(figure, path)
@@ -130,7 +129,7 @@ def _marks_said(headline: Mapping[str, Any], rows: pd.DataFrame) -> str:
     earlier = {row["gating"] for row in headline.get("earlier", {}).get("rows", ())}
     names = [_SHORT[name] for name in GATINGS if name in earlier]
     return ("; x: out of memory" if rows["out_of_memory"].any() else "") + (
-        f"; of an earlier run: {', '.join(names)}" if names else ""
+        f"; earlier run: {', '.join(names)}" if names else ""
     )
 
 
@@ -172,8 +171,9 @@ def _draw_rates(axes: Axes, rows: pd.DataFrame, evidence: Evidence) -> None:
         mask["batch"] * 1.12, 0.79 * ours["tokens_per_s"], f"{gain:.1f}x", fontsize=14,
         fontweight="bold", va="center",
     )  # fmt: skip
-    axes.set(xscale="log", yscale="log", ylim=(3_600, 640_000))
+    axes.set(xscale="log", yscale="log")
     axes.set_xlim(0.85, rows["batch"].max() * 1.25)
+    axes.set_ylim(rows["tokens_per_s"].min() / 1.3, rows["tokens_per_s"].max() * 1.4)
     _power_ticks(axes, _batch_ticks(rows))
     axes.yaxis.set_major_locator(FixedLocator([5e3, 1e4, 2e4, 5e4, 1e5, 2e5, 5e5]))
     axes.yaxis.set_minor_locator(NullLocator())
@@ -224,7 +224,8 @@ def _draw_memory(axes: Axes, rows: pd.DataFrame, once: pd.DataFrame) -> None:
     ):
         last = ran[ran["gating"] == name].iloc[-1]
         if name == "dynamic":
-            last = at_batch(rows, name, _LABELLED_BATCH)
+            own = rows[(rows["gating"] == name) & ~rows["out_of_memory"]]
+            last = own.loc[(own["batch"] - _LABELLED_BATCH).abs().idxmin()]
         axes.annotate(
             words, (last["batch"], last["extra_bytes"] / GIB), xytext=shift, fontsize=9,
             textcoords="offset points", ha=side, va="center", color=_STYLES[name][0],
@@ -387,10 +388,9 @@ def _power_ticks(axes: Axes, ticks: list[int]) -> None:
 
 
 def _batch_ticks(rows: pd.DataFrame) -> list[int]:
-    """Returns powers of two, or of four where there are many, up to the largest batch."""
-    most = int(rows["batch"].max())
-    step = 1 if most <= _MOST_DOUBLINGS else 2
-    return [1 << power for power in range(0, most.bit_length(), step)]
+    """Returns powers of two up to the largest batch, every one or as many as have room."""
+    most = int(rows["batch"].max()).bit_length()
+    return [1 << power for power in range(0, most, -(-most // _MOST_TICKS))]
 
 
 def _length(rows: pd.DataFrame) -> int:

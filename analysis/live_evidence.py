@@ -324,10 +324,14 @@ def once_rows(headline: Mapping[str, Any]) -> pd.DataFrame:
     """Returns one row per gating and batch that ran a single time, for its memory.
 
     Empty where there are none, as in results from before there were any. A single pass has no
-    percentiles and no range.
+    percentiles and no range. Gatings whose rows are of an earlier run have none of the later one.
     """
     place = {name: index for index, name in enumerate(GATINGS)}
-    found = sorted(headline.get("once", ()), key=lambda row: (place[row["gating"]], row["batch"]))
+    earlier = {row["gating"] for row in headline.get("earlier", {}).get("rows", ())}
+    found = sorted(
+        (row for row in headline.get("once", ()) if row["gating"] not in earlier),
+        key=lambda row: (place[row["gating"]], row["batch"]),
+    )
     return pd.DataFrame(
         {
             "gating": row["gating"],
@@ -355,18 +359,22 @@ def at_batch(rows: pd.DataFrame, gating: str, batch: int) -> pd.Series[Any]:
 
 
 def best_at_the_end(rows: pd.DataFrame, once: pd.DataFrame | None = None) -> list[str]:
-    """Returns the gatings whose best batch is the largest tried: more might have given more.
+    """Returns the gatings of which a larger batch might have given more than their best.
+
+    Their best batch is the largest tried, or a larger one was faster in its only pass.
 
     Args:
         rows: Of `headline_rows`.
-        once: Of `once_rows`: larger batches, of which it is known what more gave in one pass.
+        once: Of `once_rows`.
     """
     found = []
     for gating in GATINGS:
-        tried = list(rows.loc[rows["gating"] == gating, "batch"])
+        best = best_of(rows, gating)
+        tried, single = rows[rows["gating"] == gating], pd.DataFrame()
         if once is not None and len(once):
-            tried += list(once.loc[once["gating"] == gating, "batch"])
-        if best_of(rows, gating)["batch"] == max(tried):
+            single = once[once["gating"] == gating]
+        is_faster = len(single) > 0 and single["tokens_per_s"].max() > best["tokens_per_s"]
+        if is_faster or best["batch"] == max([tried["batch"].max(), *single.get("batch", ())]):
             found.append(gating)
     return found
 
@@ -549,7 +557,9 @@ def buffering_rows(buffering: Mapping[str, Any]) -> pd.DataFrame:
                 ),
                 "lookups_equal_replay": row.get("lookups_equal_replay"),
                 "profiler_copies_equal": profiler.get("holds"),
-                "link_error": max(row.get("link_errors") or [math.nan]) if buffered else math.nan,
+                "link_error": (
+                    max(map(abs, row.get("link_errors") or [math.nan])) if buffered else math.nan
+                ),
                 "allocations_in_steady_state": row.get("allocations_in_steady_state", 0),
                 "slots_broken": row.get("slots_broken", 0),
                 "num_repetitions": len(row["repetitions"]),
@@ -561,13 +571,13 @@ def buffering_rows(buffering: Mapping[str, Any]) -> pd.DataFrame:
 def buffering_matrix(buffering: Mapping[str, Any]) -> pd.DataFrame:
     """Returns one row per study, capacity, policy and miss action: what was checked, what held.
 
-    A check that was not looked at is None. ``link_error`` is the largest of the repetitions.
-    ``link_error_net`` is the middle one, less the bytes that the same run receives where no expert
-    is copied: commands, ids and rows, which vary from run to run. ``link_error_judged`` is the one
-    that is held to the goal: net, or of all bytes where no run without copies was counted, as the
-    run said. ``link_error_known`` tells where half of its 90% interval is within the goal: runs
-    that copy little differ by more than they copy. Results from before a run said so, and why the
-    profiler was left out, have blanks.
+    A check that was not looked at is None. ``link_error`` is the largest of the repetitions,
+    without sign. ``link_error_net`` is the middle one, less the bytes that the same run receives
+    where no expert is copied: commands, ids and rows, which vary from run to run.
+    ``link_error_judged`` is the one that is held to the goal: net, or of all bytes where no run
+    without copies was counted, as the run said. ``link_error_known`` tells where half of its 90%
+    interval is within the goal: runs that copy little differ by more than they copy. Results from
+    before a run said so, and why the profiler was left out, have blanks.
     """
     rows = []
     for name, study in buffering["studies"].items():
@@ -606,7 +616,7 @@ def buffering_matrix(buffering: Mapping[str, Any]) -> pd.DataFrame:
                     "copies_as_planned": row.get("copies_as_planned"),
                     "no_allocations": is_steady(row),
                     "memory_as_predicted": row["requested_as_predicted"],
-                    "link_error": max(errors),
+                    "link_error": max(map(abs, errors)),
                     "link_error_net": net_error,
                     "link_error_net_worst": max(abs(error) for error in net),
                     "link_error_judged": net_error if judged is None else judged["error"],

@@ -520,6 +520,7 @@ def kernels_part(data: Mapping[str, Any]) -> Described:
 
 def ending_notes(data: Mapping[str, Any]) -> list[str]:
     """Returns at which batch each gating's series ended and why, where the result says so."""
+    earlier = {row["gating"] for row in data.get("earlier", {}).get("rows", ())}
     return [
         f"{GATINGS[each['gating']]}: timed up to batch {each['largest_timed']}, run up to "
         f"{each['largest_run']}; {each['said']}."
@@ -530,6 +531,7 @@ def ending_notes(data: Mapping[str, Any]) -> list[str]:
             else ""
         )
         for each in data.get("endings", ())
+        if each["gating"] not in earlier
     ]
 
 
@@ -537,7 +539,7 @@ def _described(rows: Sequence[Mapping[str, Any]]) -> str:
     """Returns which of the routings are described above."""
     if all("routing_source" in row for row in rows):
         return (
-            f"those described above are of {MANY_TOKENS:,} tokens, every row of the result has its "
+            f"those described above are of {MANY_TOKENS:,} tokens, every row of the run has its "
             "own description, which the last table has"
         )
     return "of each kind the result keeps the description of the last"
@@ -546,10 +548,18 @@ def _described(rows: Sequence[Mapping[str, Any]]) -> str:
 def _as_measured(data: Mapping[str, Any]) -> list[str]:
     """Returns what results of later runs say of how they were measured."""
     notes = []
-    if any(row.get("ahead") for row in data["rows"]):
+    rows = measured_rows(data, "rows", "kernel")
+    others = sorted({KERNELS[row["kernel"]] for row in data.get("earlier", {}).get("rows", ())})
+    earlier = f" Those of {', '.join(others)} are of an earlier run, and are not." if others else ""
+    if any(row.get("ahead") for row in rows):
         notes.append(
             f"For eager rows, but those of up to {MOST_GRAPH_TOKENS} tokens of the LM geometry, "
-            "the host asks for all repetitions before the first begins: times are the device's."
+            f"the host asks for all repetitions before the first begins: times are the device's."
+            f"{earlier}"
+        )
+    if others and any("relative_error" in row for row in rows):
+        notes.append(
+            f"Rows of {', '.join(others)} were not held to float64 in the run that they are of."
         )
     if data.get("public_not_run"):
         reasons = (f"{name}: {reason}" for name, reason in data["public_not_run"].items())
@@ -570,18 +580,17 @@ def _timed_errors_said(rows: pd.DataFrame) -> str:
     if "largest_token_error" not in rows:
         return ""
     ours = rows.loc[rows["kernel"] == "dynamic", "largest_token_error"].max()
-    return (
-        f"; on the layers that are timed {rows['largest_token_error'].max():.1e}, of moeprof's "
-        f"{ours:.1e}"
+    return f"; on the layers that are timed {rows['largest_token_error'].max():.1e}" + (
+        "" if pd.isna(ours) else f", of moeprof's {ours:.1e}"
     )
 
 
 def _with_errors_as_read(rows: pd.DataFrame) -> pd.DataFrame:
     """Returns rows with errors and memory in words, blanks where they were not looked at."""
-    if "largest_token_error" not in rows:
-        return rows
-    said = ["" if pd.isna(each) else f"{each:.1e}" for each in rows["largest_token_error"]]
-    made = rows.assign(largest_token_error=said)
+    made = rows
+    if "largest_token_error" in rows:
+        said = ["" if pd.isna(each) else f"{each:.1e}" for each in rows["largest_token_error"]]
+        made = rows.assign(largest_token_error=said)
     if "extra_bytes" in rows:
         sizes = ["" if pd.isna(each) else wording.num_bytes(each) for each in rows["extra_bytes"]]
         made = made.drop(columns="extra_bytes").assign(extra_memory=sizes)
@@ -593,7 +602,7 @@ def _routing_tables(data: Mapping[str, Any]) -> list[TableData]:
     named = ("geometry", "num_tokens", "routing")
     found = {
         tuple(row[each] for each in named): row["routing_source"]
-        for row in measured_rows(data, "rows", "kernel")
+        for row in data["rows"]
         if "routing_source" in row
     }
     if not found:

@@ -319,7 +319,7 @@ def _stack_section(name: str, label: str, found: Mapping[str, Any]) -> tuple[Res
     tables = batch_tables(found, rows)
     if found["control"]["rows"]:
         tables.append(
-            rows_table("On uniform routing, which keeps all experts busy",
+            rows_table("On uniform routing, which keeps all experts busy in large batches",
                        headline_rows({"rows": found["control"]["rows"]}))
         )  # fmt: skip
     if len(parts):

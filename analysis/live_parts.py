@@ -172,9 +172,10 @@ _DIGEST_LENGTH = 16
 def code_said(measurements: Sequence[Mapping[str, Any]]) -> list[str]:
     """Returns which code was measured, a line each; nothing where no result says so."""
     digests = [each.get("source_sha256") for each in measurements]
+    digests += [each["earlier"].get("source_sha256") for each in measurements if "earlier" in each]
     now = code_digest()
     said = _once([
-        f"sha256 {str(each)[:_DIGEST_LENGTH]} of its source, "
+        f"sha256 {str(each)[:_DIGEST_LENGTH]} of the package moeprof, "
         + ("that of this page" if each == now else "not that of this page")
         for each in digests if each
     ])  # fmt: skip

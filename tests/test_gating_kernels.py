@@ -478,7 +478,7 @@ def test_the_page_reads_results_of_before_and_says_what_later_ones_add(bare):
     assert "kernels agree with float64 in 36 cases each" in text
     assert "asks for all repetitions" not in text and "did not time" not in text
     part, text = kernels_part(bare, later(bare.kernels))
-    assert "those described above are of 16,384 tokens, every row of the result has its own" in text
+    assert "those described above are of 16,384 tokens, every row of the run has its own" in text
     assert "description of the last" not in text
     assert "held to float64, token by token, in 9 to 36 cases each" in text
     assert "the host asks for all repetitions before the first begins" in text

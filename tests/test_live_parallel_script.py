@@ -131,7 +131,7 @@ def test_the_page_takes_what_the_script_says(result):
         f"32 experts of 64 x 128 (tiny), layer timed: {trace['timed_site']}"
     ]
     (code,) = facts["Code"]
-    assert code.startswith(f"sha256 {result['source_sha256'][:16]} of its source, ")
+    assert code.startswith(f"sha256 {result['source_sha256'][:16]} of the package moeprof, ")
 
 
 def test_what_is_wanted_most_is_estimated_first():

@@ -565,7 +565,7 @@ def test_what_ran_once_and_the_control_are_shown(counted):
     encoder["control"]["rows"] = []
     tables, notes, facts = shown(data)
     assert not any(title == ONCE_TITLE for _, title in tables)
-    control = "On uniform routing, which keeps all experts busy"
+    control = "On uniform routing, which keeps all experts busy in large batches"
     assert ("MT decoder", control) in tables and ("MT encoder", control) not in tables
     batches = [row["batch"] for row in tables["MT decoder", control]]
     assert batches == [row["batch"] for row in decoder["control"]["rows"]]
@@ -587,7 +587,7 @@ def test_what_ran_once_and_the_control_are_shown(counted):
     assert "mt-decoder-once" not in live_mt_parts.mt_rows(data)
     assert facts["Model, MT encoder"][0].startswith("24 layers, one in 4 with 128 experts, top-2")
     (code,) = facts["Code"]
-    assert code.startswith(f"sha256 {data['source_sha256'][:16]} of its source, ")
+    assert code.startswith(f"sha256 {data['source_sha256'][:16]} of the package moeprof, ")
     assert ("MT encoder", "What moeprof's gains rest on") in tables
 
 

@@ -576,8 +576,8 @@ def buffering_matrix(buffering: Mapping[str, Any]) -> pd.DataFrame:
     where no expert is copied: commands, ids and rows, which vary from run to run.
     ``link_error_judged`` is the one that is held to the goal: net, or of all bytes where no run
     without copies was counted, as the run said. ``link_error_known`` tells where half of its 90%
-    interval is within the goal: runs that copy little differ by more than they copy. Results from
-    before a run said so, and why the profiler was left out, have blanks.
+    interval is within the goal: runs that copy little differ by much of it. Results from before a
+    run said so, and why the profiler was left out, have blanks.
     """
     rows = []
     for name, study in buffering["studies"].items():

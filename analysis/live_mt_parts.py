@@ -209,7 +209,7 @@ def _fewer_tokens(share: Mapping[str, Any], judged: Mapping[str, Mapping[str, An
     if set(halves) != set(judged):
         return ""
     said = ", ".join(f"{halves[model]:.2f}x" for model in judged)
-    return f"; with half the tokens, which the paper does not say, {said}"
+    return f"; the paper does not say how many tokens: with half of them {said}"
 
 
 def mt_part(data: Mapping[str, Any]) -> Described:

@@ -164,7 +164,7 @@ def _link_said(data: Mapping[str, Any], rows: pd.DataFrame) -> str:
             f"{percent(GOAL_LINK_ERROR)}."
         )
         + (
-            f" Not known that well, because runs differ by more than they copy: "
+            " Not known that well, because runs differ by much of what they copy: "
             f"{'; '.join(unknown)}."
             if unknown
             else ""

@@ -635,7 +635,7 @@ def test_the_ratio_at_half_the_tokens_stands_beside_the_judged(counted):
         assert judged["judged"] and 2 * fewer["tokens_per_rank"] == judged["tokens_per_rank"]
         said.append(f"{fewer['ratios'][live_mt_parts.JUDGED_RATIO]:.2f}x")
     assert row[1].endswith(
-        f"; with half the tokens, which the paper does not say, {', '.join(said)}"
+        f"; the paper does not say how many tokens: with half of them {', '.join(said)}"
     )
 
 

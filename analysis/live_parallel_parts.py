@@ -356,7 +356,7 @@ def parallel_part(data: Mapping[str, Any]) -> Described:
             f"{percent(line['largest_error'])}.",
             *_output_notes(data),
             *_estimate_notes(data),
-            *_order_notes(rows),
+            *_order_notes(rows, data.get("step_rounds", 1)),
             *([f"No time was left for {', '.join(missing)}."] if missing else []),
         ),
     )
@@ -520,7 +520,7 @@ def _ratio_said(spread: CorrectedStep) -> str:
     )
 
 
-def _order_notes(rows: pd.DataFrame) -> list[str]:
+def _order_notes(rows: pd.DataFrame, num_rounds: int) -> list[str]:
     """Returns how far placements without replicas differ, as predicted and as measured."""
     if not len(rows):
         return []
@@ -534,9 +534,14 @@ def _order_notes(rows: pd.DataFrame) -> list[str]:
         )
     if not said:
         return []
+    order = (
+        f"in {num_rounds} rounds of all of them"
+        if num_rounds > 1
+        else "one after the other, so that a slow stretch of the host is one placement's"
+    )
     return [
-        "Placements were timed one after the other, so that a slow stretch of the host is one "
-        "placement's. Without replicas the slowest takes longer than the fastest by "
+        f"Placements were timed {order}. Without replicas the slowest takes longer than the "
+        "fastest by "
         f"{'; '.join(said)}."
     ]
 

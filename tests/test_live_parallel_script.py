@@ -17,7 +17,7 @@ from analysis.gpu import expert_parallel, parallel_studies  # noqa: E402
 from analysis.live_parallel_parts import parallel_part, scaling_rows  # noqa: E402
 from moeprof.errors import UsageError  # noqa: E402
 from moeprof.live.expert_parallel import PARTS  # noqa: E402
-from moeprof.live.parallel_estimates import AllToAllLine  # noqa: E402
+from moeprof.live.parallel_estimates import AllToAllLine, StepEstimate  # noqa: E402
 from moeprof.live.parallel_traces import PlannerSetting  # noqa: E402
 from moeprof.replay.loads import layout as laid_out  # noqa: E402
 from moeprof.trace.synthetic import synthetic_trace  # noqa: E402
@@ -44,6 +44,44 @@ def test_loads_and_outputs_are_checked(result):
         assert row["mean_max_over_mean"] >= 1
     for row in trace["outputs"].values():
         assert row["num_equal"] == row["num_same_twice"] == row["num_dispatches"] > 0
+    sizes = {row["num_tokens"] for row in trace["steps"]}
+    assert len(sizes) == 2
+    for row in trace["timed_outputs"].values():
+        assert len(row["errors_by_batch"]) == len(sizes)
+        assert row["relative_error"] == max(row["errors_by_batch"])
+
+
+def test_steps_come_in_rounds_of_all_placements(monkeypatch):
+    asked = []
+
+    def timed(device, experts, layout, ids, plan):
+        asked.append((layout, ids))
+        times = (float(len(asked)),) * plan.repeats
+        return {"whole_ms": times, "parts_ms": dict.fromkeys(PARTS, times)}
+
+    monkeypatch.setattr(parallel_studies, "time_step", timed)
+    plan = parallel_studies.Plan(
+        kernel="dynamic", dtype=torch.float32, repeats=6, share_repeats=1, exchange_bytes=()
+    )
+    found = parallel_studies.all_steps(
+        torch.device("cpu"), None, {"a": "in a", "b": "in b"}, ["few", "many"], plan
+    )
+    one_round = [("in a", "few"), ("in a", "many"), ("in b", "few"), ("in b", "many")]
+    assert asked == one_round * parallel_studies.NUM_ROUNDS
+    # Six repetitions in four rounds: two, two, one and one.
+    assert found["a"][0]["whole_ms"] == (1.0, 1.0, 5.0, 5.0, 9.0, 13.0)
+    assert found["b"][1]["parts_ms"][PARTS[0]] == (4.0, 4.0, 8.0, 8.0, 12.0, 16.0)
+
+
+def test_the_middle_of_the_rounds_counts():
+    def taking(milliseconds):
+        return StepEstimate(
+            num_devices=1, size_exchange_ms=0.0, token_exchange_ms=0.0, experts_ms=milliseconds,
+            return_ms=0.0, combine_ms=0.0, shares_ms=(milliseconds,), busiest_bytes=0,
+        )  # fmt: skip
+
+    for times, middle_ms in (([9.0, 1.0, 2.0], 2.0), ([9.0, 1.0], 1.0), ([9.0], 9.0)):
+        assert parallel_studies.middle([taking(each) for each in times]).step_ms == middle_ms
 
 
 def test_steps_stand_beside_what_was_predicted(result):

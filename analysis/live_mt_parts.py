@@ -524,7 +524,9 @@ def draw_mt(data: Mapping[str, Any], path: Path) -> None:
                 style = {"marker": "o", "markersize": 3.5, "linewidth": 1.1,
                          "linestyle": "--" if gating == "dense" else "-",
                          "color": _COLOURS[gating]}  # fmt: skip
-                rates.plot(own["batch"], own["tokens_per_s"], label=said, **style)
+                padded = gating == "dense" and any(_padding(each) for _, each in stacks)
+                name = "dense twin; the encoder's also computes padding" if padded else said
+                rates.plot(own["batch"], own["tokens_per_s"], label=name, **style)
                 points = memory_points(rows, once_rows(found), gating)
                 sizes.plot(
                     *zip(*((batch, size / GIB) for batch, size in points), strict=True), **style

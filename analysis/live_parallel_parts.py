@@ -510,6 +510,23 @@ def _estimate_notes(data: Mapping[str, Any]) -> list[str]:
         f"was seen on {data['num_ranks']} devices, no interval of known coverage. "
         f"{'; '.join(said)}.",
         f"Settings of more devices for which there was time: {', '.join(counts)}.",
+        *_once_estimated(data),
+    ]
+
+
+def _once_estimated(data: Mapping[str, Any]) -> list[str]:
+    """Returns what estimates that were taken once, placement by placement, do not tell."""
+    rows = scaling_rows(data)
+    plain = rows[~rows["setting"].str.contains("+", regex=False)]
+    if data.get("step_rounds", 1) > 1 or plain.empty:
+        return []
+    groups = plain.groupby(["trace", "num_devices", "num_tokens"])["uncorrected_ms"]
+    spread = groups.max() / groups.min()
+    trace, num_devices, num_tokens = spread.idxmax()
+    return [
+        "Each placement was estimated once, one after the other: a slow stretch of the host may be "
+        "in one placement's estimate, and these rank no placements. Without replicas they differ "
+        f"by up to {spread.max():.1f} times ({trace}, {num_devices} devices, {num_tokens:,} tokens)."
     ]
 
 

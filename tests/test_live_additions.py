@@ -420,6 +420,16 @@ def test_what_the_readme_says_of_expert_parallelism():
             ratios.setdefault(name, []).append(f"{np.median(own[:, 0] / own[:, 1]):.2f}")
             gains.append(own[0] / own[own[:, 0].argmin()])
     assert "of the 16 placements of the same trace" in text
+    spread = {}
+    for each in json.loads(KEPT_PARALLEL.read_text())["traces"]:
+        for row in each["scaling"]:
+            if not row["num_redundant"]:
+                key = each["trace"], row["num_devices"], row["num_tokens"]
+                spread.setdefault(key, []).append(sum(row["parts_ms"].values()))
+    widest = max(spread, key=lambda key: max(spread[key]) / min(spread[key]))
+    assert widest[:2] == ("qwen3.moeprof", 8)
+    ratio = max(spread[widest]) / min(spread[widest])
+    assert f"they differ by up to {ratio:.1f}x without replicas (Qwen3, 8 GPUs)" in text
     lm, mt, qwen = (" and ".join(ratios[name]) for name in ("twin-lm", "twin-mt", "qwen3"))
     assert f"{lm} (twin-lm), {mt} (twin-mt), {qwen} (Qwen3's 65 tokens)" in text
     *little, most = sorted(map(tuple, gains))

@@ -73,6 +73,27 @@ def test_steps_come_in_rounds_of_all_placements(monkeypatch):
     assert found["b"][1]["parts_ms"][PARTS[0]] == (4.0, 4.0, 8.0, 8.0, 12.0, 16.0)
 
 
+def test_estimates_that_were_taken_once_are_said_to_rank_nothing(result):
+    def notes(data):
+        section = parallel_part(data).data["sections"][0]
+        return [each for each in section["notes"] if "was estimated once" in each]
+
+    assert not notes(result)
+    before = {key: value for key, value in result.items() if key != "step_rounds"}
+    (said,) = notes(before)
+    rows = scaling_rows(result)
+    plain = rows[~rows["setting"].str.contains("+", regex=False)]
+    spread = max(
+        own["uncorrected_ms"].max() / own["uncorrected_ms"].min()
+        for _, own in plain.groupby(["num_devices", "num_tokens"])
+    )
+    assert f"they differ by up to {spread:.1f} times" in said
+    alone = copy.deepcopy(before)
+    for each in alone["traces"]:
+        each["scaling"] = []
+    assert not notes(alone)
+
+
 def test_the_middle_of_the_rounds_counts():
     def taking(milliseconds):
         return StepEstimate(

@@ -526,7 +526,8 @@ def _once_estimated(data: Mapping[str, Any]) -> list[str]:
     return [
         "Each placement was estimated once, one after the other: a slow stretch of the host may be "
         "in one placement's estimate, and these rank no placements. Without replicas they differ "
-        f"by up to {spread.max():.1f} times ({trace}, {num_devices} devices, {num_tokens:,} tokens)."
+        f"by up to {spread.max():.1f} times ({trace}, {num_devices} devices, {num_tokens:,} "
+        "tokens).",
     ]
 
 
